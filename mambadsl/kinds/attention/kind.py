@@ -1,0 +1,135 @@
+"""Causal softmax attention: multi-head, grouped or single key/value head.
+
+Behaviour matches the attention of Jamba, Nemotron-H, Bamba, Falcon-H1, Granite 4 H and Llama in Hugging
+Face transformers (rope: half-split pairs). head_dim is free of d_model / heads.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from mambadsl.kinds.fields import Field, Flag, Int, OneForm, OrWord, Real
+from mambadsl.kinds.kind import (
+    ONES, RESIDUAL, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul, mixing,
+)
+from mambadsl.kinds.values import Values
+
+_FACTOR = Field("factor", Real(above=0), 1, "how many times longer the context becomes")
+_ORIGINAL = Field("original_context", Int(), 8192, "the context before scaling", "tokens")
+
+#: Scalings as Hugging Face's ROPE_INIT_FUNCTIONS compute them.
+ROPE_SCALING = OneForm(
+    none=(),
+    linear=(_FACTOR,),
+    dynamic=(_FACTOR, _ORIGINAL),
+    llama3=(
+        _FACTOR,
+        Field("low_freq_factor", Real(above=0), 1, "below: fully scaled"),
+        Field("high_freq_factor", Real(above=0), 4, "above: not scaled"),
+        _ORIGINAL,
+    ),
+    yarn=(
+        _FACTOR,
+        Field("beta_fast", Real(above=0), 32, "rotations above which nothing is scaled"),
+        Field("beta_slow", Real(above=0), 1, "rotations below which all is scaled"),
+        Field("attention_factor", OrWord("auto", Real(above=0)), None, "scale of cos and sin; auto: 0.1 ln(factor) + 1"),
+        _ORIGINAL,
+    ),
+)
+
+ROPE = OneForm(
+    none=(),
+    rope=(
+        Field("theta", Real(above=0), 10000, "base of the rotation frequencies"),
+        Field("fraction", Real(0, 1, above=0), 1, "share of head_dim that is rotated, the first channels"),
+        Field("scaling", ROPE_SCALING, ROPE_SCALING.convert_word("none"), "how frequencies stretch for long contexts"),
+    ),
+)
+
+_EPS = Field("eps", Real(above=0), 1e-6, "eps of the norm")
+QK_NORM = OneForm(none=(), per_head=(_EPS,), full_width=(_EPS,))
+
+FIELDS = (
+    Field(
+        "heads", Int(),
+        lambda v, model: next(h for h in range(max(1, model.d_model // 64), 0, -1) if model.d_model % h == 0),
+        "query heads",
+    ),
+    Field("kv_heads", Int(), lambda v, model: v.heads, "key/value heads; each serves heads / kv_heads query heads"),
+    Field("head_dim", Int(), lambda v, model: max(1, model.d_model // v.heads), "channels of one head", "channels"),
+    Field("rope", ROPE, ROPE.convert_word("none"), "rotary position embedding, or none"),
+    Field("window", OrWord("none", Int()), None, "a token sees itself and the window - 1 tokens before it", "tokens"),
+    Field("qk_norm", QK_NORM, QK_NORM.convert_word("none"), "RMS norm of queries and keys, before rope"),
+    Field("scale", OrWord("auto", Real(above=0)), None, "scale of the scores; auto: head_dim ** -0.5"),
+    Field("softcap", OrWord("none", Real(above=0)), None, "scores are squashed to cap * tanh(score / cap)"),
+    Field("qkv_bias", Flag(), False, "qkv_proj has a bias"),
+    Field("o_bias", Flag(), False, "o_proj has a bias"),
+    Field("key_multiplier", Real(), 1, "scale of the keys, before rope (Falcon-H1)"),
+)
+
+
+def q_dim(f: Values) -> int:
+    return f.heads * f.head_dim
+
+
+def kv_dim(f: Values) -> int:
+    return f.kv_heads * f.head_dim
+
+
+def rotary_dim(f: Values) -> int:
+    """Channels of each head that rope rotates (even)."""
+    return int(f.head_dim * f.rope.fraction) // 2 * 2 if f.rope.name == "rope" else 0
+
+
+def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
+    q, kv = q_dim(f), kv_dim(f)
+    segments = ("q", q), ("k", kv), ("v", kv)
+    table = [*linear("qkv_proj", q + 2 * kv, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out")]
+    if f.qk_norm.name != "none":
+        full = f.qk_norm.name == "full_width"
+        for name, width in ("q_norm", q if full else f.head_dim), ("k_norm", kv if full else f.head_dim):
+            table.append(Weight(f"{name}.weight", (width,), ONES, decay=False, quantise=False))
+    table += linear("o_proj", dims.d_model, q, bias=f.o_bias, init=RESIDUAL, tp="in")
+    return tuple(table)
+
+
+def state(f: Values, dims: Dims) -> tuple[State, ...]:
+    shape = (f.kv_heads, f.head_dim)
+    return State("k", shape, per_token=True, window=f.window), State("v", shape, per_token=True, window=f.window)
+
+
+def mean_context(length: int, window: int | None) -> Fraction:
+    """Mean number of tokens that a token of a sequence sees, itself included."""
+    if window is None or window >= length:
+        return Fraction(length + 1, 2)
+    return Fraction(window * (window + 1) // 2 + (length - window) * window, length)
+
+
+def flops(f: Values, dims: Dims, length: int) -> Flops:
+    """Projections, and 2 products (scores, values) over the tokens seen; the backward pass of the core
+    does 5 products for those 2 (flash attention computes the scores again)."""
+    proj = matmul(dims.d_in * (q_dim(f) + 2 * kv_dim(f)), q_dim(f) * dims.d_model)
+    core = 4 * q_dim(f) * mean_context(length, f.window)
+    return proj + mixing(core, backward=Fraction(5, 2))
+
+
+def saved(f: Values, dims: Dims) -> Saved:
+    """Input, q, k, v, the core's output and one log-sum-exp per head."""
+    return Saved(dims.d_in + 2 * q_dim(f) + 2 * kv_dim(f), f.heads)
+
+
+KIND = Kind(
+    name="attention",
+    doc="causal softmax attention with grouped key/value heads",
+    fields=FIELDS,
+    weights=weights,
+    state=state,
+    flops=flops,
+    saved=saved,
+    slots=(
+        Slot("qkv_proj", "x_BTD -> [q | k | v]"),
+        Slot("core", "softmax(scale * q k^T + mask) v with window, softcap and packed documents"),
+        Slot("o_proj", "back to d_model"),
+    ),
+    source="Hugging Face transformers; rope: arXiv:2104.09864",
+)

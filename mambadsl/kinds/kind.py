@@ -1,0 +1,205 @@
+"""The protocol: what a kind declares, and everything else reads. No torch.
+
+Grammar, checks, costs, caches, checkpoints, converters and docs read these tables; no other place
+lists kinds. Letters in comments: B batch, T time, D d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+from typing import Any
+
+from mambadsl.kinds.fields import Field
+from mambadsl.kinds.values import Values
+
+
+@dataclass(frozen=True, slots=True)
+class Dims:
+    """Widths that come from outside a layer. d_in: what it reads (d_model, or 2 * d_model where the
+    first embedding is read too); d_model: what it adds to the residual stream."""
+
+    d_model: int
+    d_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """A law for initial values. law is one of the names in `build/init.py`:
+
+    normal(std=None: the model's init_std) · uniform(bound) · zeros · ones · const(value)
+    a_uniform(low, high): log of U(low, high) · a_arange(): log(1..d_state) in each row
+    dt_bias(low, high, floor): inverse softplus of exp(U(log low, log high)), at least floor
+    """
+
+    law: str
+    args: tuple[tuple[str, float], ...] = ()
+    #: A projection back onto the residual stream: std is divided by sqrt(number of residual additions).
+    residual: bool = False
+
+    @classmethod
+    def of(cls, law: str, *, residual: bool = False, **args: float) -> Init:
+        return cls(law, tuple(args.items()), residual)
+
+
+NORMAL = Init("normal")
+RESIDUAL = Init("normal", residual=True)
+ZEROS, ONES = Init("zeros"), Init("ones")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor of a layer, declared once.
+
+    name: path below the layer (`in_proj.weight`). segments: logical parts along axis 0, by name and
+    size, that tensor parallelism and converters split by. fp32: stays float32 whatever the model's
+    dtype. decay: weight decay applies. trained: False for buffers that are saved but have no gradient
+    (they do not count as parameters). quantise: may be stored in 8 or 4 bits. active: the share of its
+    elements that one token uses (top_k of experts). tp: how tensor parallelism splits it: "out" (axis 0,
+    by segment), "in" (axis 1), "heads" (axis 0), "expert" (axis 0), "none".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Init = NORMAL
+    segments: tuple[tuple[str, int], ...] = ()
+    fp32: bool = False
+    decay: bool = True
+    trained: bool = True
+    quantise: bool = True
+    active: Fraction = Fraction(1)
+    tp: str = "none"
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One tensor of a layer's decoding state, for one sequence.
+
+    shape: without the batch axis. per_token: the tensor has one such entry for each past token
+    (keys, values), at most `window` of them. fp32: kept in float32 unless asked otherwise.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    per_token: bool = False
+    window: int | None = None
+    fp32: bool = False
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Floating-point operations for one token (a multiply-add is 2). The backward pass is split as
+    zero-bubble schedules split it: gradients of inputs, gradients of weights."""
+
+    forward: Fraction
+    backward_input: Fraction
+    backward_weight: Fraction
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            self.forward + other.forward,
+            self.backward_input + other.backward_input,
+            self.backward_weight + other.backward_weight,
+        )
+
+    @property
+    def backward(self) -> Fraction:
+        return self.backward_input + self.backward_weight
+
+
+def matmul(*elements: int | Fraction) -> Flops:
+    """FLOPs of matrix products with weights of so many (active) elements: 2 forward, 2 + 2 backward."""
+    n = 2 * sum(map(Fraction, elements), Fraction(0))
+    return Flops(n, n, n)
+
+
+def mixing(forward: int | Fraction, *, backward: Fraction = Fraction(2)) -> Flops:
+    """FLOPs of work without weights (scans, attention cores): backward is so many times forward."""
+    forward = Fraction(forward)
+    return Flops(forward, forward * backward, Fraction(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Elements per token that the fused forward pass keeps for the backward pass: `narrow` in the
+    compute dtype (2 bytes in bf16), `wide` in float32."""
+
+    narrow: int
+    wide: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place that a part fills. definition: the pure-torch function in the kind's module.py."""
+
+    name: str
+    doc: str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer.
+
+    weights(f, dims), state(f, dims), flops(f, dims, length), saved(f, dims): the tables, from field
+    values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
+    recurrent: carries order along the sequence without position embeddings (rules E701, I702).
+    """
+
+    name: str
+    doc: str
+    fields: tuple[Field, ...]
+    weights: Callable[[Values, Dims], tuple[Weight, ...]]
+    state: Callable[[Values, Dims], tuple[State, ...]]
+    flops: Callable[[Values, Dims, int], Flops]
+    saved: Callable[[Values, Dims], Saved]
+    slots: tuple[Slot, ...] = ()
+    source: str = ""
+    recurrent: bool = False
+
+    def field(self, name: str) -> Field | None:
+        return next((f for f in self.fields if f.name == name), None)
+
+    def module(self) -> Any:
+        """The torch module class. Imports torch."""
+        from importlib import import_module
+
+        return import_module(f"{self.package}.module").Module
+
+    @property
+    def package(self) -> str:
+        return f"mambadsl.kinds.{self.name}"
+
+
+def norm_weights(prefix: str, norm: Any, width: int) -> tuple[Weight, ...]:
+    """The weights of a norm form (see `sublayer.NORM`) over `width` channels."""
+    if norm.name == "none" or not norm.values.get("weight", True):
+        return ()
+    init = ZEROS if norm.values.get("zero_centered", False) else ONES
+    weight = Weight(f"{prefix}.weight", (width,), init, decay=False, quantise=False)
+    if norm.values.get("bias", False):
+        return weight, Weight(f"{prefix}.bias", (width,), ZEROS, decay=False, quantise=False)
+    return (weight,)
+
+
+def linear(
+    name: str, out: int, in_: int, *, bias: bool = False, init: Init = NORMAL, tp: str = "none",
+    segments: tuple[tuple[str, int], ...] = (),
+) -> tuple[Weight, ...]:
+    """`name.weight` [out, in] and, if asked for, `name.bias` [out]."""
+    weight = Weight(f"{name}.weight", (out, in_), init, segments, tp=tp)
+    if not bias:
+        return (weight,)
+    bias_tp = "none" if tp == "in" else tp
+    return weight, Weight(
+        f"{name}.bias", (out,), ZEROS, segments, decay=False, quantise=False, tp=bias_tp
+    )

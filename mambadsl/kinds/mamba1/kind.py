@@ -1,0 +1,98 @@
+"""Mamba-1: a selective state space with its own decay for each channel and state.
+
+Gu and Dao, "Mamba", 2023. Behaviour matches mamba_ssm's Mamba, with the optional norms of dt, B and C
+of Jamba (learned) and Falcon Mamba (weightless). N d_state, R dt_rank.
+"""
+
+from __future__ import annotations
+
+from mambadsl.kinds.fields import Field, Flag, Int, OneForm, Real
+from mambadsl.kinds.kind import (
+    ONES, RESIDUAL, Dims, Flops, Init, Kind, Saved, Slot, State, Weight, linear, matmul, mixing,
+)
+from mambadsl.kinds.values import Values
+
+_EPS = Field("eps", Real(above=0), 1e-6, "eps of the norms")
+DT_BC_NORM = OneForm(none=(), weightless=(_EPS,), learned=(_EPS,))
+
+FIELDS = (
+    Field("d_inner", Int(), lambda v, model: 2 * model.d_model, "inner width", "channels"),
+    Field("d_state", Int(), 16, "size of the state of one channel (N)"),
+    Field("d_conv", Int(1, 64), 4, "taps of the causal convolution", "tokens"),
+    Field("dt_rank", Int(), lambda v, model: -(-model.d_model // 16), "rank of the projection of dt (R)"),
+    Field("chunk", Int(1, 4096), 64, "tokens computed together in the scan; no effect on the result", "tokens"),
+    Field("conv_bias", Flag(), True, "the convolution has a bias"),
+    Field("bias", Flag(), False, "in_proj and out_proj have biases"),
+    Field(
+        "dt_bc_norm", DT_BC_NORM, DT_BC_NORM.convert_word("none"),
+        "RMS norms of dt, B and C before use: learned (Jamba), weightless (Falcon Mamba)",
+    ),
+    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]"),
+    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]"),
+    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this"),
+)
+
+
+def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
+    n, r, d = f.d_state, f.dt_rank, f.d_inner
+    conv_init = Init.of("uniform", bound=f.d_conv**-0.5)
+    small = dict(decay=False, quantise=False)
+    table = [
+        *linear("in_proj", 2 * d, dims.d_in, bias=f.bias, segments=(("x", d), ("z", d)), tp="out"),
+        Weight("conv.weight", (d, f.d_conv), conv_init, quantise=False, tp="heads"),
+        *([Weight("conv.bias", (d,), conv_init, tp="heads", **small)] if f.conv_bias else []),
+        *linear("x_proj", r + 2 * n, d, segments=(("dt", r), ("B", n), ("C", n)), tp="in"),
+    ]
+    if f.dt_bc_norm.name == "learned":
+        table += [
+            Weight("dt_norm.weight", (r,), ONES, **small),
+            Weight("b_norm.weight", (n,), ONES, **small),
+            Weight("c_norm.weight", (n,), ONES, **small),
+        ]
+    dt_init = Init.of("dt_bias", low=f.dt_min, high=f.dt_max, floor=f.dt_floor)
+    return (
+        *table,
+        Weight("dt_proj.weight", (d, r), Init.of("uniform", bound=r**-0.5), tp="heads"),
+        Weight("dt_proj.bias", (d,), dt_init, fp32=True, tp="heads", **small),
+        Weight("A_log", (d, n), Init("a_arange"), fp32=True, tp="heads", **small),
+        Weight("D", (d,), ONES, fp32=True, tp="heads", **small),
+        *linear("out_proj", dims.d_model, d, bias=f.bias, init=RESIDUAL, tp="in"),
+    )
+
+
+def state(f: Values, dims: Dims) -> tuple[State, ...]:
+    return State("conv", (f.d_inner, f.d_conv - 1)), State("ssm", (f.d_inner, f.d_state), fp32=True)
+
+
+def flops(f: Values, dims: Dims, length: int) -> Flops:
+    """9 operations for each channel and state: decay, input, update, read-out (the count of the
+    selective-scan kernels' authors)."""
+    proj = matmul(
+        dims.d_in * 2 * f.d_inner, f.d_inner * (f.dt_rank + 2 * f.d_state), f.dt_rank * f.d_inner,
+        f.d_inner * dims.d_model, f.d_inner * f.d_conv,
+    )
+    return proj + mixing(9 * f.d_inner * f.d_state)
+
+
+def saved(f: Values, dims: Dims) -> Saved:
+    """Input, [x | z], dt with B and C, and the scan's output; states are computed again."""
+    return Saved(dims.d_in + 2 * f.d_inner + f.dt_rank + 2 * f.d_state + f.d_inner)
+
+
+KIND = Kind(
+    name="mamba1",
+    doc="Mamba-1: selective state space with a decay per channel and state",
+    fields=FIELDS,
+    weights=weights,
+    state=state,
+    flops=flops,
+    saved=saved,
+    slots=(
+        Slot("in_proj", "x_BTD -> [x | z]"),
+        Slot("conv", "causal depthwise convolution with silu, its last inputs as state"),
+        Slot("scan", "the selective scan, with initial and final states"),
+        Slot("out_proj", "back to d_model"),
+    ),
+    source="arXiv:2312.00752; mamba_ssm Mamba",
+    recurrent=True,
+)

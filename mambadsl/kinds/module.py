@@ -1,0 +1,76 @@
+"""The base of every kind's torch module: parameters made from the kind's own table, so names, shapes
+and dtypes cannot drift from what costs, checkpoints and converters read.
+
+A kind's `module.py` offers `class Module(KindModule)` with
+
+    def forward(self, x_BTD, tokens, state=None) -> y_BTD
+
+`state` is the layer's decoding state, a dict from `init_state`; forward reads what came before and
+writes what comes after, for any T >= 1 (a prompt, a chunk of one, a single token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambadsl.kinds.kind import Dims, Kind, Weight
+from mambadsl.kinds.tokens import Tokens
+from mambadsl.kinds.values import Values
+
+
+class KindModule(nn.Module):
+    """kind: the tables. REFERENCE: slot name -> pure-torch function, what `parts` may replace."""
+
+    kind: Kind
+    REFERENCE: Mapping[str, Callable[..., Any]] = {}
+
+    def __init__(
+        self, f: Values, dims: Dims, *, dtype: torch.dtype = torch.float32, device: Any = None,
+        parts: Mapping[str, Callable[..., Any]] | None = None,
+    ):
+        super().__init__()
+        self.f, self.dims = f, dims
+        self.parts = {**self.REFERENCE, **(parts or {})}
+        add_weights(self, self.kind.weights(f, dims), dtype=dtype, device=device)
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: Any = None) -> dict[str, Any]:
+        """The state before the first token: fixed tensors [B, *shape] of zeros, per-token ones empty
+        [B, 0, *shape]; `dtype` where the table does not ask for float32."""
+        state: dict[str, Any] = {}
+        for s in self.kind.state(self.f, self.dims):
+            shape = (batch, 0, *s.shape) if s.per_token else (batch, *s.shape)
+            state[s.name] = torch.zeros(shape, dtype=torch.float32 if s.fp32 else dtype, device=device)
+        return state
+
+    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+def add_weights(module: nn.Module, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any) -> None:
+    """Registers empty parameters (and buffers, where not trained) under their dotted names."""
+    for w in weights:
+        owner = module
+        *path, leaf = w.name.split(".")
+        for step in path:
+            if step not in owner._modules:
+                owner.add_module(step, Holder())
+            owner = owner._modules[step]
+        data = torch.empty(w.shape, dtype=torch.float32 if w.fp32 else dtype, device=device)
+        if w.trained:
+            owner.register_parameter(leaf, nn.Parameter(data))
+        else:
+            owner._parameters.pop(leaf, None)
+            owner.register_buffer(leaf, data)
+
+
+class Holder(nn.Module):
+    """A name with weights below it: `in_proj` in `in_proj.weight`. Weights it lacks read as None."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)

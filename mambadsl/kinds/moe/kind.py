@@ -1,0 +1,111 @@
+"""Mixture of experts: a router sends each token to top_k of `experts` feed-forward experts.
+
+Routers as in Jamba, Granite 4 H, Mixtral (softmax) and DeepSeek-V3, Nemotron 3, Kimi (sigmoid with a
+selection bias, groups of experts, renormalisation and a scale); shared experts; a latent width that the
+routed experts work in (Nemotron 3 Super). Every token is kept: no capacity, nothing dropped.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from mambadsl.kinds.fields import Field, Flag, Int, OneForm, OneOf, OrWord, Real
+from mambadsl.kinds.kind import NORMAL, RESIDUAL, Dims, Flops, Kind, Saved, Slot, State, Weight, ZEROS, linear, matmul
+from mambadsl.kinds.mlp.kind import ACT
+from mambadsl.kinds.values import Values
+
+_RENORM_EPS = Field("renorm_eps", Real(0), 0, "added to the sum when weights are renormalised")
+_SCALE = Field("scale", Real(), 1, "scale of the weights of the chosen experts")
+
+ROUTER = OneForm(
+    softmax=(
+        Field(
+            "order", OneOf("before_top_k", "after_top_k"), "before_top_k",
+            "softmax over all experts and then choose, or choose and then softmax over the chosen (Granite)",
+        ),
+        Field("renorm", Flag(), False, "weights of the chosen experts are divided by their sum"),
+        _RENORM_EPS,
+        _SCALE,
+    ),
+    sigmoid=(
+        Field("bias", Flag(), True, "a bias per expert, for choosing only (kept in float32, not trained by gradients)"),
+        Field("groups", Int(), 1, "experts are in so many groups"),
+        Field("top_groups", Int(), 1, "only experts of this many best groups (by the sum of their best two) are chosen"),
+        Field("renorm", Flag(), True, "weights of the chosen experts are divided by their sum"),
+        Field("renorm_eps", Real(0), 1e-20, "added to the sum when weights are renormalised"),
+        _SCALE,
+    ),
+)
+
+FIELDS = (
+    Field("experts", Int(), 8, "number of routed experts"),
+    Field("top_k", Int(), 2, "experts that each token goes to"),
+    Field("d_ff", Int(), lambda v, model: 4 * model.d_model, "hidden width of one expert", "channels"),
+    Field("act", ACT, "silu", "activation of all experts"),
+    Field("gated", Flag(), False, "gated experts: act(gate(x)) * up(x)"),
+    Field("router", ROUTER, ROUTER.convert_word("softmax"), "how experts are scored, chosen and weighted"),
+    Field("shared_d_ff", Int(0), 0, "hidden width of the expert that every token passes; 0: none", "channels"),
+    Field("shared_gate", OneOf("none", "sigmoid"), "none", "scale of the shared expert's output by a learned gate"),
+    Field("latent", OrWord("none", Int()), None, "width that the routed experts work in", "channels"),
+)
+
+
+def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
+    share = Fraction(min(f.top_k, f.experts), f.experts)
+    inner_in, inner_out = (f.latent, f.latent) if f.latent else (dims.d_in, dims.d_model)
+    up_name, wide = ("gate_up_proj", 2) if f.gated else ("up_proj", 1)
+    segments = (("gate", f.d_ff), ("up", f.d_ff)) if f.gated else ()
+    table = [Weight("router.weight", (f.experts, dims.d_in), NORMAL, quantise=False)]
+    if f.router.name == "sigmoid" and f.router.bias:
+        bias = Weight("router.bias", (f.experts,), ZEROS, fp32=True, decay=False, trained=False, quantise=False)
+        table.append(bias)
+    if f.latent:
+        table += linear("latent_in_proj", f.latent, dims.d_in)
+    table += [
+        Weight(
+            f"experts.{up_name}", (f.experts, wide * f.d_ff, inner_in), NORMAL, segments, active=share, tp="expert"
+        ),
+        Weight("experts.down_proj", (f.experts, inner_out, f.d_ff), RESIDUAL, active=share, tp="expert"),
+    ]
+    if f.latent:
+        table += linear("latent_out_proj", dims.d_model, f.latent, init=RESIDUAL)
+    if f.shared_d_ff:
+        shared = (("gate", f.shared_d_ff), ("up", f.shared_d_ff)) if f.gated else ()
+        table += linear(f"shared.{up_name}", wide * f.shared_d_ff, dims.d_in, segments=shared, tp="out")
+        table += linear("shared.down_proj", dims.d_model, f.shared_d_ff, init=RESIDUAL, tp="in")
+        if f.shared_gate == "sigmoid":
+            table += linear("shared_gate", 1, dims.d_in)
+    return tuple(table)
+
+
+def state(f: Values, dims: Dims) -> tuple[State, ...]:
+    return ()
+
+
+def flops(f: Values, dims: Dims, length: int) -> Flops:
+    return matmul(*(w.elements * w.active for w in weights(f, dims) if len(w.shape) > 1))
+
+
+def saved(f: Values, dims: Dims) -> Saved:
+    """Input, each chosen expert's input and hidden values, the shared expert's hidden values, scores."""
+    wide = 2 if f.gated else 1
+    inner = f.latent or dims.d_in
+    routed = f.top_k * (inner + wide * f.d_ff) + (f.latent or 0)
+    return Saved(dims.d_in + routed + wide * f.shared_d_ff, f.experts)
+
+
+KIND = Kind(
+    name="moe",
+    doc="mixture of feed-forward experts",
+    fields=FIELDS,
+    weights=weights,
+    state=state,
+    flops=flops,
+    saved=saved,
+    slots=(
+        Slot("router", "scores, choice and weights of experts, in float32"),
+        Slot("experts", "the routed experts' two products over tokens sorted by expert"),
+        Slot("shared", "the shared expert"),
+    ),
+    source="arXiv:2401.04088, arXiv:2412.19437",
+)

@@ -1,0 +1,102 @@
+"""What every layer has around its mixer, whatever its kind: norm, residual form, multipliers.
+
+The layer computes, for the default form, x + out_multiplier * f(in_multiplier * norm(x)). In a sum
+(`M + A`) the branches share one norm and one residual form; multipliers are each branch's own.
+"""
+
+from __future__ import annotations
+
+from mambadsl.kinds.fields import Field, Flag, Int, Items, OneForm, OneOf, OrWord, Real
+from mambadsl.kinds.kind import Dims, Init, Weight, ZEROS, norm_weights
+from mambadsl.kinds.values import Values
+
+_EPS = Field("eps", Real(above=0), 1e-5, "added to the mean square (or variance) before the root")
+_WEIGHT = Field("weight", Flag(), True, "has a learned scale per channel")
+
+NORM = OneForm(
+    rmsnorm=(
+        _EPS,
+        _WEIGHT,
+        Field("zero_centered", Flag(), False, "the scale is 1 + weight (Gemma, Qwen3-Next)"),
+    ),
+    layernorm=(_EPS, _WEIGHT, Field("bias", Flag(), True, "has a learned shift per channel")),
+    none=(),
+)
+
+RESIDUAL_FORMS = OneForm(
+    pre=(),
+    post=(),
+    sandwich=(),
+    normed=(
+        Field("alpha", Real(), 1, "scale of the normed input on the residual stream"),
+        Field("beta", Real(), 1, "scale of the layer's output"),
+    ),
+)
+
+ADAPTER = OneForm(
+    none=(),
+    lora=(
+        Field("rank", Int(1), 16, "rank of the two factors"),
+        Field(
+            "targets", OrWord("all", Items(OneOf("in_proj", "out_proj", "qkv_proj", "o_proj", "up_proj", "down_proj"))),
+            None, "which projections get one",
+        ),
+    ),
+)
+
+#: Fields that belong to the whole sublayer: in a sum they are the sum's, not a branch's.
+SUBLAYER_FIELDS: tuple[Field, ...] = (
+    Field("norm", NORM, lambda values, model: model.norm, "norm of the input (and output, for sandwich)"),
+    Field(
+        "residual", RESIDUAL_FORMS, lambda values, model: RESIDUAL_FORMS.convert_word("pre"),
+        "pre: x + f(norm(x)); post: x + norm(f(x)); sandwich: x + norm2(f(norm1(x))); "
+        "normed: alpha*h + beta*f(h) with h = norm(x)",
+    ),
+    Field(
+        "input", OneOf("stream", "with_embedding"), "stream",
+        "what it reads: the residual stream, or that joined with the first embedding (Zamba)",
+    ),
+    Field("recompute", Flag(), False, "compute the layer again in the backward pass instead of keeping it"),
+)
+
+#: Fields that each branch of a sum has for itself.
+BRANCH_FIELDS: tuple[Field, ...] = (
+    Field("in_multiplier", Real(), 1, "scale of the normed input"),
+    Field("out_multiplier", Real(), 1, "scale of the output before it is added (residual multiplier)"),
+    Field("dropout", Real(0, 0.99), 0, "share of outputs dropped in training"),
+    Field("adapter", ADAPTER, ADAPTER.convert_word("none"), "per-use low-rank weights, for shared layers"),
+)
+
+#: Fields that may be changed where a shared layer is used.
+PER_USE_FIELDS = ("adapter",)
+
+
+def input_width(sub: Values, d_model: int) -> int:
+    return 2 * d_model if sub.input == "with_embedding" else d_model
+
+
+def sublayer_weights(sub: Values, d_model: int) -> tuple[Weight, ...]:
+    """Norm weights of one sublayer: before, after, or both."""
+    form = sub.residual.name
+    before = norm_weights("norm", sub.norm, input_width(sub, d_model)) if form != "post" else ()
+    after_name = "norm" if form == "post" else "post_norm"
+    after = norm_weights(after_name, sub.norm, d_model) if form in ("post", "sandwich") else ()
+    return before + after
+
+
+def adapter_weights(branch: Values, weights: tuple[Weight, ...], dims: Dims) -> tuple[Weight, ...]:
+    """Low-rank factors beside the projections they adapt: `adapter.<projection>.{down,up}`."""
+    adapter = branch.adapter
+    if adapter.name == "none":
+        return ()
+    found = []
+    for w in weights:
+        projection = w.name.removesuffix(".weight")
+        if len(w.shape) != 2 or not projection.endswith("_proj"):
+            continue
+        if adapter.targets is not None and not any(projection.endswith(t) for t in adapter.targets):
+            continue
+        out, in_ = w.shape
+        found.append(Weight(f"adapter.{projection}.down.weight", (adapter.rank, in_), Init("normal")))
+        found.append(Weight(f"adapter.{projection}.up.weight", (out, adapter.rank), ZEROS))
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""Floor 1: text <-> tree. Knows the grammar, no layer kind."""

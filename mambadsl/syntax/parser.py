@@ -1,0 +1,125 @@
+"""The LALR machine: tokens and tables -> nodes, one statement's mistake at a time.
+
+Out: the value of `start`, or None with every `Failure`. After a failure the machine starts afresh at the
+next line that begins a statement, so each broken statement is reported once and nothing follows from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from mambadsl.syntax.tables import END, Tables
+from mambadsl.syntax.tokens import MAX_DEPTH, Token
+
+#: What may follow a keyword at the beginning of a line for it to begin a statement there, whatever the
+#: parser was in the middle of: `parts = 3` is a setting, `parts h200 {` is not.
+HEADS = {
+    "from": {"STRING"},
+    "let": {"NAME", "LAYER_NAME"},
+    "model": {"NAME", "LAYER_NAME", "LBRACE"},
+    "layer": {"NAME", "LAYER_NAME"},
+    "shared": {"NAME", "LAYER_NAME"},
+    "stack": {"LBRACE"},
+    "mtp": {"LBRACE", "LPAR"},
+    "parts": {"NAME", "LAYER_NAME", "LBRACE"},
+    "expect": {"NAME", "LAYER_NAME", "INT", "FLOAT"},
+}
+_DEEPER = frozenset({"add", "mul", "negative", "args", "list", "paren", "group"})
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """begin: index of the first token of the broken statement; index: of the token that does not fit;
+    accepts: what would fit there. too_deep: the text fits but nests too deep (index is where)."""
+
+    begin: int
+    index: int
+    accepts: frozenset[str]
+    too_deep: bool = False
+
+
+class Parser:
+    """reduce(origin, children, start, end) makes the node of one rule from the children it keeps."""
+
+    def __init__(self, tables: Tables, tokens: list[Token], *, text: str, reduce: Callable[..., Any]):
+        self.tables = tables
+        self.tokens = tokens
+        self.reduce = reduce
+        self.heads = [i for i in range(len(tokens) - 1) if self._is_head(text, i)]
+        self.failures: list[Failure] = []
+
+    def run(self, *, most_failures: int) -> Any:
+        result, at = None, 0
+        while at is not None and len(self.failures) < most_failures:
+            result, at = self._parse_from(at)
+        return None if self.failures else result
+
+    def _parse_from(self, at: int) -> tuple[Any, int | None]:
+        """Parses to the end, or to a failure: then the second value is where to start again."""
+        tables, tokens, reduce = self.tables, self.tokens, self.reduce
+        rules, actions, keywords = tables.rules, tables.actions, tables.keywords
+        states, values, depths, firsts = [tables.start], [], [], []
+        while True:
+            token = tokens[at]
+            type = token[0]
+            if type == "NAME" and token[1] in keywords:
+                type = self._word(states, at)
+            while (action := actions[states[-1]].get(type)) is None or action < 0:
+                if action is None:
+                    if type == END and states[-1] == tables.end:
+                        return values[0], None
+                    accepts = frozenset(s for s in actions[states[-1]] if self._accepts(states, s))
+                    return None, self._fail(at, at, accepts, states, firsts)
+                rule = rules[~action]
+                origin, size = rule.origin, len(rule.fates)
+                depth = max(depths[-size:])
+                if origin in _DEEPER:
+                    depth += 1
+                    if depth > MAX_DEPTH:
+                        return None, self._fail(at, firsts[-size], None, states, firsts)
+                children = _children(rule.fates, values[-size:])
+                if origin[0] != "_":
+                    children = reduce(origin, children, tokens[firsts[-size]][2], tokens[at - 1][3])
+                if size > 1:
+                    del states[1 - size :], values[1 - size :], depths[1 - size :], firsts[1 - size :]
+                states.pop()
+                values[-1], depths[-1] = children, depth
+                states.append(actions[states[-1]][origin])
+            states.append(action)
+            values.append(token)
+            depths.append(0)
+            firsts.append(at)
+            at += 1
+
+    def _fail(self, at: int, index: int, accepts: frozenset[str] | None, states, firsts) -> int | None:
+        begin = next((i for i in reversed(self.heads) if i <= at and i in firsts), firsts[0] if firsts else at)
+        if at < len(self.tokens) and accepts is not None and "LET" in accepts:
+            begin = at if not firsts or at in self.heads else begin
+        self.failures.append(Failure(begin, index, accepts or frozenset(), too_deep=accepts is None))
+        return next((i for i in self.heads if i >= at and i > begin), None)
+
+    def _accepts(self, states: list[int], type: str) -> bool:
+        """Whether a token of this type would be shifted after all the reductions it causes."""
+        rules, actions, end = self.tables.rules, self.tables.actions, self.tables.end
+        states = states[-_LOOK_BACK:] if len(states) > _LOOK_BACK else list(states)
+        while (action := actions[states[-1]].get(type)) is not None and action < 0:
+            rule = rules[~action]
+            del states[-len(rule.fates) :]
+            states.append(actions[states[-1]][rule.origin])
+        return action is not None or (type == END and states[-1] == end)
+
+    def _word(self, states: list[int], at: int) -> str:
+        """A word that is also a keyword: the keyword where a statement may begin or goes on, else a name."""
+        token = self.tokens[at]
+        keyword = self.tables.keywords[token.text]
+        if at in self._head_set or self._accepts(states, keyword) or not self._accepts(states, "NAME"):
+            return keyword
+        return "NAME"
+
+    def _is_head(self, text: str, i: int) -> bool:
+        token = self.tokens[i]
+        follows = HEADS.get(token.text) if token.type == "NAME" else None
+        if not follows or self.tokens[i + 1].type not in follows:
+            return False
+        return i == 0 or "\n" in text[self.tokens[i - 1].end : token.start]

@@ -1,0 +1,28 @@
+"""Shared fixtures. `pytest --renew` writes golden files anew; review them as a diff."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--renew", action="store_true", help="write the golden files anew")
+
+
+@pytest.fixture
+def golden(request):
+    """golden("name.txt", text): equal to tests/golden/name.txt, or writes it with --renew."""
+
+    def compare(name: str, text: str) -> None:
+        path = ROOT / "golden" / name
+        if request.config.getoption("--renew"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"no golden file {path.name}; run pytest --renew"
+        assert text == path.read_text(encoding="utf-8")
+
+    return compare
