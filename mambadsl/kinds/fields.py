@@ -250,11 +250,11 @@ class Field:
 
 def fill(fields: tuple[Field, ...], given: Call, *, owner: str) -> Values:
     """Values of a form from its call: unknown names and missing ones are Mismatches."""
-    from mambadsl.text.spell import nearest
-
     names = [f.name for f in fields]
     for key in given.args:
         if key not in names:
+            from mambadsl.text.spell import nearest
+
             near = nearest(key, names)
             help = (f"did you mean `{near}`?",) if near else (_takes(owner, names),)
             raise Mismatch(f"{owner} has no field `{key}`", help=help, at=given.keys.get(key), name_problem=True)

@@ -47,6 +47,7 @@ class Parser:
         self.tokens = tokens
         self.reduce = reduce
         self.heads = [i for i in range(len(tokens) - 1) if self._is_head(text, i)]
+        self._at_head = frozenset(self.heads)
         self.failures: list[Failure] = []
 
     def run(self, *, most_failures: int) -> Any:
@@ -93,16 +94,17 @@ class Parser:
             at += 1
 
     def _fail(self, at: int, index: int, accepts: frozenset[str] | None, states, firsts) -> int | None:
-        begin = next((i for i in reversed(self.heads) if i <= at and i in firsts), firsts[0] if firsts else at)
-        if at < len(self.tokens) and accepts is not None and "LET" in accepts:
-            begin = at if not firsts or at in self.heads else begin
+        """Notes the failure; returns the next head to start again at, if there is one."""
+        after_statements = len(states) > 1 and "LET" in self.tables.actions[states[1]]
+        inner = firsts[1:] if after_statements else firsts
+        begin = inner[0] if inner else at
         self.failures.append(Failure(begin, index, accepts or frozenset(), too_deep=accepts is None))
         return next((i for i in self.heads if i >= at and i > begin), None)
 
     def _accepts(self, states: list[int], type: str) -> bool:
         """Whether a token of this type would be shifted after all the reductions it causes."""
         rules, actions, end = self.tables.rules, self.tables.actions, self.tables.end
-        states = states[-_LOOK_BACK:] if len(states) > _LOOK_BACK else list(states)
+        states = list(states)
         while (action := actions[states[-1]].get(type)) is not None and action < 0:
             rule = rules[~action]
             del states[-len(rule.fates) :]
@@ -113,7 +115,7 @@ class Parser:
         """A word that is also a keyword: the keyword where a statement may begin or goes on, else a name."""
         token = self.tokens[at]
         keyword = self.tables.keywords[token.text]
-        if at in self._head_set or self._accepts(states, keyword) or not self._accepts(states, "NAME"):
+        if at in self._at_head or self._accepts(states, keyword) or not self._accepts(states, "NAME"):
             return keyword
         return "NAME"
 
@@ -123,3 +125,21 @@ class Parser:
         if not follows or self.tokens[i + 1].type not in follows:
             return False
         return i == 0 or "\n" in text[self.tokens[i - 1].end : token.start]
+
+
+def _children(fates: str, values: list) -> list:
+    """The kept values; those of an inner rule in their place. Its list has no other owner, so the first
+    one is extended in place: that keeps a long pattern linear."""
+    children: list | None = None
+    for fate, value in zip(fates, values):
+        if fate == "s":
+            if children is None:
+                children = value
+            else:
+                children += value
+        elif fate == "k":
+            if children is None:
+                children = [value]
+            else:
+                children.append(value)
+    return [] if children is None else children

@@ -1,0 +1,58 @@
+"""What a misspelt word was probably meant to be, out of the words that are legal at its place."""
+
+from __future__ import annotations
+
+from typing import Collection, Iterable
+
+
+def nearest(word: str, legal: Iterable[str]) -> str | None:
+    """The legal word closest to `word`, or None where nothing is close."""
+    return next(iter(nearest_all(word, legal, most=1)), None)
+
+
+def nearest_all(word: str, legal: Iterable[str], *, most: int = 3) -> tuple[str, ...]:
+    """Up to `most` legal words, nearest first: at most about half of the letters wrong, where case and
+    underscores do not count and two exchanged neighbours are one mistake."""
+    plain = _plain(word)[:64]
+    found = []
+    for candidate in dict.fromkeys(legal):
+        other = _plain(candidate)
+        longer = max(len(plain), len(other))
+        limit = longer // 2 if longer > 3 else longer // 3
+        if abs(len(plain) - len(other)) <= limit and (distance := edits(plain, other)) <= limit:
+            if plain and other and candidate != word:
+                found.append((distance, plain[0] != other[0], len(found), candidate))
+    return tuple(candidate for *_, candidate in sorted(found)[:most])
+
+
+def edits(a: str, b: str) -> int:
+    """Letters to insert, delete, replace or exchange with the next, to turn `a` into `b`
+    (optimal string alignment)."""
+    before: list[int] = []
+    previous = list(range(len(b) + 1))
+    for i, letter in enumerate(a, 1):
+        row = [i]
+        for j, other in enumerate(b, 1):
+            best = min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+        before, previous = previous, row
+    return previous[-1]
+
+
+def split_layers(word: str, layers: Collection[str]) -> str | None:
+    """`MMMA` with layers M and A -> `M M M A`: the fewest layers that spell the word, or None."""
+    fewest: list[list[str] | None] = [[]]
+    for end in range(1, len(word) + 1):
+        best = None
+        for layer in layers:
+            head = fewest[end - len(layer)] if layer and len(layer) <= end else None
+            if head is not None and word.endswith(layer, 0, end) and (best is None or len(head) + 1 < len(best)):
+                best = [*head, layer]
+        fewest.append(best)
+    return " ".join(fewest[-1]) if word and fewest[-1] else None
+
+
+def _plain(word: str) -> str:
+    return word.replace("_", "").lower()
