@@ -53,11 +53,11 @@ ZEROS, ONES = Init("zeros"), Init("ones")
 class Weight:
     """One tensor of a layer, declared once.
 
-    name: path below the layer (`in_proj.weight`). segments: logical parts along axis 0, by name and
-    size, that tensor parallelism and converters split by. fp32: stays float32 whatever the model's
-    dtype. decay: weight decay applies. trained: False for buffers that are saved but have no gradient
-    (they do not count as parameters). quantise: may be stored in 8 or 4 bits. active: the share of its
-    elements that one token uses (top_k of experts). tp: how tensor parallelism splits it: "out" (axis 0,
+    name: path below the layer (`in_proj.weight`). segments: logical parts along the output
+    axis (0; 1 of stacked experts [E, out, in]), by name and size, that tensor parallelism and converters
+    split by. fp32: stays float32 whatever the model's dtype. decay: weight decay applies. trained: False
+    for buffers that are saved but have no gradient (they do not count as parameters). quantise: may be
+    stored in 8 or 4 bits. active: the share of its elements that one token uses (top_k of experts). tp: how tensor parallelism splits it: "out" (axis 0,
     by segment), "in" (axis 1), "heads" (axis 0), "expert" (axis 0), "none".
     """
 

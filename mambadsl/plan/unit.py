@@ -19,7 +19,7 @@ TRAINING_BYTES_PER_PARAM = 2 + 4 + 12
 
 _NUMBERS = (
     "forward_s", "backward_input_s", "backward_weight_s", "static_bytes", "activation_bytes",
-    "out_bytes", "working_bytes", "shared_bytes", "params",
+    "out_bytes", "working_bytes", "shared_bytes", "params", "shared_params",
 )
 
 
@@ -35,8 +35,8 @@ class Unit:
     out_bytes: every tensor that crosses if the chain is cut after this unit: the residual stream and what
     else is carried past it.
     can_cut_after: False where a crossing tensor cannot be sent. cut_after: the text has a `|` here.
-    owner, shared_bytes: weights used by several units (a shared block, a tied embedding): their bytes are
-    paid once in each stage that has a unit of this owner.
+    owner, shared_bytes, shared_params: weights used by several units (a shared block, a tied embedding):
+    paid once in each stage that has a unit of this owner. params: the unit's own weights, without those.
     kind and label: what tables show (`mamba2`, `M`). detail: a noun phrase for sentences
     ("131,072 x 4,096 logits"). span: the place in the model file.
     """
@@ -56,6 +56,7 @@ class Unit:
     owner: str | None = None
     shared_bytes: int = 0
     params: int = 0
+    shared_params: int = 0
     detail: str = ""
     span: Span | None = None
 

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any, Callable
+from typing import Any, Callable, Collection
 
 from mambadsl.syntax import tree
 from mambadsl.syntax.tokens import Token
+from mambadsl.text.diagnostic import Diagnostic, declare
 from mambadsl.text.source import Source, Span
 
 
-def reducer(source: Source) -> Callable[..., Any]:
-    """What `Parser` calls for each finished rule."""
+E017 = declare(
+    "E017",
+    "a keyword used as a name",
+    """
+    The words that begin statements, `import`, `true` and `false` cannot name a constant, a model or a part
+    set: a line such as `let layer = 3` reads like something else. As names of settings and arguments they
+    are fine (`f(model=4)`).
+    """,
+)
+
+
+def reducer(source: Source, *, keywords: Collection[str], problems: list[Diagnostic]) -> Callable[..., Any]:
+    """What `Parser` calls for each finished rule. Keywords taken as names go to `problems`."""
 
     def reduce(origin: str, children: list, start: int, end: int) -> Any:
+        if origin in _DECLARES and (token := children[0]).text in keywords:
+            span = Span(source, token.start, token.end)
+            problems.append(Diagnostic(E017, f"`{token.text}` is a keyword, not a name", span))
         return _MAKERS[origin](children, Span(source, start, end))
 
     return reduce
+
+
+_DECLARES = frozenset({"let", "model", "parts", "symbol"})
 
 
 def _name(token: Token, span: Span) -> tree.Name:

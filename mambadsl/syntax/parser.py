@@ -12,19 +12,22 @@ from typing import Any, Callable
 from mambadsl.syntax.tables import END, Tables
 from mambadsl.syntax.tokens import MAX_DEPTH, Token
 
-#: What may follow a keyword at the beginning of a line for it to begin a statement there, whatever the
-#: parser was in the middle of: `parts = 3` is a setting, `parts h200 {` is not.
-HEADS = {
-    "from": {"STRING"},
-    "let": {"NAME", "LAYER_NAME"},
-    "model": {"NAME", "LAYER_NAME", "LBRACE"},
-    "layer": {"NAME", "LAYER_NAME"},
-    "shared": {"NAME", "LAYER_NAME"},
-    "stack": {"LBRACE"},
-    "mtp": {"LBRACE", "LPAR"},
-    "parts": {"NAME", "LAYER_NAME", "LBRACE"},
-    "expect": {"NAME", "LAYER_NAME", "INT", "FLOAT"},
+#: keyword -> what may follow, and what may follow that, for it to begin a statement at the start of a line
+#: whatever the parser was in the middle of: `parts = 3` is a setting, `parts h200 {` is not.
+_NAMED = {"NAME", "LAYER_NAME"}
+HEADS: dict[str, tuple[set[str], set[str]]] = {
+    "from": ({"STRING"}, {"NAME"}),
+    "let": (_NAMED, {"EQUAL"}),
+    "model": (_NAMED, {"LBRACE"}),
+    "layer": (_NAMED, {"EQUAL"}),
+    "shared": (_NAMED, {"EQUAL"}),
+    "stack": ({"LBRACE"}, _NAMED | {"LSQB", "VBAR", "RBRACE"}),
+    "mtp": ({"LBRACE", "LPAR"}, _NAMED | {"LSQB"}),
+    "parts": (_NAMED, {"LBRACE", "COLON"}),
+    "expect": (_NAMED | {"INT", "FLOAT"}, {"COMPARE", "LPAR"}),
 }
+#: After these a word must still come, so a keyword counts only where two more tokens agree.
+_UNFINISHED = frozenset({"EQUAL", "PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "COMPARE", "COMMA", "LPAR", "LSQB"})
 _DEEPER = frozenset({"add", "mul", "negative", "args", "list", "paren", "group"})
 
 
@@ -56,11 +59,12 @@ class Parser:
             result, at = self._parse_from(at)
         return None if self.failures else result
 
-    def _parse_from(self, at: int) -> tuple[Any, int | None]:
+    def _parse_from(self, begin_at: int) -> tuple[Any, int | None]:
         """Parses to the end, or to a failure: then the second value is where to start again."""
         tables, tokens, reduce = self.tables, self.tokens, self.reduce
         rules, actions, keywords = tables.rules, tables.actions, tables.keywords
         states, values, depths, firsts = [tables.start], [], [], []
+        at = begin_at
         while True:
             token = tokens[at]
             type = token[0]
@@ -70,8 +74,7 @@ class Parser:
                 if action is None:
                     if type == END and states[-1] == tables.end:
                         return values[0], None
-                    accepts = frozenset(s for s in actions[states[-1]] if self._accepts(states, s))
-                    return None, self._fail(at, at, accepts, states, firsts)
+                    return None, self._fail(at, at, self._accepted(begin_at, at), states, firsts)
                 rule = rules[~action]
                 origin, size = rule.origin, len(rule.fates)
                 depth = max(depths[-size:])
@@ -95,11 +98,27 @@ class Parser:
 
     def _fail(self, at: int, index: int, accepts: frozenset[str] | None, states, firsts) -> int | None:
         """Notes the failure; returns the next head to start again at, if there is one."""
-        after_statements = len(states) > 1 and "LET" in self.tables.actions[states[1]]
+        after_statements = len(states) > 1 and self.tables.actions[states[1]].get("LET", -1) >= 0
         inner = firsts[1:] if after_statements else firsts
         begin = inner[0] if inner else at
         self.failures.append(Failure(begin, index, accepts or frozenset(), too_deep=accepts is None))
         return next((i for i in self.heads if i >= at and i > begin), None)
+
+    def _accepted(self, begin_at: int, at: int) -> frozenset[str]:
+        """The terminals that fit after the tokens before `at`. Replays them, since the token that did not
+        fit has already caused reductions which other tokens would not."""
+        rules, actions = self.tables.rules, self.tables.actions
+        states = [self.tables.start]
+        for i in range(begin_at, at):
+            type, text = self.tokens[i][:2]
+            if type == "NAME" and text in self.tables.keywords:
+                type = self._word(states, i)
+            while (action := actions[states[-1]][type]) < 0:
+                rule = rules[~action]
+                del states[-len(rule.fates) :]
+                states.append(actions[states[-1]][rule.origin])
+            states.append(action)
+        return frozenset(s for s in actions[states[-1]] if s.isupper() and self._accepts(states, s))
 
     def _accepts(self, states: list[int], type: str) -> bool:
         """Whether a token of this type would be shifted after all the reductions it causes."""
@@ -121,10 +140,17 @@ class Parser:
 
     def _is_head(self, text: str, i: int) -> bool:
         token = self.tokens[i]
-        follows = HEADS.get(token.text) if token.type == "NAME" else None
-        if not follows or self.tokens[i + 1].type not in follows:
+        if token.type != "NAME" or token.text not in HEADS:
             return False
-        return i == 0 or "\n" in text[self.tokens[i - 1].end : token.start]
+        second, third = HEADS[token.text]
+        if self.tokens[i + 1].type not in second:
+            return False
+        if i == 0:
+            return True
+        before = self.tokens[i - 1]
+        if before.type in {"DOT", "COLON"} or "\n" not in text[before.end : token.start]:
+            return False
+        return before.type not in _UNFINISHED or self.tokens[i + 2].type in third
 
 
 def _children(fates: str, values: list) -> list:

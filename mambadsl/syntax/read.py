@@ -15,14 +15,17 @@ MAX_REPORTED = 50
 
 def read(source: Source) -> File:
     """The tree of a model file. Every broken statement is reported once, in the order of the text."""
-    from mambadsl.syntax import mistakes
-
     tokens = tokenize(source)
     problems = list(tokens.diagnostics)
     if tokens.complete:
-        parser = Parser(tables.load(), tokens.items, text=source.text, reduce=reducer(source))
+        grammar = tables.load()
+        reduce = reducer(source, keywords=grammar.keywords, problems=problems)
+        parser = Parser(grammar, tokens.items, text=source.text, reduce=reduce)
         value = parser.run(most_failures=MAX_REPORTED)
-        problems += mistakes.explain(source, tokens, parser)
+        if parser.failures:
+            from mambadsl.syntax import mistakes
+
+            problems += mistakes.explain(source, tokens, parser)
     if problems:
         problems.sort(key=lambda problem: problem.span.start)
         raise MdlError(problems[:MAX_REPORTED])

@@ -82,7 +82,6 @@ _HELP = {
     "!": "write `!=` for `is not`",
     "&": "write one `expect` line for each fact",
     "\\": "delete it: a statement may go on in the next line",
-    "@": "delete it",
     "$": "names stand alone: `d_model`, not `$d_model`",
 }
 

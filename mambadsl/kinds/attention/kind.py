@@ -32,7 +32,10 @@ ROPE_SCALING = OneForm(
         _FACTOR,
         Field("beta_fast", Real(above=0), 32, "rotations above which nothing is scaled"),
         Field("beta_slow", Real(above=0), 1, "rotations below which all is scaled"),
-        Field("attention_factor", OrWord("auto", Real(above=0)), None, "scale of cos and sin; auto: 0.1 ln(factor) + 1"),
+        Field(
+            "attention_factor", OrWord("auto", Real(above=0)), None,
+            "scale of cos and sin; auto: 0.1 ln(factor) + 1, at least 1",
+        ),
         _ORIGINAL,
     ),
 )
@@ -64,7 +67,7 @@ FIELDS = (
     Field("softcap", OrWord("none", Real(above=0)), None, "scores are squashed to cap * tanh(score / cap)"),
     Field("qkv_bias", Flag(), False, "qkv_proj has a bias"),
     Field("o_bias", Flag(), False, "o_proj has a bias"),
-    Field("key_multiplier", Real(), 1, "scale of the keys, before rope (Falcon-H1)"),
+    Field("key_multiplier", Real(), 1, "scale of the keys, after their norm and before rope (Falcon-H1)"),
 )
 
 

@@ -1,0 +1,40 @@
+"""mambadsl: a compiler for hybrid state-space / attention language models.
+
+    import mambadsl
+    program = mambadsl.load("models/nemotron_h_8b.mdl")   # MdlError carries every problem
+    program.graph                                          # networkx
+    plan = program.plan(stages=4, device="h200")
+    model = program.build(dtype="bf16")                    # torch
+
+Names are imported when first used, so `import mambadsl` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "mambadsl.compile",
+    "Program": "mambadsl.compile",
+    "MdlError": "mambadsl.text.diagnostic",
+    "Diagnostic": "mambadsl.text.diagnostic",
+    "Facts": "mambadsl.graph.checks",
+    "Graph": "mambadsl.graph.builder",
+    "from_networkx": "mambadsl.graph.exchange",
+    "load_compiled": "mambadsl.run.compiled",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mambadsl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

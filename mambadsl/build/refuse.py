@@ -1,0 +1,101 @@
+"""What cannot be built yet, or at all: LayerGraph and part set -> diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mambadsl.graph.graph import LayerGraph, Node, Role
+from mambadsl.parts.sets import SETS
+from mambadsl.text.diagnostic import Diagnostic, declare
+from mambadsl.text.spell import nearest
+
+E901 = declare(
+    "E901",
+    "not built yet",
+    """
+    The language knows this, checks it, counts and plans it, but no torch module exists for it yet: the
+    multi-token-prediction tail (`mtp`), and per-use weights of shared layers (`adapter`). Everything
+    around it can be built: take it out, or keep it and use `check`, `plan` and `summary`.
+    """,
+)
+E902 = declare(
+    "E902",
+    "the part set cannot be used",
+    """
+    A part set says which code fills each slot of each layer. `reference` (pure torch, any machine) exists;
+    `auto` takes the best that exists, which is `reference` today, and says so in `model.choices`. The
+    other names are promised by the design and have no code yet. A set asked for by name is never
+    replaced in silence.
+    """,
+)
+E903 = declare(
+    "E903",
+    "the residual form does not fit what the layer reads",
+    """
+    `residual=normed` adds the normed input itself to the stream (alpha * norm(x) + beta * f(norm(x))). A layer
+    with `input=with_embedding` norms the stream and the first embedding side by side, which is twice as wide
+    as the stream. Use `pre`, `post` or `sandwich` for such a layer.
+    """,
+)
+
+#: Part sets with code behind them.
+BUILT = ("reference", "auto")
+
+
+def problems(graph: LayerGraph, *, parts: str) -> list[Diagnostic]:
+    """Everything that keeps the graph from being built with this part set."""
+    return [*_parts(graph, parts), *_missing(graph), *_unfitting(graph)]
+
+
+def _parts(graph: LayerGraph, parts: str) -> Iterator[Diagnostic]:
+    if parts in BUILT:
+        return
+    own = {p.name: p.span for p in graph.parts}
+    today = "today there are `reference` (pure torch) and `auto` (the same)"
+    if parts in SETS or parts in own:
+        message = f"the part set `{parts}` has no code yet; {today}"
+        yield Diagnostic(E902, message, own.get(parts), help=("`parts=\"reference\"` runs on any machine",))
+    else:
+        near = nearest(parts, (*BUILT, *SETS, *own))
+        help = (f"did you mean `{near}`?",) if near else ()
+        yield Diagnostic(E902, f"there is no part set `{parts}`; {today}", help=help)
+
+
+def _missing(graph: LayerGraph) -> Iterator[Diagnostic]:
+    mtp = [n for n in graph.nodes if n.path.startswith("mtp.")]
+    if mtp or graph.mtp:
+        span = graph.mtp.span if graph.mtp else mtp[0].span
+        path = mtp[0].path if mtp else "mtp"
+        help = ("build the model without its `mtp` block; its checkpoint keeps the same names",)
+        yield Diagnostic(E901, f"the multi-token-prediction tail (`{path}`) is not built yet", span, help=help)
+    # A definition used many times is one problem.
+    seen: set = set()
+    for node in graph.nodes:
+        for path, _, mixer in node.branches():
+            if mixer.branch.adapter.name == "none" or path.startswith("mtp."):
+                continue
+            origin = mixer.origins.get("adapter")
+            span = (origin.span if origin else None) or mixer.span or node.span
+            key = span or path
+            if key in seen:
+                continue
+            seen.add(key)
+            message = f"the adapter of layer `{path}` (`{node.layer.label}`) is not built yet"
+            yield Diagnostic(E901, message, span, help=("leave out `adapter`, or set `adapter=none`",))
+
+
+def _unfitting(graph: LayerGraph) -> Iterator[Diagnostic]:
+    seen: set[int] = set()
+    for node in graph.nodes:
+        if node.role is not Role.LAYER or id(node.layer) in seen:
+            continue
+        seen.add(id(node.layer))
+        sub = node.layer.sub
+        if sub.residual.name == "normed" and sub.input == "with_embedding":
+            message = f"layer `{node.path}` adds its normed input, which is twice as wide as the stream"
+            yield Diagnostic(E903, message, _place(node), help=("`residual` may be `pre`, `post` or `sandwich` here",))
+
+
+def _place(node: Node):
+    origin = node.layer.origins.get("residual")
+    return (origin.span if origin else None) or node.layer.span or node.span

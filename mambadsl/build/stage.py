@@ -1,0 +1,116 @@
+"""Pipeline stages: which nodes a stage runs, what it takes and what it gives.
+
+In: a graph, and lists of paths (from a plan or by hand) or the `|` marks of the text. Out: `Stage`s. Refuses
+(E904) lists that are not the whole model, in order, once. The whole model is the only stage of one: it takes
+token ids and gives logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mambadsl.graph.graph import LayerGraph, Node
+from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
+from mambadsl.text.spell import nearest
+
+E904 = declare(
+    "E904",
+    "the stages are not the model",
+    """
+    Stages hold every node of the graph once, in order, each at least one. A layer left out or run twice would
+    train without any error and give a different model, so this is checked before anything is built.
+    """,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Stage `index` (from 0) of `count`. takes, gives: names of the tensors in and out, in order: `tokens`
+    [B, T], `x` the stream and `x0` the first embedding [B, T, d_model], `logits` [B, T, vocab]."""
+
+    index: int
+    count: int
+    nodes: tuple[Node, ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(node.path for node in self.nodes)
+
+    @property
+    def keeps_embedding(self) -> bool:
+        """The first embedding is read here or later."""
+        return "x0" in self.takes + self.gives or any(map(_reads_embedding, self.nodes))
+
+
+def whole(graph: LayerGraph) -> Stage:
+    return stages(graph, [[node.path for node in graph.nodes]])[0]
+
+
+def stages(graph: LayerGraph, paths: Sequence[Sequence[str]]) -> tuple[Stage, ...]:
+    """One stage for each list of node paths."""
+    if problems := list(_problems(graph, paths)):
+        raise MdlError(problems)
+    parts = [tuple(graph.by_path[path] for path in part) for part in paths]
+    crossing = [_crossing(parts[k:]) for k in range(1, len(parts))]
+    takes, gives = [("tokens",), *crossing], [*crossing, ("logits",)]
+    return tuple(Stage(k, len(parts), *stage) for k, stage in enumerate(zip(parts, takes, gives)))
+
+
+def at_marks(graph: LayerGraph) -> tuple[Stage, ...]:
+    """The stages that the `|` marks of the text say; one stage where there are none."""
+    paths: list[list[str]] = [[]]
+    for node in graph.nodes:
+        paths[-1].append(node.path)
+        if node.cut_after:
+            paths.append([])
+    return stages(graph, paths)
+
+
+def choose(graph: LayerGraph, *, plan: Any = None, stage: int | None = None) -> Stage:
+    """The stage to build. plan: a Plan, or a list of lists of paths; without one, the text's marks."""
+    if stage is None:
+        return whole(graph)
+    if plan is None:
+        found = at_marks(graph)
+    else:
+        found = stages(graph, [part.paths for part in plan.stages] if hasattr(plan, "stages") else plan)
+    if not 0 <= stage < len(found):
+        count = "one stage" if len(found) == 1 else f"{len(found)} stages"
+        help = "give `plan=`, or mark the cuts in the text with `|`" if plan is None else "stages count from 0"
+        raise MdlError([Diagnostic(E904, f"there is no stage {stage}: the model has {count}", help=(help,))])
+    return found[stage]
+
+
+def _crossing(later: Sequence[Sequence[Node]]) -> tuple[str, ...]:
+    """What the first of the later stages takes."""
+    return ("x", "x0") if any(_reads_embedding(n) for part in later for n in part) else ("x",)
+
+
+def _reads_embedding(node: Node) -> bool:
+    return node.layer is not None and node.layer.sub.input == "with_embedding"
+
+
+def _problems(graph: LayerGraph, paths: Sequence[Sequence[str]]):
+    known = tuple(node.path for node in graph.nodes)
+    given = [path for part in paths for path in part]
+    for k, part in enumerate(paths):
+        if not part:
+            yield Diagnostic(E904, f"stage {k} has no layers", help=("leave the stage out",))
+    for path in dict.fromkeys(given):
+        if path not in graph.by_path:
+            near = nearest(path, known)
+            help = (f"did you mean `{near}`?",) if near else ()
+            yield Diagnostic(E904, f"there is no layer `{path}` in the model", help=help)
+        elif (times := given.count(path)) > 1:
+            yield Diagnostic(E904, f"layer `{path}` is in {times} stages' lists", graph.by_path[path].span)
+    if missing := [path for path in known if path not in set(given)]:
+        names = ", ".join(f"`{path}`" for path in missing[:8]) + (", ..." if len(missing) > 8 else "")
+        yield Diagnostic(E904, f"no stage has {names}", graph.by_path[missing[0]].span)
+    if sorted(given) == sorted(known) and given != list(known):
+        k = next(k for k, (a, b) in enumerate(zip(given, known)) if a != b)
+        message = f"`{given[k]}` comes where `{known[k]}` should: layers run in the model's order"
+        yield Diagnostic(E904, message, graph.by_path[given[k]].span)

@@ -1,0 +1,113 @@
+"""What a batch of tokens is, and where each row stands between calls.
+
+In: segments, padding mask, positions as the caller has them, and a decoding state. Out: `Tokens`, the one
+description that every layer gets. Refuses (ValueError) shapes that do not fit the tokens, a state of
+another batch size, and document numbers that go back within a row.
+
+Letters: B batch, T time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambadsl.kinds.tokens import PADDING, Tokens
+
+
+@dataclass
+class DecodingState:
+    """What the tokens so far have left behind. Forward passes change it in place; after one that raised it
+    is worth nothing.
+
+    layers: branch path (`stack.3`, `stack.4.1`) -> that layer's tensors. position_B: place of each row's
+    next token in its document. segment_B: document of each row's last token; None while no call has named
+    documents or padding.
+    """
+
+    layers: dict[str, dict[str, Any]]
+    position_B: Tensor
+    segment_B: Tensor | None = None
+
+    def copy(self) -> DecodingState:
+        """A snapshot: later calls on either leave the other alone."""
+
+        def copied(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) else value
+
+        layers = {path: {name: copied(v) for name, v in state.items()} for path, state in self.layers.items()}
+        return DecodingState(layers, self.position_B.clone(), copied(self.segment_B))
+
+    def advance(self, tokens: Tokens) -> None:
+        """The rows now stand after these tokens; rows of nothing but padding stay where they were."""
+        if tokens.segments_BT is None:
+            self.position_B = tokens.positions_BT[:, -1] + 1
+            return
+        real_BT = tokens.segments_BT != PADDING
+        last_B1 = tokens.length - 1 - real_BT.flip(1).int().argmax(1, keepdim=True)
+        some_B = real_BT.any(1)
+        before_B = torch.zeros_like(tokens.segments_BT[:, 0]) if self.segment_B is None else self.segment_B
+        self.position_B = torch.where(some_B, tokens.positions_BT.gather(1, last_B1)[:, 0] + 1, self.position_B)
+        self.segment_B = torch.where(some_B, tokens.segments_BT.gather(1, last_B1)[:, 0], before_B)
+
+
+def describe(
+    shape: tuple[int, int], *, device: Any = None, segments: Tensor | None = None, valid: Tensor | None = None,
+    positions: Tensor | None = None, state: DecodingState | None = None,
+) -> Tokens:
+    """Tokens of a [B, T] batch. segments: document numbers [B, T], non-decreasing along a row, negative for
+    padding. valid: bool [B, T], False for padding. positions: [B, T] or [T]; default: counted in each
+    document, on from the state."""
+    B, T = shape
+    if not (B and T):
+        raise ValueError(f"a batch needs at least one row and one token, not {B} x {T}")
+    for name, given in ("segments", segments), ("valid", valid):
+        if given is not None and tuple(given.shape) != (B, T):
+            raise ValueError(f"`{name}` must be [{B}, {T}] like the tokens, not {list(given.shape)}")
+    if state is not None and state.position_B.shape[0] != B:
+        raise ValueError(f"the state is of {state.position_B.shape[0]} rows and the batch of {B}")
+    if positions is not None:
+        if tuple(positions.shape) not in ((B, T), (T,)):
+            raise ValueError(f"`positions` must be [{B}, {T}] or [{T}], not {list(positions.shape)}")
+        positions = positions.long().expand(B, T)
+    start_B = torch.zeros(B, dtype=torch.int64, device=device) if state is None else state.position_B
+    if segments is None and valid is None and (state is None or state.segment_B is None):
+        if positions is None:
+            positions = start_B[:, None] + torch.arange(T, device=device)
+        return Tokens(positions, None)
+    segments_BT = torch.zeros((B, T), dtype=torch.int32, device=device) if segments is None else segments.int()
+    segments_BT = segments_BT.clamp_min(PADDING)
+    if valid is not None:
+        segments_BT = torch.where(valid.bool(), segments_BT, PADDING)
+    last_B = torch.zeros_like(segments_BT[:, 0]) if state is None or state.segment_B is None else state.segment_B
+    before_BT = _before(segments_BT, last_B)
+    # A look at the data: free on a CPU, a wait for the device elsewhere.
+    if segments_BT.device.type == "cpu" and _goes_back(segments_BT):
+        raise ValueError("document numbers in `segments` must not go down along a row: documents would mix")
+    if positions is None:
+        positions = _count(segments_BT, before_BT, start_B)
+    return Tokens(positions, segments_BT)
+
+
+def _before(segments_BT: Tensor, last_B: Tensor) -> Tensor:
+    """The document of the last real token before each token."""
+    shifted_BT = torch.cat((torch.full_like(segments_BT[:, :1], PADDING), segments_BT[:, :-1]), 1)
+    highest_BT = shifted_BT.cummax(1).values
+    return torch.where(highest_BT == PADDING, last_B[:, None], highest_BT)
+
+
+def _goes_back(segments_BT: Tensor) -> bool:
+    real_BT = segments_BT != PADDING
+    return bool((real_BT & (segments_BT < segments_BT.cummax(1).values)).any())
+
+
+def _count(segments_BT: Tensor, before_BT: Tensor, start_B: Tensor) -> Tensor:
+    """Place of each token among the real tokens of its document; padding repeats its neighbour's place."""
+    real_BT = segments_BT != PADDING
+    count_BT = real_BT.long().cumsum(1)
+    first_BT = real_BT & (segments_BT != before_BT)
+    origin_BT = torch.where(first_BT, count_BT - 1, -start_B[:, None]).cummax(1).values
+    return (count_BT - 1 - origin_BT).clamp_min(0)

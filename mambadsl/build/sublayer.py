@@ -1,0 +1,89 @@
+"""One residual sublayer: a node of the graph -> a torch module around one kind's module, or a sum of several.
+
+With f(h) the sum over the branches of out_multiplier * dropout(branch(in_multiplier * h)):
+
+    pre       x + f(norm(x))                     normed    alpha * h + beta * f(h), h = norm(x)
+    post      x + norm(f(x))                     sandwich  x + post_norm(f(norm(x)))
+
+`input=with_embedding`: norm and branches read x and the first embedding x0 side by side, 2 * d_model wide.
+The stream keeps its dtype (float32 with `residual_dtype = fp32`); branches work in that of their weights.
+Letters: B batch, T time, D d_model, I width that the branches read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mambadsl.graph.graph import Node
+from mambadsl.kinds.module import KindModule
+from mambadsl.kinds.norm import Norm
+from mambadsl.kinds.registry import get
+from mambadsl.kinds.tokens import Tokens
+
+
+class Sublayer(nn.Module):
+    """Children are named as `graph.weights` names them: `norm`, `post_norm`, and `mixer`, or `0`, `1`, ...
+    for the branches of a sum."""
+
+    def __init__(self, node: Node, *, d_model: int, dtype: torch.dtype, device: Any = None):
+        super().__init__()
+        self.sub, self.branches = node.layer.sub, node.layer.branches
+        form, dims = self.sub.residual.name, node.dims(d_model)
+        made = dict(dtype=dtype, device=device)
+        # The norm after the branches is `norm` where it is the only one.
+        self.norm_after = {"post": "norm", "sandwich": "post_norm"}.get(form)
+        if form != "post":
+            self.norm = Norm(self.sub.norm, dims.d_in, **made)
+        if self.norm_after:
+            self.add_module(self.norm_after, Norm(self.sub.norm, d_model, **made))
+        self.mixers = ("mixer",) if len(self.branches) == 1 else tuple(map(str, range(len(self.branches))))
+        for name, branch in zip(self.mixers, self.branches):
+            self.add_module(name, get(branch.kind).module()(branch.fields, dims, **made))
+
+    def mixer_modules(self) -> tuple[KindModule, ...]:
+        return tuple(self._modules[name] for name in self.mixers)
+
+    def forward(
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: Sequence[dict[str, Any]] | None = None
+    ) -> Tensor:
+        """The stream after this sublayer, [B, T, D]. x0_BTD: needed where the layer reads the first
+        embedding. states: one decoding state per branch, read and written."""
+        if self.sub.recompute and self.training and states is None and torch.is_grad_enabled():
+            return checkpoint(self._add, x_BTD, x0_BTD, tokens, use_reentrant=False)
+        return self._add(x_BTD, x0_BTD, tokens, states)
+
+    def _add(
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: Sequence[dict[str, Any]] | None = None
+    ) -> Tensor:
+        residual = self.sub.residual
+        h_BTI = torch.cat((x_BTD, x0_BTD), -1) if self.sub.input == "with_embedding" else x_BTD
+        if residual.name != "post":
+            h_BTI = self.norm(h_BTI)
+        y_BTD = self._sum(h_BTI, tokens, states)
+        if self.norm_after:
+            y_BTD = self._modules[self.norm_after](y_BTD)
+        y_BTD = y_BTD.to(x_BTD.dtype)
+        if residual.name == "normed":
+            return scaled(h_BTI, residual.alpha) + scaled(y_BTD, residual.beta)
+        return x_BTD + y_BTD
+
+    def _sum(self, h_BTI: Tensor, tokens: Tokens, states: Sequence[dict[str, Any]] | None) -> Tensor:
+        total_BTD = None
+        for i, (mixer, branch) in enumerate(zip(self.mixer_modules(), self.branches)):
+            f = branch.branch
+            x_BTI = scaled(h_BTI.to(mixer.dtype), f.in_multiplier)
+            y_BTD = mixer(x_BTI, tokens, states[i] if states is not None else None)
+            y_BTD = scaled(F.dropout(y_BTD, f.dropout, self.training), f.out_multiplier)
+            total_BTD = y_BTD if total_BTD is None else total_BTD + y_BTD
+        return total_BTD
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x * factor, and x itself for 1 (most layers: no copy)."""
+    return x if factor == 1 else x * factor

@@ -1,0 +1,1 @@
+"""Floor 3: structure. ModelSpec -> LayerGraph -> CheckedGraph; costs of nodes from kinds' tables."""

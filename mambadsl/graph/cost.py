@@ -1,0 +1,129 @@
+"""What a model costs: parameters, FLOPs, bytes, from the kinds' own tables.
+
+Everything is per token or per sequence, before any batch: the planner multiplies. Weights that several
+nodes share are owned (counted) by the first that uses them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mambadsl.graph.graph import LayerGraph, Node, Role
+from mambadsl.graph.weights import node_weights
+from mambadsl.kinds.kind import Flops, Saved, matmul
+from mambadsl.kinds.registry import get
+
+#: Bytes of one element in the compute dtype (bfloat16) and in float32.
+NARROW, WIDE = 2, 4
+NO_FLOPS = Flops(Fraction(0), Fraction(0), Fraction(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One node.
+
+    params: trained elements it owns. used_params: trained elements it reads (shared ones too).
+    active_params: of the owned ones, what one token uses (its experts). buffers: saved, not trained.
+    flops: for one token, mean over a sequence of `length`. saved_bytes_per_token: kept for the backward
+    pass. kv_bytes_per_token: growth of the decoding state with each token, in bfloat16.
+    state_bytes: fixed decoding state of one sequence (windows of keys and values count here, full).
+    """
+
+    params: int = 0
+    used_params: int = 0
+    active_params: int = 0
+    buffers: int = 0
+    flops: Flops = NO_FLOPS
+    saved_bytes_per_token: int = 0
+    kv_bytes_per_token: int = 0
+    state_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.params + other.params,
+            self.used_params + other.used_params,
+            self.active_params + other.active_params,
+            self.buffers + other.buffers,
+            self.flops + other.flops,
+            self.saved_bytes_per_token + other.saved_bytes_per_token,
+            self.kv_bytes_per_token + other.kv_bytes_per_token,
+            self.state_bytes + other.state_bytes,
+        )
+
+
+def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
+    """Cost of each node by path. length: tokens of a sequence (default: the model's context)."""
+    length = length or graph.model.context
+    seen: set[str] = set()
+    tables: dict = {}
+    shapes: dict = {}
+    found: dict[str, Cost] = {}
+    for node in graph.nodes:
+        key = (node.role, node.layer)
+        if key not in tables:
+            tables[key] = _running(graph, node, length)
+        # A node whose weights are its own has new paths only: its counts depend on the layer alone.
+        own = node.role is Role.LAYER and not node.shared
+        if own and key in shapes:
+            counts = shapes[key]
+        else:
+            counts = _weights(graph, node, seen)
+            if own:
+                shapes[key] = counts
+        found[node.path] = Cost(*counts, *tables[key])
+    return found
+
+
+def total(costs: dict[str, Cost]) -> Cost:
+    """The sum over all nodes (the whole model)."""
+    sum_ = Cost()
+    for cost in costs.values():
+        sum_ = sum_ + cost
+    return sum_
+
+
+def _weights(graph: LayerGraph, node: Node, seen: set[str]) -> tuple[int, int, int, int]:
+    params = used = buffers = 0
+    active = Fraction(0)
+    for path, weight in node_weights(graph, node):
+        n = weight.elements
+        used += n if weight.trained else 0
+        if path in seen:
+            continue
+        seen.add(path)
+        if weight.trained:
+            params += n
+            active += n * weight.active
+        else:
+            buffers += n
+    return params, used, int(active), buffers
+
+
+def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, int, int]:
+    model = graph.model
+    d = model.d_model
+    match node.role:
+        case Role.EMBED:
+            return NO_FLOPS, 0, 0, 0
+        case Role.HEAD | Role.MTP_OUT:
+            # Kept: the hidden state, and the logits once in the compute dtype and once in float32.
+            return matmul(model.vocab * d), d * NARROW + model.vocab * (NARROW + WIDE), 0, 0
+        case Role.MTP_IN:
+            return matmul(2 * d * d), 4 * d * NARROW, 0, 0
+    dims = node.dims(d)
+    flops, kv, state = NO_FLOPS, 0, 0
+    # The residual stream before the norm; branches keep their own inputs.
+    saved = Saved(0 if node.layer.sub.norm.name == "none" else dims.d_in)
+    for _, _, mixer in node.branches():
+        kind = get(mixer.kind)
+        flops += kind.flops(mixer.fields, dims, length)
+        more = kind.saved(mixer.fields, dims)
+        saved = Saved(saved.narrow + more.narrow, saved.wide + more.wide)
+        for s in kind.state(mixer.fields, dims):
+            size = s.elements * (WIDE if s.fp32 else NARROW)
+            if s.per_token and s.window is None:
+                kv += size
+            else:
+                state += size * (s.window if s.per_token else 1)
+    return flops, saved.narrow * NARROW + saved.wide * WIDE, kv, state

@@ -1,0 +1,131 @@
+"""The model as a graph: nodes are residual sublayers (and embedding, head), edges are tensors.
+
+`LayerGraph` is frozen and ordered; `to_networkx` gives the same graph as a networkx.DiGraph that may be
+edited, and `from_networkx` takes it back (to be checked again). Equality compares content: paths,
+kinds, fields, weights' owners, cuts and edges, never places in text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from mambadsl.kinds.kind import Dims
+from mambadsl.kinds.sublayer import input_width
+from mambadsl.kinds.values import Values
+from mambadsl.spec.model import ExpectSpec, LayerSpec, Mixer, MtpSpec, PartsSpec
+from mambadsl.syntax import tree
+from mambadsl.text.source import Span
+
+
+class Role(StrEnum):
+    EMBED = "embed"  #: token ids -> x
+    LAYER = "layer"  #: one residual sublayer
+    HEAD = "head"  #: final norm and logits
+    MTP_IN = "mtp_in"  #: norms and joins hidden state and next token's embedding
+    MTP_OUT = "mtp_out"  #: final norm of one depth, and the model's head again
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One block around a node: `[M F]*3`, or a named block. index: which repeat, of `count`."""
+
+    label: str
+    index: int
+    count: int
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """path: identity, global and stage-free (`embed`, `stack.12`, `mtp.0.1`, `head`). owner: the path
+    that its weights are named by; other than `path` only where weights are shared. cut_after: a `|`
+    follows. trail: the blocks around it, outermost first."""
+
+    path: str
+    role: Role
+    layer: LayerSpec | None = None
+    owner: str = ""
+    cut_after: bool = False
+    span: Span | None = field(default=None, compare=False, repr=False)
+    cut_span: Span | None = field(default=None, compare=False, repr=False)
+    trail: tuple[Frame, ...] = field(default=(), compare=False, repr=False)
+
+    def branches(self) -> tuple[tuple[str, str, Mixer], ...]:
+        """(path of the branch, prefix of its weights, mixer) of each branch."""
+        if self.layer is None:
+            return ()
+        if len(self.layer.branches) == 1:
+            return ((self.path, f"{self.owner}.mixer", self.layer.branches[0]),)
+        return tuple(
+            (f"{self.path}.{i}", f"{self.owner}.{i}", mixer) for i, mixer in enumerate(self.layer.branches)
+        )
+
+    def dims(self, d_model: int) -> Dims:
+        return Dims(d_model, input_width(self.layer.sub, d_model))
+
+    @property
+    def shared(self) -> bool:
+        return self.owner != self.path
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """tensor: "x" the residual stream, "x0" the first embedding carried past it, "h" the hidden state
+    that MTP reads, "tokens" the ids. width: elements per token."""
+
+    source: str
+    target: str
+    tensor: str
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraph:
+    """nodes are in an order in which they can run. tied: the head uses the embedding's weights."""
+
+    name: str
+    model: Values
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    mtp: MtpSpec | None = None
+    parts: tuple[PartsSpec, ...] = ()
+    expects: tuple[ExpectSpec, ...] = ()
+    file: tree.File | None = field(default=None, repr=False)
+
+    @cached_property
+    def by_path(self) -> dict[str, Node]:
+        return {node.path: node for node in self.nodes}
+
+    @cached_property
+    def layers(self) -> tuple[Node, ...]:
+        """The sublayers of the stack, in order (without embedding, head and MTP)."""
+        return tuple(n for n in self.nodes if n.role is Role.LAYER and n.path.startswith("stack."))
+
+    @property
+    def tied(self) -> bool:
+        return self.model.tie_embeddings
+
+    @property
+    def residual_additions(self) -> int:
+        """How many times something is added to the stack's residual stream."""
+        return len(self.layers)
+
+    def content(self) -> dict[str, Any]:
+        """What the graph is, as hashable plain data; equal graphs have equal content."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "nodes": tuple((n.path, n.role, n.layer, n.owner, n.cut_after) for n in self.nodes),
+            "edges": tuple(sorted((e.source, e.target, e.tensor, e.width) for e in self.edges)),
+            "mtp": self.mtp.settings if self.mtp else None,
+            "parts": self.parts,
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerGraph) and self.content() == other.content()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.model, len(self.nodes)))

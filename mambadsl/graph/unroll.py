@@ -1,0 +1,175 @@
+"""ModelSpec -> LayerGraph: groups, repeats and blocks laid out; identities, owners and edges given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from mambadsl.graph.graph import Edge, Frame, LayerGraph, Node, Role
+from mambadsl.kinds.values import Values
+from mambadsl.spec.codes import E029, E047, E049, MAX_LAYERS
+from mambadsl.spec.model import Block, Cut, Element, ModelSpec, Use
+from mambadsl.text.diagnostic import Diagnostic, MdlError
+from mambadsl.text.source import Span
+
+
+def unroll(spec: ModelSpec) -> LayerGraph:
+    """Lays the stack out. Raises MdlError for a missing stack, too many layers, misplaced cuts."""
+    if not spec.stack:
+        span = None
+        raise MdlError([Diagnostic(E029, f"`{spec.name}` has no stack, so there is no model to build", span)])
+    layers = _count(spec.stack)
+    if layers > MAX_LAYERS:
+        message = f"the stack has {_short(layers)} layers; a model has at most {MAX_LAYERS:,}"
+        raise MdlError([Diagnostic(E047, message, _largest(spec.stack))])
+    if layers == 0:
+        raise MdlError([Diagnostic(E029, "the stack has no layers", spec.stack[0].span)])
+    depths = spec.mtp.settings.depths if spec.mtp else 0
+    if depths and depths * _count(spec.mtp.items) > MAX_LAYERS:
+        raise MdlError([Diagnostic(E047, f"the `mtp` tail has more than {MAX_LAYERS:,} layers", spec.mtp.span)])
+    walk = _Walk("stack")
+    walk.elements(spec.stack, ())
+    if walk.problems:
+        raise MdlError(walk.problems)
+    nodes = [Node("embed", Role.EMBED, None, "embed", walk.leading is not None, cut_span=walk.leading), *walk.nodes]
+    nodes += _mtp(spec)
+    nodes.append(Node("head", Role.HEAD, None, "head"))
+    return LayerGraph(
+        spec.name, spec.settings, tuple(nodes), connect(nodes, spec.settings), spec.mtp, spec.parts, spec.expects,
+        spec.file,
+    )
+
+
+def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, ...]:
+    """The tensors between nodes that stand in this order."""
+    d = model.d_model
+    edges: list[Edge] = []
+    stack = [n for n in nodes if n.path.startswith("stack.")]
+    last = "embed"
+    for node in stack:
+        edges.append(Edge(last, node.path, "x", d))
+        if node.layer.sub.input == "with_embedding":
+            edges.append(Edge("embed", node.path, "x0", d))
+        last = node.path
+    edges.append(Edge(last, "head", "x", d))
+    hidden = last
+    for node in nodes:
+        match node.role:
+            case Role.MTP_IN:
+                edges.append(Edge(hidden, node.path, "h", d))
+                edges.append(Edge("embed", node.path, "next", d))
+                last = node.path
+            case Role.MTP_OUT:
+                edges.append(Edge(last, node.path, "x", d))
+                hidden = last
+            case Role.LAYER if node.path.startswith("mtp."):
+                edges.append(Edge(last, node.path, "x", d))
+                if node.layer.sub.input == "with_embedding":
+                    edges.append(Edge("embed", node.path, "x0", d))
+                last = node.path
+    return tuple(edges)
+
+
+@dataclass
+class _Walk:
+    """Numbers layers from 0 below `prefix`. leading: a cut before the first layer."""
+
+    prefix: str
+    owner_prefix: str | None = None
+    nodes: list[Node] = field(default_factory=list)
+    problems: list[Diagnostic] = field(default_factory=list)
+    leading: Span | None = None
+    _before: Span | None = None
+
+    def elements(self, elements: tuple[Element, ...], trail: tuple[Frame, ...], shared: Iterator[str] | None = None):
+        for element in elements:
+            match element:
+                case Use():
+                    self._add(element, trail, shared)
+                case Cut():
+                    self._cut(element)
+                case Block():
+                    self._block(element, trail, shared)
+
+    def _add(self, use: Use, trail: tuple[Frame, ...], shared: Iterator[str] | None) -> None:
+        at = len(self.nodes)
+        path = f"{self.prefix}.{at}"
+        owner = next(shared) if shared else f"{self.owner_prefix or self.prefix}.{at}"
+        self.nodes.append(Node(path, Role.LAYER, use.layer, owner, False, use.span, trail=trail))
+        self._before = None
+
+    def _cut(self, cut: Cut) -> None:
+        if self._before is not None:
+            self.problems.append(Diagnostic(E049, "two cuts in a row leave a stage without layers", cut.span))
+        elif not self.nodes:
+            self.leading = cut.span
+        else:
+            self.nodes[-1] = replace(self.nodes[-1], cut_after=True, cut_span=cut.span)
+        self._before = cut.span
+
+    def _block(self, block: Block, trail: tuple[Frame, ...], shared: Iterator[str] | None) -> None:
+        label = block.name or (block.items[0].name if len(block.items) == 1 and isinstance(block.items[0], Block) else None)
+        label = label or " ".join(_label(item) for item in block.items)
+        for i in range(block.count):
+            if self.problems:
+                return
+            inner = trail
+            if block.count > 1 or block.name:
+                inner = (*trail, Frame(label, i, block.count, block.span))
+            self.elements(block.items, inner, _owners(block) if block.shared else shared)
+
+
+def _owners(block: Block) -> Iterator[str]:
+    name = f"shared.{block.shared}"
+    if _count(block.items) == 1:
+        yield name
+    for i in range(_count(block.items)):
+        yield f"{name}.{i}"
+
+
+def _mtp(spec: ModelSpec) -> list[Node]:
+    nodes: list[Node] = []
+    for depth in range(spec.mtp.settings.depths if spec.mtp else 0):
+        owner = "mtp.0" if spec.mtp.settings.weights == "shared" else None
+        walk = _Walk(f"mtp.{depth}", owner)
+        walk.elements(spec.mtp.items, ())
+        base = owner or f"mtp.{depth}"
+        nodes.append(Node(f"mtp.{depth}.in", Role.MTP_IN, None, f"{base}.in", span=spec.mtp.span))
+        nodes += walk.nodes
+        nodes.append(Node(f"mtp.{depth}.out", Role.MTP_OUT, None, f"{base}.out", span=spec.mtp.span))
+    return nodes
+
+
+def _count(elements: tuple[Element, ...]) -> int:
+    total = 0
+    for element in elements:
+        if isinstance(element, Use):
+            total += 1
+        elif isinstance(element, Block):
+            total += element.count * _count(element.items)
+    return total
+
+
+def _largest(elements: tuple[Element, ...]) -> Span | None:
+    """The place of the element that brings the most layers."""
+    return max(elements, key=lambda e: _count((e,))).span
+
+
+def _short(n: int) -> str:
+    return f"{n:,}" if n < 10**12 else f"about {float(n):.0e}" if n < 10**300 else "far more than 10^300"
+
+
+def _label(element: Element) -> str:
+    match element:
+        case Use():
+            return element.layer.label
+        case Cut():
+            return "|"
+        case Block():
+            if element.name:
+                inner = element.name
+            else:
+                inner = " ".join(_label(i) for i in element.items)
+                inner = f"[{inner}]" if len(element.items) > 1 else inner
+            return f"{inner}*{element.count}" if element.count > 1 else inner
+    raise TypeError

@@ -1,0 +1,65 @@
+"""Every weight of a model by its path: the one table that counts, checkpoints and modules share.
+
+Paths are global and stage-free: `embed.weight`, `stack.3.norm.weight`, `stack.3.mixer.in_proj.weight`,
+`stack.4.1.qkv_proj.weight` (second branch of a sum), `shared.S.mixer.qkv_proj.weight`,
+`stack.7.mixer.adapter.o_proj.up.weight` (per-use), `final_norm.weight`, `head.weight`, `mtp.0.eh_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mambadsl.graph.graph import LayerGraph, Node, Role
+from mambadsl.kinds.kind import Weight, linear, norm_weights
+from mambadsl.kinds.registry import get
+from mambadsl.kinds.sublayer import adapter_weights, sublayer_weights
+
+
+def node_weights(graph: LayerGraph, node: Node) -> Iterator[tuple[str, Weight]]:
+    """(path, weight) of everything the node reads, shared or its own; tied heads read `embed.weight`."""
+    model = graph.model
+    d = model.d_model
+    match node.role:
+        case Role.EMBED:
+            yield "embed.weight", _table("embed.weight", model)
+        case Role.HEAD:
+            yield from _prefixed("", norm_weights("final_norm", model.norm, d))
+            yield ("embed.weight" if graph.tied else "head.weight"), _table("head.weight", model)
+        case Role.MTP_IN:
+            for name in ("enorm", "hnorm"):
+                yield from _prefixed(_mtp_owner(graph, node), norm_weights(name, model.norm, d))
+            yield from _prefixed(_mtp_owner(graph, node), linear("eh_proj", d, 2 * d))
+        case Role.MTP_OUT:
+            yield from _prefixed(_mtp_owner(graph, node), norm_weights("final_norm", model.norm, d))
+        case Role.LAYER:
+            yield from _prefixed(node.owner, sublayer_weights(node.layer.sub, d))
+            dims = node.dims(d)
+            uses = node.branches()
+            for i, (_, prefix, mixer) in enumerate(uses):
+                table = get(mixer.kind).weights(mixer.fields, dims)
+                yield from _prefixed(prefix, table)
+                own = f"{node.path}.mixer" if len(uses) == 1 else f"{node.path}.{i}"
+                yield from _prefixed(own, adapter_weights(mixer.branch, table, dims))
+
+
+def all_weights(graph: LayerGraph) -> dict[str, Weight]:
+    """Every weight once, in the order of first use."""
+    found: dict[str, Weight] = {}
+    for node in graph.nodes:
+        for path, weight in node_weights(graph, node):
+            found.setdefault(path, weight)
+    return found
+
+
+def _prefixed(prefix: str, weights: tuple[Weight, ...]) -> Iterator[tuple[str, Weight]]:
+    for w in weights:
+        yield (f"{prefix}.{w.name}" if prefix else w.name), w
+
+
+def _mtp_owner(graph: LayerGraph, node: Node) -> str:
+    depth = "0" if graph.mtp and graph.mtp.settings.weights == "shared" else node.path.split(".")[1]
+    return f"mtp.{depth}"
+
+
+def _table(name: str, model) -> Weight:
+    return Weight(name, (model.vocab, model.d_model), quantise=False, tp="out")

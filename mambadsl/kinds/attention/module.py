@@ -1,0 +1,135 @@
+"""Causal softmax attention in torch: grouped heads, rope, window, packed documents, a growing state.
+
+Letters: B batch, T time (queries), S keys (past ones too), D d_model, H query heads, K key/value heads,
+P head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambadsl.kinds.attention.kind import KIND, kv_dim, q_dim, rotary_dim
+from mambadsl.kinds.attention.rope import rope_tables, rotate
+from mambadsl.kinds.module import KindModule
+from mambadsl.kinds.norm import rms_norm
+from mambadsl.kinds.tokens import PADDING, Tokens
+
+
+def attend(
+    q_BTHP: Tensor, k_BSKP: Tensor, v_BSKP: Tensor, queries: Tokens, keys: Tokens, *,
+    scale: float, window: int | None, softcap: float | None,
+) -> Tensor:
+    """Attention of each token to the visible ones of its document, itself included: [B, T, H, P].
+
+    queries: the batch's tokens. keys: what the S keys are; the same object as `queries` where there is
+    no past. softcap: scores become softcap * tanh(score / softcap), in float32.
+    """
+    plain = keys is queries and queries.segments_BT is None and (window is None or window >= queries.length)
+    mask_B1TS = None if plain and softcap is None else visible(queries, keys, window=window)[:, None]
+    q_BHTP, k_BKSP, v_BKSP = (t.transpose(1, 2) for t in (q_BTHP, k_BSKP, v_BSKP))
+    if softcap is None:
+        grouped = q_BHTP.shape[1] != k_BKSP.shape[1]
+        y_BHTP = F.scaled_dot_product_attention(
+            q_BHTP, k_BKSP, v_BKSP, attn_mask=mask_B1TS, is_causal=plain, scale=scale, enable_gqa=grouped
+        )
+    else:
+        k_BHSP, v_BHSP = (t.repeat_interleave(q_BHTP.shape[1] // t.shape[1], 1) for t in (k_BKSP, v_BKSP))
+        scores_BHTS = q_BHTP.float() @ k_BHSP.float().transpose(2, 3) * scale
+        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+        share_BHTS = scores_BHTS.masked_fill(~mask_B1TS, float("-inf")).softmax(-1)
+        y_BHTP = share_BHTS.to(v_BHSP.dtype) @ v_BHSP
+    return y_BHTP.transpose(1, 2)
+
+
+def visible(queries: Tokens, keys: Tokens, *, window: int | None) -> Tensor:
+    """Which keys a query sees, bool [B, T, S]: its own document's, up to its own position, window - 1 back.
+
+    Padding sees padding, itself at least, so that no row is empty: softmax of nothing is not finite.
+    """
+    query_BT1, key_B1S = queries.positions_BT[:, :, None], keys.positions_BT[:, None]
+    mask_BTS = key_B1S <= query_BT1
+    if window is not None:
+        mask_BTS = mask_BTS & (key_B1S > query_BT1 - window)
+    if queries.segments_BT is not None or keys.segments_BT is not None:
+        mask_BTS = mask_BTS & (_segments(queries)[:, :, None] == _segments(keys)[:, None])
+    return mask_BTS
+
+
+def _segments(tokens: Tokens) -> Tensor:
+    if tokens.segments_BT is not None:
+        return tokens.segments_BT
+    return torch.zeros_like(tokens.positions_BT, dtype=torch.int32)
+
+
+def extend(
+    state: dict[str, Tensor], k_BTKP: Tensor, v_BTKP: Tensor, tokens: Tokens, *, window: int | None
+) -> tuple[Tensor, Tensor, Tokens]:
+    """All keys and values that this chunk may see, and what they are; the state takes the chunk in and
+    keeps, with a window, the last window - 1 tokens of each row that are not padding."""
+    new = dict(k=k_BTKP, v=v_BTKP, positions=tokens.positions_BT, segments=_segments(tokens))
+    past = state["positions"].shape[1]
+    grown = {name: torch.cat((state[name], t.to(state[name].dtype)), 1) for name, t in new.items()}
+    state.update(grown if window is None else _last(grown, count=window - 1))
+    if not past:
+        return k_BTKP, v_BTKP, tokens
+    keys = Tokens(grown["positions"], grown["segments"])
+    return grown["k"].to(k_BTKP.dtype), grown["v"].to(v_BTKP.dtype), keys
+
+
+def _last(state: dict[str, Tensor], *, count: int) -> dict[str, Tensor]:
+    """The last `count` entries of each row, padding dropped first (a shape that needs no look at data)."""
+    drop = state["segments"].shape[1] - count
+    if drop <= 0:
+        return state
+    real_BS = state["segments"] != PADDING
+    keep_BS = real_BS.int().argsort(dim=1, stable=True)[:, drop:]
+    rows_B1 = torch.arange(keep_BS.shape[0], device=keep_BS.device)[:, None]
+    return {name: t[rows_B1, keep_BS] for name, t in state.items()}
+
+
+class Module(KindModule):
+    """REFERENCE: qkv_proj and o_proj (x, weight, bias or None) -> [B, T, out]; core as `attend`.
+
+    Its state has, beside k and v after rope [B, S, K, P], what those keys are: `positions` int64 and
+    `segments` int32 [B, S].
+    """
+
+    kind = KIND
+    REFERENCE = {"qkv_proj": F.linear, "core": attend, "o_proj": F.linear}
+
+    def init_state(self, batch: int, *, dtype: torch.dtype, device: Any = None) -> dict[str, Any]:
+        state = super().init_state(batch, dtype=dtype, device=device)
+        state["positions"] = torch.zeros((batch, 0), dtype=torch.int64, device=device)
+        state["segments"] = torch.zeros((batch, 0), dtype=torch.int32, device=device)
+        return state
+
+    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+        f = self.f
+        qkv = self.parts["qkv_proj"](x_BTD, self.qkv_proj.weight, self.qkv_proj.bias)
+        q, k, v = qkv.split((q_dim(f), kv_dim(f), kv_dim(f)), -1)
+        if f.qk_norm.name == "full_width":
+            q, k = self._norm(q, k)
+        q_BTHP, k_BTKP, v_BTKP = (t.unflatten(-1, (-1, f.head_dim)) for t in (q, k, v))
+        if f.qk_norm.name == "per_head":
+            q_BTHP, k_BTKP = self._norm(q_BTHP, k_BTKP)
+        if f.key_multiplier != 1:
+            k_BTKP = k_BTKP * f.key_multiplier
+        if rotary_dim(f):
+            cos_sin = rope_tables(f.rope, rotary_dim(f), tokens)
+            q_BTHP, k_BTKP = rotate(q_BTHP, *cos_sin), rotate(k_BTKP, *cos_sin)
+        keys = tokens
+        if state is not None:
+            k_BTKP, v_BTKP, keys = extend(state, k_BTKP, v_BTKP, tokens, window=f.window)
+        scale = f.head_dim**-0.5 if f.scale is None else f.scale
+        y_BTHP = self.parts["core"](
+            q_BTHP, k_BTKP, v_BTKP, tokens, keys, scale=scale, window=f.window, softcap=f.softcap
+        )
+        return self.parts["o_proj"](y_BTHP.flatten(2), self.o_proj.weight, self.o_proj.bias)
+
+    def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        eps = self.f.qk_norm.eps
+        return rms_norm(q, self.q_norm.weight, eps=eps), rms_norm(k, self.k_norm.weight, eps=eps)

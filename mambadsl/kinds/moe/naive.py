@@ -1,0 +1,77 @@
+"""The mixture of experts by definition: for each token, score, choose, run each chosen expert, sum.
+
+Letters: B batch, T time, D d_model, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambadsl.kinds.kind import Dims
+from mambadsl.kinds.mlp.naive import hidden
+from mambadsl.kinds.tokens import Tokens
+from mambadsl.kinds.values import Values, Variant
+
+
+def choose(logits_E: Tensor, bias_E: Tensor | None, router: Variant, top_k: int) -> dict[int, Tensor]:
+    """The chosen experts of one token and their weights."""
+    experts = range(len(logits_E))
+    if router.name == "softmax":
+        scores_E = choice_E = logits_E
+    else:
+        scores_E = 1 / (1 + torch.exp(-logits_E))
+        choice_E = scores_E if bias_E is None else scores_E + bias_E
+        experts = best_groups(choice_E.tolist(), router)
+    chosen = sorted(experts, key=lambda e: (-float(choice_E[e]), e))[:top_k]
+
+    if router.name == "softmax":
+        over = range(len(logits_E)) if router.order == "before_top_k" else chosen
+        largest = logits_E.max().detach()
+        total = sum(torch.exp(logits_E[e] - largest) for e in over)
+        weights = {e: torch.exp(logits_E[e] - largest) / total for e in chosen}
+    else:
+        weights = {e: scores_E[e] for e in chosen}
+    if router.renorm:
+        total = sum(weights.values()) + router.renorm_eps
+        weights = {e: w / total for e, w in weights.items()}
+    return {e: w * router.scale for e, w in weights.items()}
+
+
+def best_groups(choice: list[float], router: Variant) -> list[int]:
+    """Experts of the groups whose best two have the highest sum."""
+    size = len(choice) // router.groups
+    groups = [range(g * size, (g + 1) * size) for g in range(router.groups)]
+    score = [sum(sorted((choice[e] for e in group), reverse=True)[:2]) for group in groups]
+    kept = sorted(range(router.groups), key=lambda g: (-score[g], g))[: router.top_groups]
+    return [e for g in kept for e in groups[g]]
+
+
+def naive(
+    weights: Mapping[str, Tensor], f: Values, dims: Dims, x_BTD: Tensor, tokens: Tokens, state: Any = None
+) -> tuple[Tensor, Any]:
+    up = "gate_up_proj" if f.gated else "up_proj"
+
+    def feed(x_D: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return down @ hidden(up @ x_D, act=f.act, gated=f.gated)
+
+    def token(x_D: Tensor) -> Tensor:
+        chosen = choose(weights["router.weight"] @ x_D, weights.get("router.bias"), f.router, f.top_k)
+        inner = weights["latent_in_proj.weight"] @ x_D if f.latent else x_D
+        y_D = sum(
+            w * feed(inner, weights[f"experts.{up}"][e], weights["experts.down_proj"][e])
+            for e, w in chosen.items()
+        )
+        if f.latent:
+            y_D = weights["latent_out_proj.weight"] @ y_D
+        if f.shared_d_ff:
+            shared = feed(x_D, weights[f"shared.{up}.weight"], weights["shared.down_proj.weight"])
+            if f.shared_gate == "sigmoid":
+                shared = shared / (1 + torch.exp(-weights["shared_gate.weight"] @ x_D))
+            y_D = y_D + shared
+        return y_D
+
+    return torch.stack([torch.stack([token(x_D) for x_D in x_TD]) for x_TD in x_BTD]), state

@@ -1,0 +1,64 @@
+"""Norms over the last axis, computed in float32 whatever the dtype of x. Torch.
+
+`Norm` is built from a form of `sublayer.NORM`; `rms_norm` and `layer_norm` are the functions.
+Letters: D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambadsl.kinds.kind import norm_weights
+from mambadsl.kinds.module import add_weights
+from mambadsl.kinds.values import Variant
+
+
+def rms_norm(x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False) -> Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight, in the dtype of x; the scale is 1 + weight where zero_centered.
+
+    Scaled before it is rounded, as in Nemotron-H, OLMo and Gemma (Llama and Mamba round first: bf16
+    results differ by one rounding).
+    """
+    scale = None if weight_D is None else weight_D.float() + 1 if zero_centered else weight_D.float()
+    return F.rms_norm(x.float(), x.shape[-1:], scale, eps).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, *, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in the dtype of x."""
+    weight_D, bias_D = (None if t is None else t.float() for t in (weight_D, bias_D))
+    return F.layer_norm(x.float(), x.shape[-1:], weight_D, bias_D, eps).to(x.dtype)
+
+
+class Norm(nn.Module):
+    """A norm form over `width` channels: [..., width] -> [..., width], same dtype. `none` changes nothing.
+
+    Parameters `weight` and `bias` [width], those that `norm_weights` declares.
+    """
+
+    def __init__(self, norm: Variant, width: int, *, dtype: torch.dtype = torch.float32, device: Any = None):
+        super().__init__()
+        if norm.name not in ("rmsnorm", "layernorm", "none"):
+            raise ValueError(f"no norm `{norm.name}`")
+        self.norm, self.width = norm, width
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        table = norm_weights("norm", norm, width)
+        named = tuple(replace(w, name=w.name.removeprefix("norm.")) for w in table)
+        add_weights(self, named, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.norm.name:
+            case "none":
+                return x
+            case "rmsnorm":
+                zero_centered = self.norm.zero_centered
+                return rms_norm(x, self.weight, eps=self.norm.eps, zero_centered=zero_centered)
+        return layer_norm(x, self.weight, self.bias, eps=self.norm.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.norm}, width={self.width}"

@@ -1,0 +1,144 @@
+"""Sentences about a plan: why the slowest stage is the slowest, how another split differs, why none fits.
+
+In: a `Pricing` and cuts. Out: text, or the diagnostic E803.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from mambadsl.plan.chain import Chain
+from mambadsl.plan.device import Device
+from mambadsl.plan.partition import Room, least_limit, probe
+from mambadsl.plan.pricing import Pricing
+from mambadsl.plan.schedule import problems
+from mambadsl.plan.simulate import program
+from mambadsl.plan.unit import Unit
+from mambadsl.text.diagnostic import Diagnostic, declare
+
+E803 = declare(
+    "E803",
+    "no split fits into memory",
+    """
+    Each rank holds its layers' weights, gradients and optimizer state, the activations of the microbatches
+    in flight (`1f1b` keeps as many on a rank as there are ranks from it to the last; `gpipe` keeps all), and
+    a receive buffer for every microbatch. The message gives the least memory a rank that would do, and how
+    many stages would fit. `recompute` on layers, smaller microbatches and sharded optimizer state help too.
+    """,
+)
+
+#: A single layer is named as the reason if it makes up this part of its stage, and is this much above average.
+LARGE_PART, ABOVE_AVERAGE = 0.35, 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another split. worse_by: 0.013 is 1.3 % slower than the plan, below 0 faster. text: what differs."""
+
+    cuts: tuple[int, ...]
+    step_s: float
+    worse_by: float
+    text: str
+    peak_bytes: int
+
+
+def why_slowest(pricing: Pricing, cuts: Sequence[int], stage: int, *, marked: bool) -> str:
+    """One sentence, without the stage's name."""
+    chain = pricing.chain
+    units = chain.units[chain.positions[cuts[stage]] : chain.positions[cuts[stage + 1]]]
+    inner = [u for u in chain.units if u.path not in ("embed", "head")] or list(chain.units)
+    average = sum(u.total_s for u in inner) / len(inner)
+    total = sum(u.total_s for u in units)
+    large = max(units, key=lambda u: u.total_s)
+    if average and large.total_s >= LARGE_PART * total and large.total_s >= ABOVE_AVERAGE * average:
+        what = f" ({large.detail})" if large.detail else ""
+        return f"`{large.path}`{what} alone takes as long as {large.total_s / average:.1f} average layers"
+    if marked:
+        return "the `|` marks in the text put its layers there"
+    if pricing.program.stages == 1:
+        return "it is the only stage"
+    if reason := _full_neighbours(pricing, cuts, stage):
+        return reason
+    smallest = min(_edges(units), key=lambda u: u.total_s)
+    part = smallest.total_s / total if total else 0.0
+    if len(units) == 1:
+        return f"it is a single layer, `{smallest.path}`"
+    return f"a layer is the smallest step: `{smallest.path}` is {part:.0%} of it and fits nowhere better"
+
+
+def _edges(units: Sequence[Unit]) -> tuple[Unit, Unit]:
+    return units[0], units[-1]
+
+
+def _full_neighbours(pricing: Pricing, cuts: Sequence[int], stage: int) -> str | None:
+    """If a layer given to a neighbour would not fit there."""
+    for neighbour, cut, by in ((stage - 1, stage, 1), (stage + 1, stage + 1, -1)):
+        moved = list(cuts)
+        if not 0 <= neighbour < pricing.program.stages or cuts[stage + 1] - cuts[stage] < 2:
+            continue
+        moved[cut] += by
+        if pricing.overflow(moved):
+            return f"stage {neighbour} has no memory left for one more layer"
+    return None
+
+
+def difference(units: Sequence[Unit], cuts: Sequence[int], other: Sequence[int]) -> str:
+    """`other` seen from `cuts`: the layers that change stage."""
+    moves = []
+    for stage, (a, b) in enumerate(zip(cuts[1:-1], other[1:-1]), 1):
+        if a != b:
+            low, high = min(a, b), max(a, b)
+            what = f"{units[low].path}" if high - low == 1 else f"{units[low].path} to {units[high - 1].path}"
+            moves.append(f"{what} in stage {stage if b < a else stage - 1}")
+    if len(moves) <= 3:
+        return ", ".join(moves)
+    return f"{', '.join(moves[:2])}, and {len(moves) - 2} more cuts moved"
+
+
+def too_large(
+    pricing: Pricing, *, schedule: str, device: Device, microbatches: int | None, free: Pricing
+) -> Diagnostic:
+    """E803 with the least memory that would do, and the number of stages that would fit."""
+    stages, each = pricing.program.stages, len(pricing.program.local_stages[0])
+    least = least_limit(pricing.chain.total, stages, room=pricing.room()) * each
+    where = f"{stages // each} stages" if each == 1 else f"{stages // each} ranks with {each} stages each"
+    message = (
+        f"no split into {where} fits: {_gib(pricing.limit)} a rank on `{device.name}`, "
+        f"{_gib(least)} would do"
+    )
+    help = []
+    if pricing is not free and _fits(free, stages):
+        help.append("it fits if the planner cuts: take the `|` out")
+    enough = next(
+        (n for n in range(stages // each + 1, 8 * stages) if _fits_on(free, n, each, schedule, device, microbatches)),
+        None,
+    ) if stages < free.chain.blocks else None
+    help.append(f"{enough} stages would fit" if enough else "more stages alone do not help")
+    if schedule == "gpipe":
+        help.append("`1f1b` keeps fewer microbatches in memory")
+    return Diagnostic(E803, message, help=tuple(help))
+
+
+def _fits_on(
+    pricing: Pricing, ranks: int, each: int, schedule: str, device: Device, microbatches: int | None
+) -> bool:
+    count = 4 * ranks if microbatches is None else microbatches
+    if ranks * each > pricing.chain.blocks:
+        return False
+    if ranks > 128 or problems(schedule, ranks=ranks, virtual=each, microbatches=count):
+        return False
+    run = program(schedule, ranks=ranks, virtual=each, microbatches=count)
+    tried = Pricing(run, pricing.chain, device=device, microbatches=count, limit=pricing.limit)
+    return _fits(tried, run.stages)
+
+
+def _fits(pricing: Pricing, stages: int) -> bool:
+    chain: Chain = pricing.chain
+    room: Room = pricing.room()
+    return probe(chain.total, stages, edge=[0.0] * (chain.blocks + 1), room=room, bound=inf) is not None
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,1 @@
+"""Floor 6: a built model at work: text generation."""

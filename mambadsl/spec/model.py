@@ -1,0 +1,159 @@
+"""The resolved model: every name looked up, every default filled in, every value typed.
+
+Still folded as the text is (groups and repeats); `graph.unroll` lays it out. Equality compares what
+the model is, not where it was written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from mambadsl.kinds.fields import Field, Flag, Int, OneOf, OrWord, Real
+from mambadsl.kinds.sublayer import NORM
+from mambadsl.kinds.values import Values
+from mambadsl.syntax import tree
+from mambadsl.text.source import Span
+
+MODEL_FIELDS: tuple[Field, ...] = (
+    Field("vocab", Int(), 32768, "rows of the embedding table", "tokens"),
+    Field("d_model", Int(), 1024, "width of the residual stream", "channels"),
+    Field("context", Int(), 4096, "tokens of a training sequence; the length that costs are given for", "tokens"),
+    Field("norm", NORM, NORM.convert_word("rmsnorm"), "norm of every layer that does not say otherwise, and the last"),
+    Field("tie_embeddings", Flag(), False, "the head uses the embedding table"),
+    Field("embedding_multiplier", Real(), 1, "scale of the embeddings"),
+    Field("logits_multiplier", Real(), 1, "scale of the logits"),
+    Field("logits_softcap", OrWord("none", Real(above=0)), None, "logits are squashed to cap * tanh(logit / cap)"),
+    Field("residual_dtype", OneOf("model", "fp32"), "model", "dtype of the residual stream"),
+    Field("init_std", Real(above=0), 0.02, "standard deviation of initial projection weights"),
+    Field(
+        "scale_residual_init", Flag(), True,
+        "projections back onto the residual stream start smaller, by sqrt(number of residual additions)",
+    ),
+)
+
+MTP_FIELDS: tuple[Field, ...] = (
+    Field("depths", Int(1, 16), 1, "how many tokens ahead, one after the other", "tokens"),
+    Field("weights", OneOf("own", "shared"), "own", "own: each depth has its weights; shared: all use the same"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value came from. how: "given" (span: the argument), "default", or "set" (--set)."""
+
+    how: str
+    span: Span | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """One branch: a kind with all its fields. name: the layer name it was declared under, if any.
+    chain: the places that led here, innermost first (definition, changed copies)."""
+
+    kind: str
+    fields: Values
+    branch: Values
+    name: str | None = field(default=None, compare=False)
+    span: Span | None = field(default=None, compare=False, repr=False)
+    origins: dict[str, Origin] = field(default_factory=dict, compare=False, repr=False)
+    chain: tuple[Span, ...] = field(default=(), compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.fields, self.branch))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One residual sublayer: a mixer, or a sum of several behind one norm."""
+
+    branches: tuple[Mixer, ...]
+    sub: Values
+    name: str | None = field(default=None, compare=False)
+    span: Span | None = field(default=None, compare=False, repr=False)
+    origins: dict[str, Origin] = field(default_factory=dict, compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        return hash((self.branches, self.sub))
+
+    @property
+    def label(self) -> str:
+        """For people: `M`, `M+A`, or the kinds' names."""
+        return self.name or "+".join(b.name or b.kind for b in self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A layer at one place of a pattern."""
+
+    layer: LayerSpec
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A group, a repeat or a named block: `items` `count` times. shared: the name of a `shared` item,
+    whose layers have one set of weights for all uses. adapter: per-use fields of a shared item."""
+
+    items: tuple[Element, ...]
+    count: int = 1
+    name: str | None = None
+    shared: str | None = None
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A pipeline stage ends here."""
+
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+Element: TypeAlias = "Use | Block | Cut"
+
+
+@dataclass(frozen=True, slots=True)
+class MtpSpec:
+    """The multi-token-prediction tail: depths blocks of these items."""
+
+    settings: Values
+    items: tuple[Element, ...]
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PartChoice:
+    """One line of a parts block. path: `mamba2.scan` or `W.core`; args: raw values."""
+
+    path: str
+    part: str
+    args: tuple[tuple[str, Any], ...] = ()
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PartsSpec:
+    name: str
+    base: str | None
+    choices: tuple[PartChoice, ...]
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectSpec:
+    """A fact to check. evaluate(facts) -> (left, right) raw values; `node` says where and how."""
+
+    node: tree.Expect
+    scope: Any = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    name: str
+    settings: Values
+    stack: tuple[Element, ...]
+    mtp: MtpSpec | None = None
+    parts: tuple[PartsSpec, ...] = ()
+    expects: tuple[ExpectSpec, ...] = ()
+    origins: dict[str, Origin] = field(default_factory=dict, repr=False)
+    file: tree.File | None = field(default=None, repr=False)
