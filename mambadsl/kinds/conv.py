@@ -77,13 +77,13 @@ class Taps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_BTC):
         x_BSC, weight_KC, reach_BT = ctx.saved_tensors
-        dx_BSC, dweight_KC = torch.zeros_like(x_BSC), torch.zeros_like(weight_KC)
-        taps = _taps(weight_KC, x_BSC.shape[1], ctx.T, reach_BT)
-        for dweight_C, (weight_C, read, write, mask) in zip(dweight_KC.flip(0), taps):
+        dx_BSC, newest_first = torch.zeros_like(x_BSC), []
+        for weight_C, read, write, mask in _taps(weight_KC, x_BSC.shape[1], ctx.T, reach_BT):
             dy = dy_BTC[:, write] if mask is None else dy_BTC[:, write] * mask
             dx_BSC[:, read].addcmul_(dy, weight_C)
-            dweight_C.copy_((x_BSC[:, read] * dy).sum((0, 1)))
-        return dx_BSC, dweight_KC.t(), dy_BTC.sum((0, 1)) if ctx.has_bias else None, None, None
+            newest_first.append((x_BSC[:, read] * dy).sum((0, 1)))
+        dweight_CK = torch.stack(newest_first[::-1], 1)
+        return dx_BSC, dweight_CK, dy_BTC.sum((0, 1)) if ctx.has_bias else None, None, None
 
 
 def _taps(weight_KC: Tensor, S: int, T: int, reach_BT: Tensor | None):

@@ -83,8 +83,9 @@ class Type:
     def convert(self, raw: Any) -> Any:
         raise NotImplementedError
 
-    def text(self, value: Any) -> str:
-        """The value in the language. convert(evaluate(text(v))) == v."""
+    def text(self, value: Any, *, full: bool = True) -> str:
+        """The value in the language: convert(evaluate(text(v))) == v. full=False leaves out what a form's
+        defaults say anyway."""
         raise NotImplementedError
 
 
@@ -109,7 +110,7 @@ class Int(Type):
             raise Mismatch(f"must be at most {self.high:,}, not {value:,}")
         return value
 
-    def text(self, value: int) -> str:
+    def text(self, value: int, *, full: bool = True) -> str:
         return str(value)
 
 
@@ -136,7 +137,7 @@ class Real(Type):
             raise Mismatch(f"must be {self.says}, not {show(raw)}")
         return int(raw) if raw.denominator == 1 else float(raw)
 
-    def text(self, value: int | float) -> str:
+    def text(self, value: int | float, *, full: bool = True) -> str:
         return number_text(value)
 
 
@@ -148,7 +149,7 @@ class Flag(Type):
             raise Mismatch(f"must be `true` or `false`, not `{show(raw)}`")
         return raw
 
-    def text(self, value: bool) -> str:
+    def text(self, value: bool, *, full: bool = True) -> str:
         return "true" if value else "false"
 
 
@@ -164,7 +165,7 @@ class OneOf(Type):
             return raw.text
         raise Mismatch(f"must be {self.says}, not `{show(raw)}`", help=_spelled(raw, self.words))
 
-    def text(self, value: str) -> str:
+    def text(self, value: str, *, full: bool = True) -> str:
         return value
 
 
@@ -182,8 +183,8 @@ class OrWord(Type):
             raise Mismatch(f"must be {self.says}, not `{raw.text}`", help=_spelled(raw, (self.word,)))
         return self.type.convert(raw)
 
-    def text(self, value: Any) -> str:
-        return self.word if value is None else self.type.text(value)
+    def text(self, value: Any, *, full: bool = True) -> str:
+        return self.word if value is None else self.type.text(value, full=full)
 
 
 class Items(Type):
@@ -200,8 +201,8 @@ class Items(Type):
             raise Mismatch(f"must have {self.length} values, not {len(raw)}")
         return tuple(self.type.convert(item) for item in raw)
 
-    def text(self, value: tuple) -> str:
-        return "[" + ", ".join(self.type.text(item) for item in value) + "]"
+    def text(self, value: tuple, *, full: bool = True) -> str:
+        return "[" + ", ".join(self.type.text(item, full=full) for item in value) + "]"
 
 
 class OneForm(Type):
@@ -225,8 +226,9 @@ class OneForm(Type):
         """The form `name` with its defaults."""
         return self.convert(Word(name))
 
-    def text(self, value: Variant) -> str:
-        inner = ", ".join(f"{f.name}={f.type.text(value.values[f.name])}" for f in self.forms[value.name])
+    def text(self, value: Variant, *, full: bool = True) -> str:
+        shown = [f for f in self.forms[value.name] if full or value.values[f.name] != f.default]
+        inner = ", ".join(f"{f.name}={f.type.text(value.values[f.name], full=full)}" for f in shown)
         return f"{value.name}({inner})" if inner else value.name
 
 

@@ -57,8 +57,9 @@ class Weight:
     axis (0; 1 of stacked experts [E, out, in]), by name and size, that tensor parallelism and converters
     split by. fp32: stays float32 whatever the model's dtype. decay: weight decay applies. trained: False
     for buffers that are saved but have no gradient (they do not count as parameters). quantise: may be
-    stored in 8 or 4 bits. active: the share of its elements that one token uses (top_k of experts). tp: how tensor parallelism splits it: "out" (axis 0,
-    by segment), "in" (axis 1), "heads" (axis 0), "expert" (axis 0), "none".
+    stored in 8 or 4 bits. active: the share of its elements that one token uses (top_k of experts). tp:
+    how tensor parallelism splits it: "out" (axis 0, by segment), "in" (axis 1), "heads" (axis 0),
+    "expert" (axis 0), "none".
     """
 
     name: str
@@ -153,6 +154,7 @@ class Kind:
     weights(f, dims), state(f, dims), flops(f, dims, length), saved(f, dims): the tables, from field
     values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
     recurrent: carries order along the sequence without position embeddings (rules E701, I702).
+    letter: its usual layer name, for text written by programs.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Kind:
     slots: tuple[Slot, ...] = ()
     source: str = ""
     recurrent: bool = False
+    letter: str = "X"
 
     def field(self, name: str) -> Field | None:
         return next((f for f in self.fields if f.name == name), None)

@@ -35,7 +35,28 @@ class KindModule(nn.Module):
         super().__init__()
         self.f, self.dims = f, dims
         self.parts = {**self.REFERENCE, **(parts or {})}
-        add_weights(self, self.kind.weights(f, dims), dtype=dtype, device=device)
+        table = self.kind.weights(f, dims)
+        self._wide = tuple(w.name for w in table if w.fp32)
+        self._narrow = next(w.name for w in table if not w.fp32)
+        add_weights(self, table, dtype=dtype, device=device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in: the dtype of its weights that are not declared float32."""
+        return self.get_parameter(self._narrow).dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KindModule:
+        """`to`, `bfloat16`, `half` and the like leave weights declared float32 (and their gradients) so."""
+        wide = [self.state_dict(keep_vars=True)[name] for name in self._wide]
+        kept = {id(t) for weight in wide for t in (weight, weight.grad) if t is not None}
+
+        def keep(tensor: Tensor) -> Tensor:
+            done = fn(tensor)
+            if id(tensor) not in kept or done.dtype.itemsize >= 4:
+                return done
+            return tensor.to(device=done.device, dtype=torch.float32)
+
+        return super()._apply(keep, recurse)
 
     def init_state(self, batch: int, *, dtype: torch.dtype, device: Any = None) -> dict[str, Any]:
         """The state before the first token: fixed tensors [B, *shape] of zeros, per-token ones empty

@@ -23,12 +23,24 @@ from mambadsl.plan.partition import fold_loop, fold_v, min_max
 from mambadsl.plan.pricing import Pricing
 from mambadsl.plan.simulate import step_plane
 
-#: Simulator operations for one plan: about 0.05 s. Seeds and the first descent may exceed it (long chains).
-WORK = 250_000
-ROUNDS = 3
-STEPS = 1500
-#: Worse by this part of the step time is accepted with a chance of 1/e, at the start and the end of a round.
-HOT, COLD = 0.08, 0.0002
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """work: visited simulator operations in all (seeds may exceed it on long chains). rounds of annealing, each
+    of so many steps. Worse by `hot` (at a round's end `cold`) parts of the step time is accepted with a chance
+    of 1/e."""
+
+    work: int
+    rounds: int
+    steps: int
+    hot: float = 0.08
+    cold: float = 0.0002
+
+
+#: With one stage a rank the seeds are within a percent of the best, and 0.05 s of search is enough. Several
+#: stages a rank leave more to find (a percent between 0.1 s and 0.4 s on 54 layers).
+ONE_EACH = Effort(work=120_000, rounds=3, steps=1500)
+SEVERAL_EACH = Effort(work=1_000_000, rounds=3, steps=3000)
+
 #: The exact rank balance is only tried where it costs less than this many inner steps.
 FOLD_STEPS = 1_000_000
 PLANES = 12
@@ -52,20 +64,20 @@ class Found:
 
 def search(pricing: Pricing) -> Found | None:
     """The best split found that fits into memory; None if none was found."""
-    run = _Search(pricing)
+    several = pricing.program.stages > len(pricing.program.lasts)
+    run = _Search(pricing, SEVERAL_EACH if several else ONE_EACH)
     starts = [cuts for cuts in map(run.repair, dict.fromkeys(seeds(pricing))) if cuts is not None]
     if not starts:
         return None
     starts.sort(key=run.simulate)
     for cuts in starts:
         run.descend(cuts)
-    for _ in range(ROUNDS):
+    for _ in range(run.effort.rounds):
         run.anneal()
-        run.descend(run.best[1])
+        run.descend(run.best[2])
     run.look_around()
-    step, cuts = run.best
-    other, others = run.second
-    return Found(cuts, step, others, other if others else None, len(run.seen), run.considered)
+    (step, _, cuts), (other, _, others) = run.best, run.second
+    return Found(cuts, step, others or None, other if others else None, len(run.seen), run.considered)
 
 
 def seeds(pricing: Pricing) -> list[tuple[int, ...]]:
@@ -99,13 +111,14 @@ def _spread(cuts: list[int]) -> tuple[int, ...]:
 
 
 class _Search:
-    def __init__(self, pricing: Pricing) -> None:
-        self.pricing = pricing
+    def __init__(self, pricing: Pricing, effort: Effort) -> None:
+        self.pricing, self.effort = pricing, effort
         self.stages = pricing.program.stages
         self.seen: dict[tuple[int, ...], float] = {}
         self.planes: list[list[int]] = []
-        self.best: tuple[float, tuple[int, ...]] = inf, ()
-        self.second: tuple[float, tuple[int, ...]] = inf, ()
+        # Step time, peak bytes, cuts: of equally fast splits, the one that needs less memory.
+        self.best: tuple[float, int, tuple[int, ...]] = inf, 0, ()
+        self.second = self.best
         self.work = self.considered = 0
         self.random = random.Random(SEED).random
         blocks = pricing.chain.blocks
@@ -123,11 +136,12 @@ class _Search:
         self.seen[cuts] = step
         self.planes.insert(0, plane)
         del self.planes[PLANES:]
-        entry = step, cuts
-        if entry < self.best:
-            self.best, self.second = entry, self.best
-        elif entry < self.second:
-            self.second = entry
+        if step <= self.second[0]:
+            entry = step, max(self.pricing.peaks(cuts)), cuts
+            if entry < self.best:
+                self.best, self.second = entry, self.best
+            else:
+                self.second = min(self.second, entry)
         return step
 
     def below(self, cuts: tuple[int, ...], vector: list[float], bound: float) -> float | None:
@@ -163,7 +177,7 @@ class _Search:
         step, vector = self.simulate(cuts), self.pricing.durations(cuts)
         moves = [(run, by * sign) for by in self.sizes for run in self.runs for sign in (-1, 1)]
         quiet, at = 0, 0
-        while quiet < len(moves) and self.work < WORK:
+        while quiet < len(moves) and self.work < self.effort.work:
             run, by = moves[at]
             candidate = self.moved(cuts, vector, run, by)
             better = candidate and self.below(*candidate, step)
@@ -174,13 +188,13 @@ class _Search:
 
     def anneal(self) -> None:
         """Random shifts from the best split, worse ones accepted with a falling chance."""
-        step, cuts = self.best
+        effort, (step, _, cuts) = self.effort, self.best
         vector = self.pricing.durations(cuts)
         draw, runs, sizes = self.random, self.runs, self.sizes
-        for k in range(STEPS if runs else 0):
-            if self.work >= WORK:
+        for k in range(effort.steps if runs else 0):
+            if self.work >= self.effort.work:
                 break
-            heat = step * HOT * (COLD / HOT) ** (k / STEPS)
+            heat = step * effort.hot * (effort.cold / effort.hot) ** (k / effort.steps)
             run = runs[int(draw() * len(runs))]
             size = sizes[-1 - int(draw() ** 2 * len(sizes))]
             candidate = self.moved(cuts, vector, run, size if draw() < 0.5 else -size)
@@ -190,7 +204,7 @@ class _Search:
 
     def look_around(self) -> None:
         """Every single shift of the best split that could be the next best."""
-        _, cuts = self.best
+        _, _, cuts = self.best
         vector = self.pricing.durations(cuts)
         for run in self.runs:
             for by in (-1, 1):

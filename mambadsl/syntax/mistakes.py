@@ -230,7 +230,7 @@ def _case(p: _Place) -> Diagnostic | None:
         lower = found.text[0].lower() + found.text[1:]
         message = f"only layers start upper case; expected a lower-case name, found `{found.text}`"
         return Diagnostic(E018, message, p.span(found), help=(f"write `{lower}`",))
-    if found.type == "NAME" and p.accepts == {"LAYER_NAME"}:
+    if found.type == "NAME" and p.accepts == {"LAYER_NAME"} and not p.keyword(found):
         message = f"the name of a layer starts upper case, found `{found.text}`"
         return Diagnostic(E018, message, p.span(found), help=(f"write `{_upper(found.text)}`",))
     if before and before.type == "NAME" and p.accepts == {"DOT", "LPAR"}:

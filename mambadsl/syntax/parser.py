@@ -12,8 +12,8 @@ from typing import Any, Callable
 from mambadsl.syntax.tables import END, Tables
 from mambadsl.syntax.tokens import MAX_DEPTH, Token
 
-#: keyword -> what may follow, and what may follow that, for it to begin a statement at the start of a line
-#: whatever the parser was in the middle of: `parts = 3` is a setting, `parts h200 {` is not.
+#: keyword -> what may follow, and what may follow that, for it to begin a statement whatever the parser was
+#: in the middle of: `parts = 3` is a setting, `parts h200 {` is not. At the start of a line the first is enough.
 _NAMED = {"NAME", "LAYER_NAME"}
 HEADS: dict[str, tuple[set[str], set[str]]] = {
     "from": ({"STRING"}, {"NAME"}),
@@ -26,7 +26,7 @@ HEADS: dict[str, tuple[set[str], set[str]]] = {
     "parts": (_NAMED, {"LBRACE", "COLON"}),
     "expect": (_NAMED | {"INT", "FLOAT"}, {"COMPARE", "LPAR"}),
 }
-#: After these a word must still come, so a keyword counts only where two more tokens agree.
+#: After these a word must still come, so a line's first keyword counts only where both tokens agree.
 _UNFINISHED = frozenset({"EQUAL", "PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "COMPARE", "COMMA", "LPAR", "LSQB"})
 _DEEPER = frozenset({"add", "mul", "negative", "args", "list", "paren", "group"})
 
@@ -148,9 +148,10 @@ class Parser:
         if i == 0:
             return True
         before = self.tokens[i - 1]
-        if before.type in {"DOT", "COLON"} or "\n" not in text[before.end : token.start]:
+        if before.type in {"DOT", "COLON"} or before.text in HEADS:
             return False
-        return before.type not in _UNFINISHED or self.tokens[i + 2].type in third
+        clear = "\n" in text[before.end : token.start] and before.type not in _UNFINISHED
+        return clear or self.tokens[i + 2].type in third
 
 
 def _children(fates: str, values: list) -> list:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from mambadsl.syntax import tables
 from mambadsl.syntax.nodes import reducer
 from mambadsl.syntax.parser import Parser
-from mambadsl.syntax.tokens import tokenize
+from mambadsl.syntax.tokens import MAX_REPORTED, tokenize
 from mambadsl.syntax.tree import File, Pattern
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.text.source import Source
 
-MAX_REPORTED = 50
-
 
 def read(source: Source) -> File:
-    """The tree of a model file. Every broken statement is reported once, in the order of the text."""
+    """The tree of a model file. Every broken statement is reported once, in the order of the text,
+    and no more than MAX_REPORTED of them."""
     tokens = tokenize(source)
     problems = list(tokens.diagnostics)
     if tokens.complete:

@@ -86,13 +86,19 @@ def build(grammar: str) -> dict:
     lark = Lark(grammar, parser="lalr")
     rules = {rule: number for number, rule in enumerate(lark.rules)}
     table = lark.parser.parser._parse_table
-    numbers = {state: number for number, state in enumerate(sorted(table.states))}
+    # Lark numbers states differently in each process; in the order they are reached, the file is stable.
+    numbers = {table.start_states["start"]: 0}
+    for state in (reached := list(numbers)):
+        for _, (action, argument) in sorted(table.states[state].items()):
+            if action is Shift and argument not in numbers:
+                numbers[argument] = len(reached)
+                reached.append(argument)
     actions = [
         {
             symbol: numbers[argument] if action is Shift else ~rules[argument]
             for symbol, (action, argument) in sorted(table.states[state].items())
         }
-        for state in sorted(table.states)
+        for state in reached
     ]
 
     def fate(symbol) -> str:

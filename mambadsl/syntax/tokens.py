@@ -22,6 +22,7 @@ MAX_TOKENS = 40_000
 MAX_INTEGER = 2**53
 MAX_DIGITS = 20
 MAX_EXPONENT = 308
+MAX_REPORTED = 50
 
 E011 = declare(
     "E011",
@@ -120,6 +121,9 @@ def tokenize(source: Source) -> Tokens:
     while at < size:
         found = match(text, at)
         if found is None:
+            if len(out.diagnostics) >= MAX_REPORTED:
+                out.complete = False
+                return out
             at = _stray(source, at, out)
             continue
         type, start, at = found.lastgroup, at, found.end()

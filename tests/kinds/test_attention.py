@@ -6,6 +6,7 @@ import pytest
 import torch
 from hf_layers import layer
 from kind_values import module, values
+from ragged import REAL, part_of, ragged
 
 from mambadsl.kinds.attention.kind import QK_NORM, ROPE, ROPE_SCALING
 from mambadsl.kinds.fields import Call, Word
@@ -137,35 +138,11 @@ GRID = {
     ),
 }
 
-# Two documents and padding in a row; a long document across; padding in the middle; nothing but padding.
-ROWS = torch.tensor([
-    [-1, 0, 0, 0, 0, 1, 1, 1, -1, -1],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-    [0, 0, -1, -1, 0, 0, 3, 3, 3, 3],
-    [-1, -1, -1, -1, -1, -1, -1, -1, -1, -1],
-])
-POSITIONS = torch.tensor([
-    [0, 0, 1, 2, 3, 0, 1, 2, 0, 0],
-    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
-    [0, 1, 0, 0, 2, 3, 0, 1, 2, 3],
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
-])
-
-
-def ragged() -> Tokens:
-    return Tokens(POSITIONS, ROWS.to(torch.int32))
-
-
-def slice_of(tokens: Tokens, start: int, end: int) -> Tokens:
-    return Tokens(tokens.positions_BT[:, start:end], tokens.segments_BT[:, start:end])
-
-
 @pytest.mark.parametrize("name", GRID)
 def test_ragged_rows_equal_the_definition_forward_and_backward(name):
     made = module("attention", d_model=16, **{**HEADS, **GRID[name]})
     x = torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(1))
-    real = (ROWS >= 0)[..., None]
-    mix = torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(2)) * real
+    mix = torch.randn(4, 10, 16, generator=torch.Generator().manual_seed(2)) * REAL[..., None]
     weights = dict(made.named_parameters())
 
     def run(y):
@@ -174,7 +151,7 @@ def test_ragged_rows_equal_the_definition_forward_and_backward(name):
     y = made(x, ragged())
     expected, _ = naive(weights, made.f, made.dims, x, ragged())
     assert y.isfinite().all()
-    torch.testing.assert_close(y * real, expected * real, rtol=0, atol=1e-5)
+    torch.testing.assert_close(y * REAL[..., None], expected * REAL[..., None], rtol=0, atol=1e-5)
     for mine, truth in zip(run(y), run(expected)):
         torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
 
@@ -188,9 +165,8 @@ def test_ragged_rows_in_chunks_equal_the_whole(name, cuts):
     whole = made(x, ragged())
     state = made.init_state(4, dtype=torch.float32)
     bounds = (0, *cuts, 10)
-    chunks = [made(x[:, a:b], slice_of(ragged(), a, b), state) for a, b in zip(bounds, bounds[1:])]
-    real = (ROWS >= 0)[..., None]
-    torch.testing.assert_close(torch.cat(chunks, 1) * real, whole * real, rtol=0, atol=1e-5)
+    chunks = [made(x[:, a:b], part_of(ragged(), a, b), state) for a, b in zip(bounds, bounds[1:])]
+    torch.testing.assert_close(torch.cat(chunks, 1) * REAL[..., None], whole * REAL[..., None], rtol=0, atol=1e-5)
     kept = 10 if made.f.window is None else min(10, made.f.window - 1)
     assert {t.shape[1] for t in state.values()} == {kept}
 
@@ -229,10 +205,10 @@ def test_bfloat16_is_near_float32(name):
     x = torch.randn(4, 10, 64, generator=torch.Generator().manual_seed(3))
     state = narrow.init_state(4, dtype=torch.bfloat16)
     truth, whole = made(x, rows), narrow(x.bfloat16(), rows)
-    chunks = [narrow(x[:, a:b].bfloat16(), slice_of(rows, a, b), state) for a, b in ((0, 5), (5, 6), (6, 10))]
+    chunks = [narrow(x[:, a:b].bfloat16(), part_of(rows, a, b), state) for a, b in ((0, 5), (5, 6), (6, 10))]
     for y in (whole, torch.cat(chunks, 1)):
         assert y.dtype == torch.bfloat16
-        error = (y.float() - truth)[ROWS >= 0].norm() / truth[ROWS >= 0].norm()
+        error = (y.float() - truth)[REAL].norm() / truth[REAL].norm()
         assert error < 0.02
     whole.float().square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in narrow.parameters())

@@ -84,12 +84,6 @@ def test_bfloat16_rounds_once_at_the_end(name, theirs):
     assert (y == theirs(x)).float().mean() > 0.999
 
 
-def test_large_bfloat16_values_do_not_overflow():
-    x = torch.full((1, 24), 3e30, dtype=torch.bfloat16)
-    x[0, 0] = -1e15
-    assert made(FORMS["rmsnorm"], torch.bfloat16)(x * 1e-12).isfinite().all()
-
-
 def test_unknown_form_is_refused():
     with pytest.raises(ValueError, match="no norm `batchnorm`"):
         Norm(Variant("batchnorm"), 8)

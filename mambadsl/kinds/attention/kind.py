@@ -123,6 +123,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="attention",
+    letter="A",
     doc="causal softmax attention with grouped key/value heads",
     fields=FIELDS,
     weights=weights,

@@ -81,6 +81,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="mamba1",
+    letter="M",
     doc="Mamba-1: selective state space with a decay per channel and state",
     fields=FIELDS,
     weights=weights,

@@ -118,6 +118,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="mamba2",
+    letter="M",
     doc="Mamba-2: selective state space with one decay per head (SSD)",
     fields=FIELDS,
     weights=weights,

@@ -41,6 +41,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="mlp",
+    letter="F",
     doc="feed-forward layer, gated or not",
     fields=FIELDS,
     weights=weights,

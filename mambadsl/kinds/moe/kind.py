@@ -96,6 +96,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="moe",
+    letter="E",
     doc="mixture of feed-forward experts",
     fields=FIELDS,
     weights=weights,

@@ -26,7 +26,7 @@ def choose(logits_E: Tensor, bias_E: Tensor | None, router: Variant, top_k: int)
         scores_E = 1 / (1 + torch.exp(-logits_E))
         choice_E = scores_E if bias_E is None else scores_E + bias_E
         experts = best_groups(choice_E.tolist(), router)
-    chosen = sorted(experts, key=lambda e: (-float(choice_E[e]), e))[:top_k]
+    chosen = sorted(experts, key=lambda e: (-choice_E[e].item(), e))[:top_k]
 
     if router.name == "softmax":
         over = range(len(logits_E)) if router.order == "before_top_k" else chosen

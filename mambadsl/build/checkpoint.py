@@ -1,0 +1,184 @@
+"""Weights on disk: safetensors files under the model's own paths, whole or by stage, loaded strictly.
+
+A folder holds `weights.safetensors`, or `weights-00001-of-00003.safetensors`, ... with `weights.index.json`.
+A stage writes the same with `weights-stage-1-of-4` for `weights`, so the stages of a pipeline share a folder, and
+any split reads what any other wrote. Refuses (E905) names that are missing, unknown or of another shape,
+files that an index names and the folder lacks, and one name with two different values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambadsl.build.model import Model
+from mambadsl.graph.weights import all_weights
+from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
+from mambadsl.text.spell import nearest
+
+E905 = declare(
+    "E905",
+    "the weights in the folder do not fit the model",
+    """
+    Loading is strict: every weight of the model must be in the folder with its shape, and the folder may hold
+    nothing that the model does not know. Names are paths (`stack.3.mixer.in_proj.weight`), so a missing and an
+    unknown name next to each other mean another pattern, another kind, or another spelling. A single stage
+    takes its own weights and leaves the rest of the model's.
+    """,
+)
+
+#: A file is at most this large, unless one tensor alone is larger.
+MAX_FILE_BYTES = 4 * 2**30
+LISTED = 12
+
+
+def save_weights(model: Model, folder: str | Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> tuple[Path, ...]:
+    """Writes the model's weights and returns the files. Earlier weights of the same stem go; files appear
+    complete or not at all."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = _stem(model)
+    shards = _shards(model.tensors(), max_file_bytes)
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    about = {"format": "pt", "model": model.graph.name}
+    for name, shard in zip(names, shards):
+        kept = {path: tensor.detach().contiguous().cpu() for path, tensor in shard.items()}
+        save_file(kept, folder / f"{name}.part", metadata=about)
+    for old in _own_files(folder, stem):
+        old.unlink()
+    for name in names:
+        os.replace(folder / f"{name}.part", folder / name)
+    if len(shards) > 1:
+        places = {path: name for name, shard in zip(names, shards) for path in shard}
+        total = sum(t.numel() * t.element_size() for t in model.tensors().values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / f"{stem}.index.json").write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+    return tuple(folder / name for name in names)
+
+
+def load_weights(model: Model, folder: str | Path, *, device: Any = "cpu") -> Model:
+    """Fills the model (or stage) in place, in its own dtypes; a model on the meta device moves to `device`
+    first. Raises MdlError (E905) before anything is changed."""
+    folder = Path(folder)
+    stored = _Stored(folder)
+    if problem := _misfit(model, stored):
+        raise MdlError([problem])
+    if any(t.is_meta for t in model.tensors().values()):
+        model.to_empty(device=device)
+    tensors = model.tensors()
+    with torch.no_grad():
+        for path, value in stored.values(tuple(tensors)):
+            tensors[path].copy_(value)
+    return model
+
+
+class _Stored:
+    """What the files of a folder hold: `shapes` by path, `files` by path."""
+
+    def __init__(self, folder: Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.folder, self.shapes, self.files = folder, {}, {}
+        found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        if not found:
+            raise _refuse(f"there are no weights (`*.safetensors`) in `{folder}`")
+        for index in sorted(folder.glob("*.index.json")):
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if lost := sorted(named - {file.name for file in found}):
+                raise _refuse(f"`{folder}` lacks files that `{index.name}` names", notes=lost)
+        for file in found:
+            try:
+                with safe_open(file, "pt") as opened:
+                    held = {path: tuple(opened.get_slice(path).get_shape()) for path in opened.keys()}
+            except SafetensorError as error:
+                raise _refuse(f"`{file}` is damaged or not a safetensors file: {error}") from error
+            for path, shape in held.items():
+                self.shapes.setdefault(path, shape)
+                self.files.setdefault(path, []).append(file)
+
+    def values(self, paths: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        from safetensors import safe_open
+
+        by_file: dict[Path, list[str]] = {}
+        for path in paths:
+            by_file.setdefault(self.files[path][0], []).append(path)
+        for file, held in by_file.items():
+            with safe_open(file, "pt") as opened:
+                for path in held:
+                    yield path, opened.get_tensor(path)
+
+    def contradictions(self) -> Iterator[str]:
+        """Names stored more than once (a tied embedding, shared layers) with values that differ."""
+        from safetensors import safe_open
+
+        for path, files in self.files.items():
+            values = []
+            for file in files if len(files) > 1 else ():
+                with safe_open(file, "pt") as opened:
+                    values.append(opened.get_tensor(path))
+            if any(not torch.equal(values[0], other) for other in values[1:]):
+                yield f"`{path}` differs between " + " and ".join(file.name for file in files)
+
+
+def _misfit(model: Model, stored: _Stored) -> Diagnostic | None:
+    """One diagnostic that lists everything, or None."""
+    known = {path: weight.shape for path, weight in all_weights(model.graph).items()}
+    wanted = {path: tuple(weight.shape) for path, weight in model.weights.items()}
+    missing = [path for path in wanted if path not in stored.shapes]
+    unknown = [path for path in stored.shapes if path not in known]
+    facts = []
+    for what, paths, others in ("missing", missing, unknown), ("unknown", unknown, missing):
+        for path in paths[:LISTED]:
+            near = nearest(path, others)
+            facts.append(f"{what}: `{path}`" + (f", nearest: `{near}`" if near else ""))
+        if len(paths) > LISTED:
+            facts.append(f"{what}: and {len(paths) - LISTED} more")
+    bent = [path for path in wanted if path in stored.shapes and stored.shapes[path] != wanted[path]]
+    facts += [f"shape of `{p}`: {list(stored.shapes[p])} in the folder, {list(wanted[p])} in the model" for p in bent[:LISTED]]
+    if len(bent) > LISTED:
+        facts.append(f"shape: and {len(bent) - LISTED} more")
+    twice = list(stored.contradictions())
+    facts += [f"twice: {fact}" for fact in twice]
+    if not facts:
+        return None
+    counts = {"missing": missing, "unknown": unknown, "of another shape": bent, "stored twice, with two values": twice}
+    summary = ", ".join(f"{len(paths)} {what}" for what, paths in counts.items() if paths)
+    return Diagnostic(E905, f"the weights in `{stored.folder}` do not fit `{model.graph.name}`: {summary}", notes=tuple(facts))
+
+
+def _refuse(message: str, *, notes: list[str] = ()) -> MdlError:
+    return MdlError([Diagnostic(E905, message, notes=tuple(notes))])
+
+
+def _stem(model: Model) -> str:
+    stage = model.stage
+    return "weights" if stage.count == 1 else f"weights-stage-{stage.index + 1}-of-{stage.count}"
+
+
+def _own_files(folder: Path, stem: str) -> list[Path]:
+    shards = [f for f in folder.glob(f"{stem}-*-of-*.safetensors") if f.name[len(stem) + 1].isdigit()]
+    single = [folder / f"{stem}.safetensors", folder / f"{stem}.index.json"]
+    return shards + [file for file in single if file.exists()]
+
+
+def _shards(tensors: dict[str, Tensor], max_file_bytes: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for path, tensor in tensors.items():
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + bytes_ > max_file_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][path] = tensor
+        size += bytes_
+    return shards

@@ -1,0 +1,111 @@
+"""Initial values, by the laws that kinds declare, and the groups that optimisers want.
+
+Each weight is drawn by itself on the CPU in float32, from (seed, path) alone, then rounded and copied: whole
+model or stage, any order, any device, meta or not, the values are the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor
+
+from mambadsl.graph.graph import LayerGraph
+from mambadsl.kinds.kind import Init, Weight
+
+if TYPE_CHECKING:
+    from mambadsl.build.model import Model
+
+
+def initialise(model: Model, *, seed: int = 0) -> Model:
+    """Gives every weight and buffer its initial value, in place."""
+    tensors = model.tensors()
+    with torch.no_grad():
+        for path, weight in model.weights.items():
+            tensors[path].copy_(draw(weight, model.graph, path=path, seed=seed))
+    return model
+
+
+def materialise(model: Model, *, device: Any = "cpu", seed: int = 0) -> Model:
+    """Memory and initial values for a model built on the meta device; the same bits as a direct build."""
+    return initialise(model.to_empty(device=device), seed=seed)
+
+
+def draw(weight: Weight, graph: LayerGraph, *, path: str, seed: int) -> Tensor:
+    """The initial value of one weight, float32 on the CPU."""
+    return LAWS[weight.init.law](weight.shape, generator_of(path, seed=seed), **arguments(weight.init, graph))
+
+
+def generator_of(path: str, *, seed: int) -> Generator:
+    """A generator that depends on nothing but the path and the seed."""
+    digest = blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest) >> 1)
+
+
+def arguments(init: Init, graph: LayerGraph) -> dict[str, float]:
+    """A law's arguments with what the model says filled in: the standard deviation of `normal`, smaller for
+    projections back onto the residual stream (GPT-2's rule, over the additions that there are)."""
+    args = dict(init.args)
+    if init.law == "normal":
+        std = args.get("std", graph.model.init_std)
+        scale = init.residual and graph.model.scale_residual_init
+        args["std"] = std / math.sqrt(graph.residual_additions) if scale else std
+    return args
+
+
+def _normal(shape, generator: Generator, *, std: float) -> Tensor:
+    return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+def _uniform(shape, generator: Generator, *, bound: float) -> Tensor:
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def _const(shape, generator: Generator, *, value: float) -> Tensor:
+    return torch.full(shape, float(value))
+
+
+def _a_uniform(shape, generator: Generator, *, low: float, high: float) -> Tensor:
+    """A_log of Mamba-2: -A is uniform in [low, high]."""
+    return torch.empty(shape).uniform_(low, high, generator=generator).log()
+
+
+def _a_arange(shape, generator: Generator) -> Tensor:
+    """A_log of Mamba-1 (S4D-real): -A is 1, 2, ... d_state in each row."""
+    return torch.arange(1, shape[-1] + 1, dtype=torch.float32).log().expand(shape)
+
+
+def _dt_bias(shape, generator: Generator, *, low: float, high: float, floor: float) -> Tensor:
+    """softplus of it is log-uniform in [low, high], and at least floor."""
+    log_dt = torch.empty(shape).uniform_(math.log(low), math.log(high), generator=generator)
+    dt = log_dt.exp().clamp_min(floor)
+    # The inverse of softplus; expm1 keeps small dt exact.
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+#: law -> (shape, generator, its arguments) -> values. `kinds.kind.Init` says what each is.
+LAWS: dict[str, Callable[..., Tensor]] = {
+    "normal": _normal,
+    "uniform": _uniform,
+    "zeros": lambda shape, generator: torch.zeros(shape),
+    "ones": lambda shape, generator: torch.ones(shape),
+    "const": _const,
+    "a_uniform": _a_uniform,
+    "a_arange": _a_arange,
+    "dt_bias": _dt_bias,
+}
+
+
+def param_groups(model: Model, *, weight_decay: float = 0.1) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimiser, `params` and `weight_decay`: matrices decay; norms, biases, A_log,
+    D and dt_bias do not. A shared or tied weight is in one group once. `names` are the paths of `params`."""
+    named = dict(model.named_parameters())
+    groups = []
+    for decays, rate in (True, weight_decay), (False, 0.0):
+        names = [path for path in named if model.weights[path].decay is decays]
+        groups.append(dict(params=[named[path] for path in names], names=names, weight_decay=rate))
+    return groups

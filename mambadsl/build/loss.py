@@ -1,0 +1,35 @@
+"""Cross entropy of the next token: what counts, and the mean over it. Letters: B batch, T time, V vocab."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: The target where nothing is predicted. Any negative number does the same.
+IGNORE = -100
+
+
+def next_tokens(tokens_BT: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    """Each token's successor, int64 [B, T]; IGNORE where it is padding, of another document, or not there."""
+    targets_BT = torch.full_like(tokens_BT, IGNORE, dtype=torch.int64)
+    targets_BT[:, :-1] = tokens_BT[:, 1:]
+    if segments is not None:
+        targets_BT[:, :-1].masked_fill_(segments[:, 1:] != segments[:, :-1], IGNORE)
+    if valid is not None:
+        targets_BT[:, :-1].masked_fill_(~valid[:, 1:].bool(), IGNORE)
+    return targets_BT
+
+
+def cross_entropy(
+    logits_BTV: Tensor, targets_BT: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """Mean over the tokens that count (target not negative, not padding), float32; 0 if there are none."""
+    targets_BT = targets_BT.long()
+    for padding_BT in (*([segments < 0] if segments is not None else []), *([~valid.bool()] if valid is not None else [])):
+        targets_BT = targets_BT.masked_fill(padding_BT, IGNORE)
+    targets_BT = targets_BT.masked_fill(targets_BT < 0, IGNORE)
+    total = F.cross_entropy(
+        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return total / (targets_BT != IGNORE).sum().clamp_min(1)

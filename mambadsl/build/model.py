@@ -1,0 +1,240 @@
+"""LayerGraph -> torch: the whole model, or one pipeline stage of it.
+
+In: a graph (or the checked graph around it) and dtype, device, seed, part set, stage. Out: `Model`, whose
+parameters and buffers are named as `graph.weights` names them. Refuses (MdlError) what `refuse` lists and
+stages that are not the model (E904).
+
+Letters: B batch, T time, D d_model, V vocab, L the last tokens asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambadsl.build.failure import located
+from mambadsl.build.init import initialise
+from mambadsl.build.loss import cross_entropy, next_tokens
+from mambadsl.build.refuse import problems
+from mambadsl.build.stage import Stage, choose
+from mambadsl.build.state import DecodingState, describe
+from mambadsl.build.sublayer import Sublayer, scaled
+from mambadsl.graph.graph import LayerGraph, Node, Role
+from mambadsl.graph.weights import node_weights
+from mambadsl.kinds.module import Holder
+from mambadsl.kinds.norm import Norm
+from mambadsl.kinds.tokens import Tokens
+from mambadsl.text.diagnostic import MdlError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which part set was asked for, which one runs, and why."""
+
+    asked: str
+    used: str
+    why: str
+
+
+def build(
+    graph: Any, *, dtype: str | torch.dtype = "fp32", device: Any = "cpu", seed: int = 0, parts: str = "reference",
+    plan: Any = None, stage: int | None = None,
+) -> Model:
+    """The torch module of a LayerGraph or CheckedGraph, with the initial values of `seed`.
+
+    dtype: "fp32", "bf16" or a torch dtype; weights declared float32 stay so. device="meta": no memory, no
+    values (`init.materialise` gives both later, the same ones). stage: build this pipeline stage only, of
+    `plan` (a Plan, or a list of lists of node paths), or of the text's `|` marks.
+
+    Raises MdlError: E901 and E903 what cannot be built, E902 part sets, E904 stages.
+    """
+    graph = graph if isinstance(graph, LayerGraph) else graph.graph
+    if found := problems(graph, parts=parts):
+        raise MdlError(found)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype must be {', '.join(map(repr, DTYPES))} or a torch dtype, not {dtype!r}")
+    model = Model(
+        graph, choose(graph, plan=plan, stage=stage), dtype=DTYPES.get(dtype, dtype), device=device,
+        choices=(_choice(parts),),
+    )
+    if torch.device(device).type != "meta":
+        initialise(model, seed=seed)
+    return model
+
+
+def _choice(parts: str) -> Choice:
+    why = "it is the only part set with code so far" if parts == "auto" else "asked for by name"
+    return Choice(parts, "reference", why)
+
+
+class Model(nn.Module):
+    """A language model, or one stage of it.
+
+    graph, stage: what it was built from. weights: path -> Weight of everything in it. choices: the part sets
+    that were asked for and what runs.
+    Weights have no values yet: `build` and `init` give them.
+    """
+
+    def __init__(
+        self, graph: LayerGraph, stage: Stage, *, dtype: torch.dtype = torch.float32, device: Any = None,
+        choices: tuple[Choice, ...] = (),
+    ):
+        super().__init__()
+        self.graph, self.stage = graph, stage
+        self.choices = choices
+        self.weights = {path: w for node in stage.nodes for path, w in node_weights(graph, node)}
+        for node in stage.nodes:
+            self._add(node, dtype=dtype, device=device)
+
+    def _add(self, node: Node, **made: Any) -> None:
+        model = self.graph.model
+        match node.role:
+            case Role.EMBED:
+                self._add_table("embed", **made)
+            case Role.HEAD:
+                self.final_norm = Norm(model.norm, model.d_model, **made)
+                # A tied head reads the embedding's table; a last stage without the embedding has a copy.
+                self._add_table("embed" if self.graph.tied else "head", **made)
+            case Role.LAYER:
+                *path, leaf = node.owner.split(".")
+                group = self
+                for step in path:
+                    if step not in group._modules:
+                        group.add_module(step, Group())
+                    group = group._modules[step]
+                if leaf not in group._modules:
+                    group.add_module(leaf, Sublayer(node, d_model=model.d_model, **made))
+
+    def _add_table(self, name: str, *, dtype: torch.dtype, device: Any) -> None:
+        if name not in self._modules:
+            holder = Holder()
+            shape = self.graph.model.vocab, self.graph.model.d_model
+            holder.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            self.add_module(name, holder)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights that are not declared float32."""
+        named = self.tensors()
+        return next((named[path].dtype for path, w in self.weights.items() if not w.fp32), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Path -> parameter or buffer, the very tensors of the modules; the keys are those of `weights`."""
+        return self.state_dict(keep_vars=True)
+
+    def forward(
+        self, *inputs: Tensor, segments: Tensor | None = None, valid: Tensor | None = None,
+        positions: Tensor | None = None, state: DecodingState | None = None, last: int | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Token ids [B, T] -> float32 logits [B, T, V]. A stage takes the tensors `stage.takes` names and,
+        if it is not the last, gives a tuple of those `stage.gives` names; it has the same keywords.
+
+        segments: document numbers [B, T] of packed rows, non-decreasing, negative for padding. valid: bool
+        [B, T], False for padding (left, right or both). positions: [B, T] or [T], default counted in each
+        document. state: from `init_state`; tokens go on from it and it moves on with them. last: logits of
+        only the last so many tokens, [B, L, V]. Logits at padding mean nothing.
+
+        Logits are float32 in any dtype of the weights: losses and sampling want them so, and the multiplier
+        and the soft cap are applied after the widening.
+        """
+        if len(inputs) != len(self.stage.takes):
+            takes = ", ".join(self.stage.takes)
+            raise TypeError(f"stage {self.stage.index} takes {takes}; {len(inputs)} tensors were given")
+        if inputs[0].dim() != (2 if self.stage.takes[0] == "tokens" else 3):
+            wanted = "token ids [batch, time]" if self.stage.takes[0] == "tokens" else "x [batch, time, d_model]"
+            raise ValueError(f"the first input must be {wanted}, not {list(inputs[0].shape)}")
+        tokens = describe(
+            tuple(inputs[0].shape[:2]), device=inputs[0].device, segments=segments, valid=valid,
+            positions=positions, state=state,
+        )
+        stream = dict(zip(self.stage.takes, inputs))
+        for node in self.stage.nodes:
+            with located(node):
+                _RUN[node.role](self, node, stream, tokens, state, last)
+        if state is not None:
+            state.advance(tokens)
+        if self.stage.gives == ("logits",):
+            return stream["logits"]
+        return tuple(stream[name] for name in self.stage.gives)
+
+    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device: Any = None) -> DecodingState:
+        """The decoding state of `batch` rows before their first token. dtype: of what kinds do not declare
+        float32; default: the model's."""
+        made = dict(dtype=dtype or self.dtype, device=device or self.device)
+        layers = {}
+        for node, sublayer in self.sublayers():
+            for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
+                layers[path] = mixer.init_state(batch, **made)
+        return DecodingState(layers, torch.zeros(batch, dtype=torch.int64, device=made["device"]))
+
+    def sublayers(self) -> Iterator[tuple[Node, Sublayer]]:
+        """Every use of a sublayer here, in order; a shared one comes once for each use."""
+        for node in self.stage.nodes:
+            if node.role is Role.LAYER:
+                yield node, self.get_submodule(node.owner)
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, **described: Tensor) -> Tensor:
+        """Mean cross entropy of the tokens that count, a float32 scalar, for a whole model.
+
+        targets_BT: the id to predict at each token, negative where nothing counts; default: each token's
+        successor in its own document. described: `segments`, `valid`, `positions` as in `forward`.
+        """
+        described_by = {name: described[name] for name in ("segments", "valid") if name in described}
+        if targets_BT is None:
+            targets_BT = next_tokens(tokens_BT, **described_by)
+        return cross_entropy(self(tokens_BT, **described), targets_BT, **described_by)
+
+    def extra_repr(self) -> str:
+        stage = self.stage
+        return self.graph.name if stage.count == 1 else f"{self.graph.name}, stage {stage.index} of {stage.count}"
+
+    def _embed(self, node, stream, tokens, state, last) -> None:
+        model = self.graph.model
+        if stream["tokens"].is_floating_point():
+            raise TypeError(f"token ids must be whole numbers, not {stream['tokens'].dtype}")
+        try:
+            x_BTD = F.embedding(stream["tokens"], self.embed.weight)
+        except IndexError as error:
+            low, high = stream["tokens"].min().item(), stream["tokens"].max().item()
+            error.add_note(f"token ids must be from 0 to {model.vocab - 1} (vocab = {model.vocab}); here: {low} to {high}")
+            raise
+        x_BTD = scaled(x_BTD, model.embedding_multiplier)
+        stream["x"] = x_BTD.float() if model.residual_dtype == "fp32" else x_BTD
+        if self.stage.keeps_embedding:
+            stream["x0"] = stream["x"]
+
+    def _layer(self, node, stream, tokens, state, last) -> None:
+        sublayer = self.get_submodule(node.owner)
+        states = None if state is None else [state.layers[path] for path, _, _ in node.branches()]
+        stream["x"] = sublayer(stream["x"], stream.get("x0"), tokens, states)
+
+    def _head(self, node, stream, tokens, state, last) -> None:
+        model = self.graph.model
+        x_BLD = stream["x"] if last is None else stream["x"][:, -last:]
+        weight_VD = (self.embed if self.graph.tied else self.head).weight
+        logits_BLV = F.linear(self.final_norm(x_BLD).to(weight_VD.dtype), weight_VD).float()
+        logits_BLV = scaled(logits_BLV, model.logits_multiplier)
+        if model.logits_softcap is not None:
+            logits_BLV = model.logits_softcap * torch.tanh(logits_BLV / model.logits_softcap)
+        stream["logits"] = logits_BLV
+
+
+#: How a node of each role changes the stream of named tensors.
+_RUN: dict[Role, Callable[..., None]] = {
+    Role.EMBED: Model._embed, Role.LAYER: Model._layer, Role.HEAD: Model._head,
+}
+
+
+class Group(nn.Module):
+    """A step of a path: `stack` in `stack.3`."""

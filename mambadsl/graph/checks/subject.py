@@ -1,0 +1,161 @@
+"""What rules look at: a graph with facts, each distinct mixer once, and problems that know their places.
+
+In: LayerGraph, Facts. Out: `Subject`, whose `sites(kind)` are the places of the text that define a mixer, with
+the nodes that use it; rules answer with `Problem`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from mambadsl.graph.checks.facts import Facts
+from mambadsl.graph.checks.legal import listed
+from mambadsl.graph.cost import Cost, costs
+from mambadsl.graph.graph import LayerGraph, Node
+from mambadsl.kinds.kind import Dims, Kind
+from mambadsl.kinds.registry import get
+from mambadsl.kinds.values import Values
+from mambadsl.spec.model import LayerSpec, Mixer
+from mambadsl.syntax import tree
+from mambadsl.text.diagnostic import Code, Diagnostic, Label
+from mambadsl.text.source import Span
+
+#: Part sets that run mamba-ssm's and causal-conv1d's kernels for every layer they can.
+KERNEL_SETS = ("fused", "te", "inference")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A diagnostic, and the nodes it is about (none: the model). Equal diagnostics become one."""
+
+    diagnostic: Diagnostic
+    nodes: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One mixer, as defined at one place, and the nodes that use it."""
+
+    mixer: Mixer
+    layer: LayerSpec
+    dims: Dims
+    nodes: tuple[Node, ...]
+
+    @property
+    def f(self) -> Values:
+        return self.mixer.fields
+
+    @property
+    def kind(self) -> Kind:
+        return get(self.mixer.kind)
+
+    @property
+    def span(self) -> Span | None:
+        """The whole item: where the mixer is written, or else where it is used."""
+        return self.mixer.span or self.layer.span or self.nodes[0].span
+
+    def given(self, field: str) -> Span | None:
+        """The argument that set the field, if one did."""
+        origin = self.mixer.origins.get(field)
+        return origin.span if origin is not None and origin.how == "given" else None
+
+    def defaulted(self, field: str) -> bool:
+        origin = self.mixer.origins.get(field)
+        return origin is not None and origin.how == "default"
+
+    def problem(
+        self, code: Code, message: str, fields: tuple[str, ...] = (), *, label: str = "",
+        labels: tuple[Label, ...] = (), notes: tuple[str, ...] = (), help: tuple[str, ...] = (),
+    ) -> Problem:
+        """A problem between `fields`, the guiltiest first: the first that was set gets the caret, the others
+        are shown where they were set, or a note says what they are by default."""
+        places = [(name, place) for name in fields if (place := self.given(name))]
+        span = places[0][1] if places else self.span
+        others = tuple(Label(place, f"`{name}` set here") for name, place in places[1:] if place != span)
+        values = {**self.mixer.fields, **self.mixer.branch}
+        unset = [name for name in fields if self.defaulted(name)]
+        default = tuple(f"`{name}` is {values[name]} by default" for name in unset)
+        diagnostic = Diagnostic(code, message, span, label, others + labels, default + notes, help)
+        return Problem(diagnostic, self.nodes)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A graph and the facts of a run, with what several rules need computed once."""
+
+    graph: LayerGraph
+    facts: Facts
+
+    def sites(self, *kinds: str) -> Iterator[Site]:
+        """Every distinct mixer of these kinds (of all kinds where none is named), in order of first use."""
+        return (site for site in self._sites if not kinds or site.mixer.kind in kinds)
+
+    def recurrent(self) -> Iterator[Site]:
+        return (site for site in self._sites if site.kind.recurrent)
+
+    @cached_property
+    def _sites(self) -> tuple[Site, ...]:
+        by_layer: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.layer is not None:
+                by_layer.setdefault(id(node.layer), []).append(node)
+        found: dict[tuple, tuple[Mixer, LayerSpec, Dims, list[Node]]] = {}
+        for nodes in by_layer.values():
+            layer, dims = nodes[0].layer, nodes[0].dims(self.graph.model.d_model)
+            for mixer in layer.branches:
+                entry = found.setdefault((mixer, mixer.span, dims), (mixer, layer, dims, []))
+                entry[3].extend(nodes)
+        return tuple(Site(mixer, layer, dims, tuple(nodes)) for mixer, layer, dims, nodes in found.values())
+
+    @property
+    def length(self) -> int:
+        return self.facts.length or self.graph.model.context
+
+    @cached_property
+    def kernels(self) -> bool:
+        """mamba-ssm's and causal-conv1d's kernels will run: a part set with them is named, or the target has
+        no other way. (`auto` takes only parts that accept a layer's sizes, so nothing can be wrong there.)"""
+        bases = {parts.name: parts.base for parts in self.graph.parts}
+        name, seen = self.facts.parts, set()
+        while name in bases and name not in seen:
+            seen.add(name)
+            name = bases[name]
+        return name in KERNEL_SETS or self.facts.tool.mamba_kernels
+
+    @cached_property
+    def stages(self) -> int:
+        """Pipeline stages: as many as asked for, or as the text cuts."""
+        return self.facts.pp or 1 + sum(node.cut_after for node in self.graph.nodes)
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        return costs(self.graph, length=self.length)
+
+    def setting(self, name: str) -> Span | None:
+        """Where the model's setting is written."""
+        statements = self.graph.file.statements if self.graph.file else ()
+        for statement in statements:
+            if isinstance(statement, tree.Model):
+                return next((s.span for s in statement.settings if s.name.text == name), None)
+        return None
+
+    def setting_label(self, name: str) -> tuple[Label, ...]:
+        span = self.setting(name)
+        return (Label(span, f"`{name}` set here"),) if span else ()
+
+
+def used_note(nodes: Iterable[Node]) -> tuple[str, ...]:
+    """`used 6 times: W (stack.3, stack.7, ...) in lines 19-22`; nothing for a single use."""
+    nodes = list(nodes)
+    if len(nodes) < 2:
+        return ()
+    names = listed(dict.fromkeys(node.layer.label for node in nodes))
+    paths = ", ".join(node.path for node in nodes[:3]) + (", ..." if len(nodes) > 3 else "")
+    spans = [span for node in nodes if (span := node.trail[0].span if node.trail else node.span)]
+    where = ""
+    if spans and all(span.source is spans[0].source for span in spans):
+        first, last = min(s.line for s in spans), max(s.line for s in spans)
+        where = f", line {first}" if first == last else f", lines {first}-{last}"
+    return (f"used {len(nodes)} times: {names} ({paths}){where}",)

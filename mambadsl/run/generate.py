@@ -1,0 +1,164 @@
+"""Text generation: prompts of token ids in, token ids out, with the model's decoding state.
+
+The prompts are read in one pass, then one token a step. Prompts of unequal length are padded on the left;
+padding reaches nothing. Refuses (ValueError) empty prompts, ids outside the vocabulary, a pipeline stage.
+Letters: B batch, T time, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from mambadsl.build.init import generator_of
+from mambadsl.build.model import Model
+from mambadsl.build.state import DecodingState
+from mambadsl.run.sample import Sampling, sample
+
+Stop = Sequence[int | Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What followed one prompt. tokens: without the prompt, and without the stop tokens. ended: "stop" or
+    "length"."""
+
+    tokens: tuple[int, ...]
+    ended: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One new token of prompt `row`. ended: "stop" (the token completes a stop), "length", or None."""
+
+    row: int
+    token: int
+    ended: str | None = None
+
+
+def generate(
+    model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0,
+    top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Stop = (),
+    stream: Callable[[Step], None] | None = None,
+) -> list[Generated]:
+    """What the model writes after each prompt, at most `max_tokens` ids.
+
+    stop: ids, or sequences of ids, that end a row; they are not part of its result. seed: of the draws; row i
+    draws the same whatever the other rows are. stream: called with each `Step` as it comes.
+    """
+    stops = _stops(stop)
+    written: list[list[int]] = [[] for _ in prompts]
+    ended = ["length"] * len(written)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
+    for step in steps(model, prompts, max_tokens=max_tokens, **sampling):
+        written[step.row].append(step.token)
+        ended[step.row] = step.ended or "length"
+        if stream is not None:
+            stream(step)
+    results = []
+    for tokens, end in zip(written, ended):
+        cut = len(_stopped(tokens, stops) or ()) if end == "stop" else 0
+        results.append(Generated(tuple(tokens[: len(tokens) - cut]), end))
+    return results
+
+
+def stream(model: Model, prompt: Sequence[int], *, max_tokens: int, **sampling) -> Iterator[int]:
+    """The ids that follow one prompt, as they come; a single stop id is not among them. Arguments as `generate`."""
+    stops = _stops(sampling.get("stop", ()))
+    for step in steps(model, [prompt], max_tokens=max_tokens, **sampling):
+        if step.ended == "stop" and (step.token,) in stops:
+            return
+        yield step.token
+
+
+def steps(
+    model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0,
+    top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Stop = (),
+) -> Iterator[Step]:
+    """Every new token of every prompt, as it comes. Arguments as `generate`; checked before the first token."""
+    sampling = Sampling(temperature, top_k, top_p)
+    stops = _stops(stop)
+    _check(model, prompts, max_tokens)
+    return _steps(model, prompts, max_tokens, sampling, seed, stops)
+
+
+def _steps(
+    model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, seed: int,
+    stops: tuple[tuple[int, ...], ...],
+) -> Iterator[Step]:
+    if not prompts or not max_tokens:
+        return
+    training = model.training
+    model.eval()
+    try:
+        generators = [generator_of(f"row {row}", seed=seed) for row in range(len(prompts))]
+        written: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        state = model.init_state(len(prompts))
+        logits_BV = _read(model, *_padded(prompts, device=model.device), state)
+        while True:
+            for row in sorted(running):
+                token = sample(logits_BV[row], sampling, generators[row])
+                written[row].append(token)
+                ended = None
+                if _stopped(written[row], stops):
+                    ended = "stop"
+                elif len(written[row]) == max_tokens:
+                    ended = "length"
+                if ended:
+                    running.remove(row)
+                yield Step(row, token, ended)
+            if not running:
+                return
+            # A finished row reads its last token again; nothing of it is used.
+            next_B1 = torch.tensor([[tokens[-1]] for tokens in written], device=model.device)
+            logits_BV = _read(model, next_B1, None, state)
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def _read(model: Model, tokens_BT: Tensor, valid_BT: Tensor | None, state: DecodingState) -> Tensor:
+    """Logits after the last token of each row, [B, V]."""
+    return model(tokens_BT, valid=valid_BT, state=state, last=1)[:, -1]
+
+
+def _padded(prompts: Sequence[Sequence[int]], *, device) -> tuple[Tensor, Tensor | None]:
+    """Token ids [B, T] with padding on the left, and which are real (None: all)."""
+    T = max(map(len, prompts))
+    tokens_BT = torch.tensor([[0] * (T - len(p)) + [int(t) for t in p] for p in prompts], device=device)
+    if all(len(p) == T for p in prompts):
+        return tokens_BT, None
+    lengths_B = torch.tensor([len(p) for p in prompts], device=device)
+    return tokens_BT, torch.arange(T, device=device) >= T - lengths_B[:, None]
+
+
+def _stops(stop: Stop) -> tuple[tuple[int, ...], ...]:
+    found = tuple((s,) if isinstance(s, int) else tuple(s) for s in stop)
+    if () in found:
+        raise ValueError("an empty stop sequence would stop before the first token")
+    return found
+
+
+def _stopped(tokens: list[int], stops: tuple[tuple[int, ...], ...]) -> tuple[int, ...] | None:
+    """The longest stop that the tokens end in."""
+    ends = [s for s in stops if tuple(tokens[-len(s) :]) == s]
+    return max(ends, key=len, default=None)
+
+
+def _check(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    if model.stage.count > 1:
+        raise ValueError("text comes from a whole model; this is one stage of a pipeline")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")
+    vocab = model.graph.model.vocab
+    for row, prompt in enumerate(prompts):
+        if isinstance(prompt, int):
+            raise ValueError("`prompts` is a list of prompts, each a list of token ids")
+        if not len(prompt):
+            raise ValueError(f"prompt {row} is empty; a model needs at least one token to go on from")
+        if bad := [int(t) for t in prompt if not 0 <= t < vocab]:
+            raise ValueError(f"prompt {row} has the id {bad[0]}; ids are from 0 to {vocab - 1} (vocab = {vocab})")

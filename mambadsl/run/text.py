@@ -1,0 +1,82 @@
+"""Text <-> token ids: bytes for demos, or a `tokenizers` JSON file; and text that comes out as ids come in.
+
+Refuses (ValueError) a vocabulary too small for bytes and a tokenizer without its package or file.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Iterable[int]) -> str: ...
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, whole characters only; the pieces joined are `decode`'s text."""
+        ...
+
+
+def tokenizer(path: str | Path | None = None, *, vocab: int) -> Tokenizer:
+    """A tokenizer for a model with `vocab` ids: that of a `tokenizer.json`, or bytes."""
+    return Bytes(vocab=vocab) if path is None else JsonFile(path, vocab=vocab)
+
+
+class Bytes:
+    """Byte b of the UTF-8 text is token b. Ids past 255, which a model may write, read as U+FFFD."""
+
+    def __init__(self, *, vocab: int = 256):
+        if vocab < 256:
+            raise ValueError(f"bytes need a vocabulary of at least 256 ids, and this model has {vocab}")
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return "".join(self.pieces(tokens))
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in tokens:
+            if 0 <= token < 256:
+                piece = decoder.decode(bytes([token]))
+            else:
+                piece = decoder.decode(b"", final=True) + "\N{REPLACEMENT CHARACTER}"
+            if piece:
+                yield piece
+        if piece := decoder.decode(b"", final=True):
+            yield piece
+
+
+class JsonFile:
+    """A `tokenizer.json` as the tokenizers package reads it."""
+
+    def __init__(self, path: str | Path, *, vocab: int):
+        try:
+            from tokenizers import Tokenizer as Loaded
+        except ImportError as error:
+            raise ValueError(f"`{path}` needs the package `tokenizers` (pip install tokenizers)") from error
+        if not Path(path).is_file():
+            raise ValueError(f"there is no tokenizer file `{path}`")
+        self.loaded = Loaded.from_file(str(path))
+        size = self.loaded.get_vocab_size()
+        if size > vocab:
+            raise ValueError(f"the tokenizer has {size} ids and the model {vocab}: some text would have no embedding")
+
+    def encode(self, text: str) -> list[int]:
+        return self.loaded.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.loaded.decode(list(tokens), skip_special_tokens=False)
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=False)
+        for token in tokens:
+            if piece := decoder.step(self.loaded, token):
+                yield piece
