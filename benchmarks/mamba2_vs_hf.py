@@ -49,11 +49,14 @@ def pair(d_model: int, head_dim: int, d_state: int) -> tuple[torch.nn.Module, to
     f = values("mamba2", d_model=d_model, heads=heads, head_dim=head_dim, d_state=d_state)
     ours = get("mamba2").module()(f, Dims(d_model, d_model))
     weights = theirs.state_dict()
-    ours.load_state_dict({mine: weights[name].view(ours.get_parameter(mine).shape) for name, mine in NAMES.items()})
+    ours.load_state_dict({mine: weights[name].view_as(ours.get_parameter(mine)) for name, mine in NAMES.items()})
     return ours, theirs
 
 
-def results(module: torch.nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+Run = Callable[[Tensor], Tensor]
+
+
+def results(module: torch.nn.Module, run: Run, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """The output, and the gradients of the input and of every weight (by our names)."""
     x = x.clone().requires_grad_()
     module.zero_grad()
@@ -67,7 +70,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def timed(module: torch.nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> tuple[float, float]:
+def timed(module: torch.nn.Module, run: Run, x: Tensor, dy: Tensor) -> tuple[float, float]:
     """Seconds of one forward and one backward pass."""
     x = x.clone().requires_grad_()
     module.zero_grad()

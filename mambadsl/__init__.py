@@ -23,6 +23,8 @@ _HOMES = {
     "Diagnostic": "mambadsl.text.diagnostic",
     "Facts": "mambadsl.graph.checks",
     "Graph": "mambadsl.graph.builder",
+    "form": "mambadsl.graph.builder",
+    "make_layer": "mambadsl.spec.make",
     "from_networkx": "mambadsl.graph.exchange",
     "load_compiled": "mambadsl.run.compiled",
 }
@@ -32,7 +34,7 @@ __all__ = list(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_HOMES[name]), "layer" if name == "make_layer" else name)
     raise AttributeError(f"module 'mambadsl' has no attribute {name!r}")
 
 

@@ -103,3 +103,15 @@ def compile_file(file: File, *, set: Mapping[str, str] | None = None, facts: Any
 
     spec = resolve(override(file, set or {}))
     return Program(spec, check(unroll(spec), facts or Facts()))
+
+
+def program_from_graph(graph: LayerGraph, *, facts: Any = None) -> Program:
+    """A Program from a graph that did not come from text: checked, and written as text to have a spec."""
+    from mambadsl.graph.checks import Facts, check
+    from mambadsl.graph.write import write
+    from mambadsl.spec.resolve import resolve
+    from mambadsl.syntax.read import read
+    from mambadsl.text.source import from_text
+
+    checked = check(graph, facts or Facts())
+    return Program(resolve(read(from_text(write(graph), name=f"{graph.name}.mdl"))), checked)

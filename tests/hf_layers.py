@@ -26,7 +26,9 @@ class Layer:
         return dict(self.module.state_dict())
 
 
-def layer(model: str, module: str, *, index: int = 0, length: int = 12, seed: int = 0, **config: Any) -> Layer:
+def layer(
+    model: str, module: str, *, index: int = 0, length: int = 12, seed: int = 0, **config: Any
+) -> Layer:
     """model: class prefix, "Llama"; module: class name of the wanted layer, the `index`-th of them."""
     torch.manual_seed(seed)
     config = {**COMMON, **config}

@@ -1,9 +1,8 @@
 """The published models as their own configurations say, in the words of Hugging Face configuration classes.
 
-`CONFIGS` holds what the config.json files give beyond each class's defaults (sources: the models' own
-repositories, Megatron-Bridge for Nemotron-H and Falcon-H1, microsoft/Samba). `public(name)` turns one into
-what a compiled model must be: its settings, and its layers as lists of (kind, fields). It knows nothing
-of the .mdl files.
+`CONFIGS` holds what their config.json files give beyond each class's defaults (sources: the models' own
+repositories, Megatron-Bridge for Nemotron-H and Falcon-H1, microsoft/Samba for Samba). Falcon-H1 1.5B and
+3B: without their multipliers, which were not found. Nothing here comes from a .mdl file.
 """
 
 from __future__ import annotations
@@ -43,44 +42,46 @@ def _jamba(**more: Any) -> tuple[str, dict]:
     return "Jamba", dict(max_position_embeddings=256 * KI, **more)
 
 
-def _nemotron(pattern: str, d: int, ff: int, h: int, ssm: tuple[int, int, int], ctx: int, kv: int = 8, **more):
+def _nemotron(pattern: str, d: int, ff: int, h: int, ssm: tuple, context: int, kv: int = 8, **more: Any):
     heads, head_dim, state = ssm
     return "NemotronH", dict(
         hybrid_override_pattern=pattern, hidden_size=d, intermediate_size=ff, num_attention_heads=h,
         num_key_value_heads=kv, mamba_num_heads=heads, mamba_head_dim=head_dim, ssm_state_size=state,
-        vocab_size=131072, max_position_embeddings=ctx, **more,
+        vocab_size=131072, max_position_embeddings=context, **more,
     )
 
 
-def _falcon(n: int, d: int, ff: int, attn: tuple[int, int, int], ssm: tuple[int, int, int, int], vocab: int, **more):
+def _falcon(n: int, d: int, ff: int, attn: tuple, ssm: tuple, vocab: int, **more: Any) -> tuple[str, dict]:
     (h, kv, head_dim), (mh, mp, state, groups) = attn, ssm
     return "FalconH1", dict(
-        num_hidden_layers=n, hidden_size=d, intermediate_size=ff, num_attention_heads=h, num_key_value_heads=kv,
-        head_dim=head_dim, mamba_n_heads=mh, mamba_d_head=mp, mamba_d_ssm=mh * mp, mamba_d_state=state,
+        num_hidden_layers=n, hidden_size=d, intermediate_size=ff,
+        num_attention_heads=h, num_key_value_heads=kv, head_dim=head_dim,
+        mamba_n_heads=mh, mamba_d_head=mp, mamba_d_ssm=mh * mp, mamba_d_state=state,
         mamba_n_groups=groups, vocab_size=vocab, mamba_norm_before_gate=False, rope_theta=1e11, **more,
     )
 
 
-def _mup(head: float, key: float, attn_out: float, ssm: tuple[float, float], mlp: tuple[float, float], c: float):
-    """Multipliers of Falcon-H1; c is the third of the five (B)."""
+def _mup(head: float, key: float, attn_out: float, ssm: tuple, mlp: tuple, b: float) -> dict:
+    """Multipliers of Falcon-H1. ssm: in, out; mlp: gate, down; b: of B, the one of five that varies."""
     return dict(
         embedding_multiplier=5.656854249492381, lm_head_multiplier=head, key_multiplier=key,
         attention_out_multiplier=attn_out, ssm_in_multiplier=ssm[0], ssm_out_multiplier=ssm[1],
         mlp_multipliers=list(mlp),
-        ssm_multipliers=[0.3535533905932738, 0.25, c, 0.5, 0.3535533905932738],
+        ssm_multipliers=[0.3535533905932738, 0.25, b, 0.5, 0.3535533905932738],
     )
 
 
 GRANITE_LAYERS = ["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)]
 
 
-def _granite(d: int, h: int, kv: int, ff: int, shared: int, experts: tuple[int, int] = (0, 0)) -> tuple[str, dict]:
+def _granite(d: int, h: int, kv: int, ff: int, shared: int, experts: tuple = (0, 0)) -> tuple[str, dict]:
     return "GraniteMoeHybrid", dict(
-        hidden_size=d, num_hidden_layers=40, num_attention_heads=h, num_key_value_heads=kv, intermediate_size=ff,
-        shared_intermediate_size=shared, num_local_experts=experts[0], num_experts_per_tok=experts[1],
+        hidden_size=d, num_hidden_layers=40, num_attention_heads=h, num_key_value_heads=kv,
+        intermediate_size=ff, shared_intermediate_size=shared,
+        num_local_experts=experts[0], num_experts_per_tok=experts[1],
         vocab_size=100352, layer_types=GRANITE_LAYERS, mamba_n_heads=2 * d // 64, mamba_d_state=128,
-        rms_norm_eps=1e-5, max_position_embeddings=128 * KI, tie_word_embeddings=True, embedding_multiplier=12,
-        residual_multiplier=0.22, attention_multiplier=h / d, logits_scaling=d / 256,
+        rms_norm_eps=1e-5, max_position_embeddings=128 * KI, tie_word_embeddings=True,
+        embedding_multiplier=12, residual_multiplier=0.22, attention_multiplier=h / d, logits_scaling=d / 256,
     )
 
 
@@ -105,15 +106,18 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "mamba2_2_7b": _mamba2(2560, 64),
     "codestral_mamba_7b": ("Mamba2", {}),
     "falcon_mamba_7b": ("FalconMamba", dict(
-        hidden_size=4096, num_hidden_layers=64, vocab_size=65024, time_step_rank=256, tie_word_embeddings=False,
+        hidden_size=4096, num_hidden_layers=64, vocab_size=65024, time_step_rank=256,
+        tie_word_embeddings=False,
     )),
     "jamba_v0_1": _jamba(),
     "jamba_1_5_large": _jamba(
-        hidden_size=8192, num_hidden_layers=72, num_attention_heads=64, num_key_value_heads=8, intermediate_size=24576,
+        hidden_size=8192, num_hidden_layers=72, num_attention_heads=64, num_key_value_heads=8,
+        intermediate_size=24576,
     ),
     "jamba_reasoning_3b": _jamba(
-        hidden_size=2560, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=20, num_key_value_heads=1,
-        num_experts=1, num_experts_per_tok=1, attn_layer_period=14, attn_layer_offset=7, tie_word_embeddings=True,
+        hidden_size=2560, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=20,
+        num_key_value_heads=1, num_experts=1, num_experts_per_tok=1, attn_layer_period=14,
+        attn_layer_offset=7, tie_word_embeddings=True,
     ),
     "bamba_9b": ("Bamba", dict(
         vocab_size=128256, attn_layer_indices=[9, 18, 27], mamba_d_state=128, max_position_embeddings=4 * KI,
@@ -137,8 +141,8 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         36, 1024, 2048, (8, 2, 64), (24, 64, 128, 1), 32784, mamba_rms_norm=False, mamba_chunk_size=128,
         max_position_embeddings=16 * KI,
         **_mup(
-            0.0390625, 0.39062499999999994, 0.9375, (1.25, 0.23570226039551587), (0.8838834764831844, 0.5859375),
-            0.3535533905932738,
+            0.0390625, 0.39062499999999994, 0.9375, (1.25, 0.23570226039551587),
+            (0.8838834764831844, 0.5859375), 0.3535533905932738,
         ),
     ),
     "falcon_h1_1_5b": _falcon(
@@ -162,7 +166,8 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         max_position_embeddings=256 * KI,
         **_mup(
             0.013020833333333334, 0.030690398488999456, 0.10416666666666667,
-            (0.4166666666666667, 0.11785113019775793), (0.2946278254943948, 0.032552083333333336), 0.1767766952966369,
+            (0.4166666666666667, 0.11785113019775793), (0.2946278254943948, 0.032552083333333336),
+            0.1767766952966369,
         ),
     ),
     "falcon_h1_34b": _falcon(

@@ -107,7 +107,7 @@ class Model(nn.Module):
                 group = self
                 for step in path:
                     if step not in group._modules:
-                        group.add_module(step, Group())
+                        group.add_module(step, nn.ModuleDict())
                     group = group._modules[step]
                 if leaf not in group._modules:
                     group.add_module(leaf, Sublayer(node, d_model=model.d_model, **made))
@@ -235,6 +235,3 @@ _RUN: dict[Role, Callable[..., None]] = {
     Role.EMBED: Model._embed, Role.LAYER: Model._layer, Role.HEAD: Model._head,
 }
 
-
-class Group(nn.Module):
-    """A step of a path: `stack` in `stack.3`."""

@@ -43,6 +43,8 @@ SEVERAL_EACH = Effort(work=1_000_000, rounds=3, steps=3000)
 
 #: The exact rank balance is only tried where it costs less than this many inner steps.
 FOLD_STEPS = 1_000_000
+#: Splits tried to get one that fits into memory, and how many of them at random where descent is stuck.
+REPAIRS, WANDER = 6000, 600
 PLANES = 12
 #: What looking at a candidate costs, in simulator operations, besides two for each stage.
 CONSIDER = 40
@@ -164,12 +166,11 @@ class _Search:
         self, cuts: Sequence[int], vector: list[float], run: tuple[int, int], by: int
     ) -> tuple[tuple[int, ...], list[float]] | None:
         """The split with a run of cuts shifted, and its durations; None if a stage would be empty."""
-        first, last = run
-        if (cuts[first] + by <= cuts[first - 1]) if by < 0 else (cuts[last] + by >= cuts[last + 1]):
+        shifted = _shifted(cuts, run, by)
+        if shifted is None:
             return None
-        shifted = (*cuts[:first], *[cut + by for cut in cuts[first : last + 1]], *cuts[last + 1 :])
         durations = vector.copy()
-        self.pricing.revise(durations, shifted, first - 1, last + 1)
+        self.pricing.revise(durations, shifted, run[0] - 1, run[1] + 1)
         return shifted, durations
 
     def descend(self, cuts: tuple[int, ...]) -> None:
@@ -212,21 +213,39 @@ class _Search:
                     self.below(*candidate, self.second[0])
 
     def repair(self, cuts: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Shifts that shrink what exceeds the memory limit, until nothing does; None if stuck."""
+        """A split that fits, by shifts that shrink what exceeds the memory limit; where none does, by random
+        ones for a while. None if it stays too large."""
         over = self.pricing.overflow(cuts)
-        while over:
-            for run, by in ((run, by * sign) for by in self.sizes for run in self.runs for sign in (-1, 1)):
-                first, last = run
-                if (cuts[first] + by <= cuts[first - 1]) if by < 0 else (cuts[last] + by >= cuts[last + 1]):
-                    continue
-                shifted = (*cuts[:first], *[cut + by for cut in cuts[first : last + 1]], *cuts[last + 1 :])
-                less = self.pricing.overflow(shifted)
-                if less < over:
+        moves = [(run, by * sign) for by in self.sizes for run in self.runs for sign in (-1, 1)]
+        draw, left = self.random, REPAIRS
+        while over and left > 0:
+            for run, by in moves:
+                shifted = _shifted(cuts, run, by)
+                left -= 1
+                if shifted and (less := self.pricing.overflow(shifted)) < over:
                     cuts, over = shifted, less
                     break
             else:
-                return None
-        return cuts
+                # Stuck: wander, allowing for splits that are worse by less and less.
+                for k in range(WANDER if moves else 0):
+                    left -= 1
+                    shifted = _shifted(cuts, *moves[int(draw() * len(moves))])
+                    heat = over * 0.5 * (1 - k / WANDER)
+                    if shifted and (other := self.pricing.overflow(shifted)) < over - heat * log(1 - draw()):
+                        cuts, over = shifted, other
+                        if not over:
+                            break
+                if not moves:
+                    break
+        return None if over else cuts
+
+
+def _shifted(cuts: Sequence[int], run: tuple[int, int], by: int) -> tuple[int, ...] | None:
+    """The cuts with a run of them moved; None if a stage would be empty."""
+    first, last = run
+    if (cuts[first] + by <= cuts[first - 1]) if by < 0 else (cuts[last] + by >= cuts[last + 1]):
+        return None
+    return (*cuts[:first], *[cut + by for cut in cuts[first : last + 1]], *cuts[last + 1 :])
 
 
 def _runs(stages: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """temperature 0: the most likely token (the lowest id of equals). top_k: of only so many most likely
+    """temperature 0: the most likely token. top_k: of only so many most likely
     tokens. top_p: of only the most likely ones that together have this much probability. ValueError for
     values that mean nothing."""
 

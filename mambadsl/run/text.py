@@ -77,6 +77,13 @@ class JsonFile:
         from tokenizers.decoders import DecodeStream
 
         decoder = DecodeStream(skip_special_tokens=False)
+        seen: list[int] = []
+        given = ""
         for token in tokens:
+            seen.append(token)
             if piece := decoder.step(self.loaded, token):
+                given += piece
                 yield piece
+        # A character that never got its last byte.
+        if rest := self.decode(seen).removeprefix(given):
+            yield rest

@@ -24,6 +24,7 @@ class Emitter:
     lines: list[str] = field(default_factory=list)
     first_uses: dict[str, list[LayerSpec]] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
+    _named: dict[Any, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
 
     def use(self, layer: LayerSpec) -> str:
@@ -33,6 +34,12 @@ class Emitter:
     def reserve(self, name: str) -> None:
         """Keeps a name for something else (a shared item, a block)."""
         self._taken.add(name)
+
+    def prefer(self, layer: LayerSpec) -> None:
+        """Gives a layer the name it was declared under, before others ask for it."""
+        key = (layer.branches[0], layer.sub)
+        if key not in self._named and layer.name not in self._taken:
+            self._named[key] = self.free(layer.name)
 
     def declare(self, text: str) -> None:
         self.lines.append(text)
@@ -51,7 +58,7 @@ class Emitter:
         if key not in self._names:
             kind = get(mixer.kind)
             wish = mixer.name if mixer.name and mixer.name[0].isupper() else kind.letter
-            name = self._names[key] = self.free(wish)
+            name = self._names[key] = self._named.get(key) or self.free(wish)
             args = [
                 *self._fields(kind.fields, mixer.fields, mixer.origins),
                 *self._fields(BRANCH_FIELDS, mixer.branch, mixer.origins),

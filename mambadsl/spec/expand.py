@@ -15,6 +15,7 @@ from mambadsl.spec.model import MODEL_FIELDS, MTP_FIELDS, Block, Cut, Element, E
 from mambadsl.spec.parts_text import parts_text
 from mambadsl.spec.values import Problem
 from mambadsl.syntax import tree
+from mambadsl.syntax.fold import single
 from mambadsl.syntax.read import read
 from mambadsl.syntax.write import write
 from mambadsl.text.source import from_text
@@ -55,12 +56,14 @@ class _Expander:
         return write(replace(file, statements=(*file.statements, *expects)))
 
     def _reserve(self, elements: tuple[Element, ...]) -> None:
-        """Shared items keep their names: weights are named by them."""
+        """Shared items keep their names (weights are named by them), and so do layers used as declared."""
         for element in elements:
             if isinstance(element, Block):
                 if element.shared:
                     self.emitter.reserve(element.shared)
                 self._reserve(element.items)
+            elif isinstance(element, Use) and element.layer.name and len(element.layer.branches) == 1:
+                self.emitter.prefer(element.layer)
 
     def _pattern(self, elements: tuple[Element, ...]) -> str:
         return "\n".join(self._element(e) for e in elements)
@@ -73,23 +76,26 @@ class _Expander:
                 return self.emitter.use(element.layer)
             case Block() if element.shared:
                 return self._shared(element)
-        inner = " ".join(self._element(e) for e in element.items)
+        inner = self._group(element.items)
         if element.name:
             key = (element.name, element.items)
             if key not in self.blocks:
                 self.blocks[key] = self.emitter.free(element.name)
-                self.emitter.declare(f"layer {self.blocks[key]} = [{inner}]")
+                self.emitter.declare(f"layer {self.blocks[key]} = {inner}")
             inner = self.blocks[key]
-        else:
-            inner = f"[{inner}]"
         return f"{inner}*{element.count}" if element.count > 1 else inner
+
+    def _group(self, items: tuple[Element, ...]) -> str:
+        """In brackets, but for a single name."""
+        inner = " ".join(self._element(e) for e in items)
+        bare = len(items) == 1 and (single(inner) or isinstance(items[0], Block) and inner.startswith("["))
+        return inner if bare and not inner[-1].isdigit() else f"[{inner}]"
 
     def _shared(self, block: Block) -> str:
         name = block.shared
         if name not in self.shared:
             self.shared[name] = block
-            inner = " ".join(self._element(e) for e in block.items)
-            self.emitter.declare(f"shared {name} = " + (inner if len(list(_uses(block))) == 1 else f"[{inner}]"))
+            self.emitter.declare(f"shared {name} = {self._group(block.items)}")
         first, now = list(_uses(self.shared[name])), list(_uses(block))
         if [u.layer for u in first] == [u.layer for u in now]:
             return name

@@ -353,7 +353,7 @@ class _Resolver:
         recipe = self.recipes[id(element.layer)]
         if len(recipe.branches) > 1:
             given = self._arguments(node.args, scope, f"the sum `{name}`", list(_SUB))
-            changed = replace(recipe, sub={**recipe.sub, **given}, chain=(*recipe.chain, node.span))
+            changed = replace(recipe, sub={**recipe.sub, **given}, chain=(*recipe.chain, node.span), name=None)
             return self._use(changed, node.span)
         kind, before = recipe.branches[0]
         legal = [f.name for f in kind.fields] + [*_SUB, *_BRANCH]
@@ -361,7 +361,9 @@ class _Resolver:
         sub = {**recipe.sub, **{k: g for k, g in given.items() if k in _SUB}}
         rest = {**before, **{k: g for k, g in given.items() if k not in _SUB}}
         chain = (*recipe.chain, node.span)
-        return self._use(replace(recipe, branches=((kind, rest),), sub=sub, chain=chain), node.span)
+        names = (recipe.name or recipe.names[0],)
+        changed = replace(recipe, branches=((kind, rest),), sub=sub, chain=chain, names=names, name=None)
+        return self._use(changed, node.span)
 
     def _per_use(self, node: tree.Use, block: Block, scope: FileScope) -> Element | None:
         """A shared item at one use: only fields that are not part of its weights may change."""
@@ -382,7 +384,8 @@ class _Resolver:
         if isinstance(element, Use):
             recipe = self.recipes[id(element.layer)]
             branches = tuple((kind, {**before, **given}) for kind, before in recipe.branches)
-            return self._use(replace(recipe, branches=branches), element.span) or element
+            names = (recipe.name,) if recipe.name and len(branches) == 1 else recipe.names
+            return self._use(replace(recipe, branches=branches, names=names, name=None), element.span) or element
         return element
 
     def _parallel(self, node: tree.Parallel, scope: FileScope) -> Element | None:

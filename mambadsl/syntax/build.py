@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Iterable, Mapping, Sequence
 
 from mambadsl.syntax import tree
+from mambadsl.syntax.tokens import MAX_DIGITS, MAX_INTEGER, out_of_range
 from mambadsl.text.source import Source, Span
 
 NOWHERE = Span(Source("<built>", ""), 0, 0)
@@ -21,36 +22,34 @@ def name(text: str) -> tree.Name:
 
 
 def number(value: int | float | Fraction) -> tree.Value:
-    """The exact number as the language writes it: `4096`, `1e-05`, `-1`, `2 / 3`. A float counts as its
-    shortest decimal text, as a person would have typed it."""
+    """The exact number as the language writes it: `4096`, `1e-5`, `-1`, `2 / 3`. A float counts as its
+    shortest decimal text, as a person would have typed it. Raises ValueError where the language has no
+    such number (not finite, a whole number over 2**53, more than 20 digits)."""
     if value < 0:
-        return tree.Negative(span=NOWHERE, value=number(-value))
-    if isinstance(value, float):
-        text = repr(value)
-        value = Fraction(text)
-    else:
-        value = Fraction(value)
-        text = _digits(value)
-        if text is None:
-            top, bottom = number(value.numerator), number(value.denominator)
-            return tree.Binary(span=NOWHERE, op="/", left=top, right=bottom)
-    if value.denominator == 1 and value <= 2**53:
-        text = str(value.numerator)
-    return tree.Number(span=NOWHERE, text=text, value=value)
+        of = number(-value)
+        of = tree.Paren(span=NOWHERE, value=of) if isinstance(of, tree.Binary) else of
+        return tree.Negative(span=NOWHERE, value=of)
+    exact = Fraction(repr(value)) if isinstance(value, float) else Fraction(value)
+    shortest = repr(value).replace("e-0", "e-").replace("e+", "e") if isinstance(value, float) else None
+    text = shortest if exact.denominator != 1 and shortest else _digits(exact) or shortest
+    if text is None and exact.denominator != 1:
+        top, bottom = number(exact.numerator), number(exact.denominator)
+        return tree.Binary(span=NOWHERE, op="/", left=top, right=bottom)
+    type = "INT" if text is not None and text.isdigit() else "FLOAT"
+    if text is None or (why := out_of_range(type, text)):
+        raise ValueError(f"the language cannot write the number {value}" + (f": {why}" if text else ""))
+    return tree.Number(span=NOWHERE, text=text, value=exact)
 
 
 def _digits(value: Fraction) -> str | None:
-    """A finite decimal text, or None."""
-    bottom = value.denominator
-    for prime in (2, 5):
-        while bottom % prime == 0:
-            bottom //= prime
-    if bottom != 1:
+    """The text of a whole number up to 2**53 or of a decimal of at most 20 digits, else None."""
+    if value.denominator == 1:
+        return str(value.numerator) if value <= MAX_INTEGER else None
+    places = next((n for n in range(MAX_DIGITS + 1) if 10**n % value.denominator == 0), None)
+    if places is None or value * 10**places >= 10**MAX_DIGITS:
         return None
-    places = 0
-    while (value * 10**places).denominator != 1:
-        places += 1
-    return str(Decimal((value * 10**places).numerator).scaleb(-places)).replace("E", "e")
+    digits = Decimal((value * 10**places).numerator)
+    return str(digits.scaleb(-places)).replace("E", "e")
 
 
 def value(of: object) -> tree.Value:

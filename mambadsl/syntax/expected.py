@@ -29,14 +29,16 @@ _WORDS = {
 
 
 def expected(accepts: frozenset[str], literals: Mapping[str, str]) -> str:
-    """"`)` or `,`": marks first, then kinds of words. Operators and what could lengthen the last word are
+    """ "`)` or `,`": marks first, then kinds of words. Operators and what could lengthen the last word are
     left out where something ends it."""
     left, phrases = set(accepts), []
     for terminals, words in _SETS:
         if terminals <= left:
             left -= terminals
             phrases += words
-    ends_value = left & {"COMMA", "RPAR", "RSQB", "RBRACE", "COMPARE", "EQUAL", END} or "a new statement" in phrases
+    ends_value = (
+        left & {"COMMA", "RPAR", "RSQB", "RBRACE", "COMPARE", "EQUAL", END} or "a new statement" in phrases
+    )
     if ends_value or "a group" in phrases:
         left -= _OPERATORS | {"DOT", "LPAR", "VBAR"}
     elif _OPERATORS <= left:

@@ -21,7 +21,7 @@ def _fold(names: list[str]) -> list[str]:
         body, count = _best(names, at)
         if count > 1:
             inner = _fold(names[at : at + body])
-            out.append(f"{inner[0] if len(inner) == 1 and _single(inner[0]) else '[' + ' '.join(inner) + ']'}*{count}")
+            out.append(f"{inner[0] if len(inner) == 1 and single(inner[0]) else '[' + ' '.join(inner) + ']'}*{count}")
             at += body * count
         else:
             out.append(names[at])
@@ -29,7 +29,7 @@ def _fold(names: list[str]) -> list[str]:
     return out
 
 
-def _single(text: str) -> bool:
+def single(text: str) -> bool:
     """Whether a repeat may follow without brackets: a name or a call, no sum, cut or repeat."""
     return text.replace("_", "a").isalnum() or (text.endswith(")") and "+" not in text.partition("(")[0])
 

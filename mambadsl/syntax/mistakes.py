@@ -124,7 +124,9 @@ class _Place:
 
     def wrong(self, *help: str) -> Diagnostic:
         """The plain diagnostic: what was expected, what was found."""
-        message = f"expected {expected(self.accepts, self.parser.tables.literals)}, found {found_words(self.found)}"
+        message = (
+            f"expected {expected(self.accepts, self.parser.tables.literals)}, found {found_words(self.found)}"
+        )
         return Diagnostic(E010, message, self.span(self.found), help=help)
 
 
@@ -176,7 +178,9 @@ def _bracket(p: _Place) -> Diagnostic | None:
     if found.type in _OPENERS:
         if opener is None:
             message = f"`{found.text}` closes nothing"
-            return Diagnostic(E012, message, p.span(found), help=("delete it, or add its opening partner before",))
+            return Diagnostic(
+                E012, message, p.span(found), help=("delete it, or add its opening partner before",)
+            )
         if opener.type != _OPENERS[found.type]:
             closer = p.parser.tables.literals[CLOSER[opener.type]]
             message = f"expected `{closer}` to close `{opener.text}`, found `{found.text}`"
@@ -196,12 +200,18 @@ def _misspelt_statement(p: _Place) -> Diagnostic | None:
     from mambadsl.text.spell import nearest
 
     first, at = p.first, p.failure.index - p.failure.begin
+    if "LET" in p.accepts:
+        first, at = p.found, 0
     if first.type not in _NAME_STARTS or first.text in HEADS or at > 2:
         return None
     near = nearest(first.text, HEADS) if len(first.text) > 2 else None
     if near is None or (first.type == "LAYER_NAME" and first.text.lower() != near):
         return None
-    if at == 0 or p.found.type in {"LAYER_NAME", "NAME", "STRING", "LBRACE"} or (at == 2 and p.found.type == "EQUAL"):
+    if (
+        at == 0
+        or p.found.type in {"LAYER_NAME", "NAME", "STRING", "LBRACE"}
+        or (at == 2 and p.found.type == "EQUAL")
+    ):
         message = f"no statement begins with `{first.text}`"
         return Diagnostic(E010, message, p.span(first), help=(f"did you mean `{near}`?",))
     return None
@@ -210,7 +220,9 @@ def _misspelt_statement(p: _Place) -> Diagnostic | None:
 def _loose_setting(p: _Place) -> Diagnostic | None:
     if p.first.type == "NAME" and p.found.type == "EQUAL" and p.failure.index == p.failure.begin + 1:
         name = p.first.text
-        return p.wrong(f"a constant is `let {name} = ...`; a setting stands in `model NAME {{ {name} = ... }}`")
+        return p.wrong(
+            f"a constant is `let {name} = ...`; a setting stands in `model NAME {{ {name} = ... }}`"
+        )
     return None
 
 
@@ -261,23 +273,37 @@ def _equals(p: _Place) -> Diagnostic | None:
 
 def _power(p: _Place) -> Diagnostic | None:
     before = p.back()
-    if p.found.type == "STAR" and before is not None and before.type == "STAR" and before.end == p.found.start:
+    if (
+        p.found.type == "STAR"
+        and before is not None
+        and before.type == "STAR"
+        and before.end == p.found.start
+    ):
         span = p.span(before).to(p.span(p.found))
         if "INT" in p.accepts and "NAME" not in p.accepts:
             return replace(p.wrong("a repeat has one star: `M*3`"), span=span, message="`**` does not repeat")
-        return replace(p.wrong("write the number out, or a product"), span=span, message="there is no power `**`")
+        return replace(
+            p.wrong("write the number out, or a product"), span=span, message="there is no power `**`"
+        )
     return None
 
 
 def _slashes(p: _Place) -> Diagnostic | None:
     after = p.tokens[p.failure.index + 1] if p.failure.index + 1 < len(p.tokens) else None
-    comment = p.found.type == "FLOOR" or (p.found.type == "SLASH" and after is not None and after.type == "STAR")
+    comment = p.found.type == "FLOOR" or (
+        p.found.type == "SLASH" and after is not None and after.type == "STAR"
+    )
     return p.wrong("a comment begins with `#`") if comment else None
 
 
 def _suffix(p: _Place) -> Diagnostic | None:
     before, found = p.back(), p.found
-    if before and before.type in {"INT", "FLOAT"} and found.type in _NAME_STARTS and before.end == found.start:
+    if (
+        before
+        and before.type in {"INT", "FLOAT"}
+        and found.type in _NAME_STARTS
+        and before.end == found.start
+    ):
         span = p.span(before).to(p.span(found))
         message = f"`{before.text}{found.text}`: a number has no suffix"
         return Diagnostic(E010, message, span, help=("write it out: `4_096`, `7e9`, `4 * 1024`",))
@@ -345,7 +371,10 @@ def _needless_comma(p: _Place) -> Diagnostic | None:
 def _empty(p: _Place) -> Diagnostic | None:
     if p.found.type == END and p.failure.index == p.failure.begin and "LET" in p.accepts:
         return Diagnostic(
-            E010, "the file says nothing", p.span(p.found), help=("the smallest model is a pattern: `M M M A`",)
+            E010,
+            "the file says nothing",
+            p.span(p.found),
+            help=("the smallest model is a pattern: `M M M A`",),
         )
     return None
 

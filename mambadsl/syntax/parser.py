@@ -27,7 +27,9 @@ HEADS: dict[str, tuple[set[str], set[str]]] = {
     "expect": (_NAMED | {"INT", "FLOAT"}, {"COMPARE", "LPAR"}),
 }
 #: After these a word must still come, so a line's first keyword counts only where both tokens agree.
-_UNFINISHED = frozenset({"EQUAL", "PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "COMPARE", "COMMA", "LPAR", "LSQB"})
+_UNFINISHED = frozenset(
+    {"EQUAL", "PLUS", "MINUS", "STAR", "SLASH", "FLOOR", "COMPARE", "COMMA", "LPAR", "LSQB"}
+)
 _DEEPER = frozenset({"add", "mul", "negative", "args", "list", "paren", "group"})
 
 
@@ -132,11 +134,12 @@ class Parser:
 
     def _word(self, states: list[int], at: int) -> str:
         """A word that is also a keyword: the keyword where a statement may begin or goes on, else a name."""
-        token = self.tokens[at]
-        keyword = self.tables.keywords[token.text]
-        if at in self._at_head or self._accepts(states, keyword) or not self._accepts(states, "NAME"):
+        text = self.tokens[at].text
+        keyword = self.tables.keywords[text]
+        listed = at > 0 and self.tokens[at - 1].type == "COMMA" and text in HEADS  # ... import M, model
+        if at in self._at_head or (self._accepts(states, keyword) and not listed):
             return keyword
-        return "NAME"
+        return "NAME" if self._accepts(states, "NAME") else keyword
 
     def _is_head(self, text: str, i: int) -> bool:
         token = self.tokens[i]

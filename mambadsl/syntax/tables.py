@@ -128,6 +128,7 @@ def build(grammar: str) -> dict:
 
 def to_text(data: dict) -> str:
     """JSON with one rule or state a line."""
+
     def lines(values: list) -> str:
         return "[\n" + ",\n".join(json.dumps(value) for value in values) + "\n]"
 

@@ -69,7 +69,15 @@ E016 = declare(
 
 CLOSER = {"LPAR": "RPAR", "LSQB": "RSQB", "LBRACE": "RBRACE"}
 _OPENERS, _CLOSERS = frozenset(CLOSER), frozenset(CLOSER.values())
-_QUOTES = {"'": "'", "`": "`", "\u2018": "\u2019", "\u201c": "\u201d", "\u201d": "\u201d", "\u201e": "\u201c", "\u00ab": "\u00bb"}
+_QUOTES = {
+    "'": "'",
+    "`": "`",
+    "\u2018": "\u2019",
+    "\u201c": "\u201d",
+    "\u201d": "\u201d",
+    "\u201e": "\u201c",
+    "\u00ab": "\u00bb",
+}
 _LOOK_ALIKE = {
     "\u2212": "-", "\u2013": "-", "\u2014": "-", "\u2010": "-", "\u2011": "-", "\u00d7": "*", "\u2217": "*",
     "\u22c5": "*", "\u00b7": "*", "\u00f7": "/", "\u2264": "<=", "\u2265": ">=", "\u2260": "!=", "\u2550": "=",
@@ -145,14 +153,16 @@ def tokenize(source: Source) -> Tokens:
                 return _give_up(out, _too_deep(source, start, open_brackets[0]))
         elif type in _CLOSERS and open_brackets:
             open_brackets.pop()
-        elif (type == "INT" or type == "FLOAT") and (why := _out_of_range(type, word)):
+        elif (type == "INT" or type == "FLOAT") and (why := out_of_range(type, word)):
             out.diagnostics.append(Diagnostic(E014, why, Span(source, start, at)))
             word = "1"
         add(Token(type, word, start, at))
         if len(out.items) > MAX_TOKENS:
             message = f"more than {MAX_TOKENS:,} words and marks"
             help = ("use repeats: `[M F]*24`",)
-            return _give_up(out, Diagnostic(E016, message, Span(source, start, at), "from here on", help=help))
+            return _give_up(
+                out, Diagnostic(E016, message, Span(source, start, at), "from here on", help=help)
+            )
     add(Token(tables.END, "", size, size))
     return out
 
@@ -174,7 +184,8 @@ def _too_deep(source: Source, start: int, outermost: int) -> Diagnostic:
     )
 
 
-def _out_of_range(type: str, word: str) -> str | None:
+def out_of_range(type: str, word: str) -> str | None:
+    """Why an INT or FLOAT is refused, or None."""
     digits, _, exponent = word.replace("_", "").lower().partition("e")
     count = len(digits.replace(".", ""))
     if count > MAX_DIGITS:

@@ -215,7 +215,9 @@ class _Writer:
             lines[-1:] = [lines[-1] + block[0], *block[1:]]
         return lines
 
-    def _call(self, head: str, parts: Sequence[tree.Node], tail: str, node: tree.Node, *, indent: int) -> list[str]:
+    def _call(
+        self, head: str, parts: Sequence[tree.Node], tail: str, node: tree.Node, *, indent: int
+    ) -> list[str]:
         """One argument or list item a line, each with a comma."""
         lines = [head]
         for part in parts:
@@ -236,7 +238,12 @@ class _Writer:
                 if self._placed(node) and self._pending(node.span.start, node.span.end):
                     return True
                 return self._author_breaks(pattern) or any(map(self._breaks, pattern.items))
-            case tree.Repeat(item=inner) | tree.Arg(value=inner) | tree.Negative(value=inner) | tree.Paren(value=inner):
+            case (
+                tree.Repeat(item=inner)
+                | tree.Arg(value=inner)
+                | tree.Negative(value=inner)
+                | tree.Paren(value=inner)
+            ):
                 return self._breaks(inner)
             case tree.Parallel(branches=branches):
                 return any(map(self._breaks, branches))
@@ -330,17 +337,25 @@ class _Writer:
             case tree.Mtp(args=()):
                 return ["mtp"], node.pattern, node.span.start + len("mtp")
             case tree.Mtp(args=args):
-                call = tree.Term(span=Span(node.span.source, node.span.start, args[-1].span.end), name=_MTP, args=args)
+                call = tree.Term(
+                    span=Span(node.span.source, node.span.start, args[-1].span.end), name=_MTP, args=args
+                )
                 return self._block(call, indent=0, column=2), node.pattern, args[-1].span.end
         raise TypeError(type(node).__name__)
 
     def _in_one_line(self, node: tree.Node, body: tree.Pattern, brace: int) -> bool:
-        if not self._placed(node) or self._pending(node.span.start, node.span.end) or self._author_breaks(body):
+        if (
+            not self._placed(node)
+            or self._pending(node.span.start, node.span.end)
+            or self._author_breaks(body)
+        ):
             return False
         if any(map(self._breaks, body.items)):
             return False
         text = self.source.text
-        return text.find("\n", brace, body.span.start) < 0 and text.find("\n", body.span.end, node.span.end) < 0
+        return (
+            text.find("\n", brace, body.span.start) < 0 and text.find("\n", body.span.end, node.span.end) < 0
+        )
 
 
 _BODIES = (tree.Model, tree.Parts, tree.Stack, tree.Mtp)

@@ -75,7 +75,12 @@ def to_github(diagnostic: Diagnostic) -> str:
             properties["endLine"] = place["end_line"]
     properties["title"] = diagnostic.code.id
     listed = ",".join(f"{key}={_escape(str(value), ':,')}" for key, value in properties.items())
-    parts = [diagnostic.message, diagnostic.label, *diagnostic.notes, *(f"help: {h}" for h in diagnostic.help)]
+    parts = [
+        diagnostic.message,
+        diagnostic.label,
+        *diagnostic.notes,
+        *(f"help: {h}" for h in diagnostic.help),
+    ]
     return f"::{command} {listed}::{_escape(chr(10).join(filter(None, parts)))}"
 
 
@@ -176,7 +181,9 @@ def _visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") and c != "\n" else c
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") and c != "\n"
+        else c
         for c in text
     )
 

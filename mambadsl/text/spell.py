@@ -48,7 +48,11 @@ def split_layers(word: str, layers: Collection[str]) -> str | None:
         best = None
         for layer in layers:
             head = fewest[end - len(layer)] if layer and len(layer) <= end else None
-            if head is not None and word.endswith(layer, 0, end) and (best is None or len(head) + 1 < len(best)):
+            if (
+                head is not None
+                and word.endswith(layer, 0, end)
+                and (best is None or len(head) + 1 < len(best))
+            ):
                 best = [*head, layer]
         fewest.append(best)
     return " ".join(fewest[-1]) if word and fewest[-1] else None

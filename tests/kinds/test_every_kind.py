@@ -20,11 +20,24 @@ from ragged import REAL, part_of, ragged
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mambadsl.kinds.fields import REQUIRED, Call, Field, Flag, Int, Mismatch, OneForm, OneOf, OrWord, Real, Type, Word
+from mambadsl.kinds.fields import (
+    REQUIRED,
+    Call,
+    Field,
+    Flag,
+    Int,
+    Mismatch,
+    OneForm,
+    OneOf,
+    OrWord,
+    Real,
+    Type,
+    Word,
+)
 from mambadsl.kinds.kind import Dims, Kind
 from mambadsl.kinds.registry import all_kinds, get
 from mambadsl.kinds.tokens import Tokens
-from mambadsl.kinds.values import Values, Variant
+from mambadsl.kinds.values import Variant
 
 #: Small sizes with more than one head, group and chunk. A kind that is not here has its defaults.
 BASE: dict[str, dict[str, Any]] = {
@@ -77,7 +90,11 @@ def forms(kind: Kind) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{field.name}={field.type.text(other)}", {**base, field.name: other}
 
 
-CASES = [pytest.param(kind.name, given, id=f"{kind.name}: {name}") for kind in all_kinds() for name, given in forms(kind)]
+CASES = [
+    pytest.param(kind.name, given, id=f"{kind.name}: {name}")
+    for kind in all_kinds()
+    for name, given in forms(kind)
+]
 every_form = pytest.mark.parametrize("kind, given", CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -236,7 +253,9 @@ def test_matrix_products_cost_what_the_table_says(kind, given):
     may be computed in other ways; within 1 % for what is small beside."""
     f = values(kind, d_model=DIMS.d_model, **given)
     table = [w for w in get(kind).weights(f, DIMS) if len(w.shape) > 1 and not w.fp32]
-    matrices = sum(2 * w.elements * w.active for w in table if w.tp != "heads" or w.name.endswith("_proj.weight"))
+    matrices = sum(
+        2 * w.elements * w.active for w in table if w.tp != "heads" or w.name.endswith("_proj.weight")
+    )
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         built(kind, given)(inputs(2, 16), Tokens.plain(2, 16))
@@ -267,6 +286,19 @@ def test_forward_and_gradients_equal_the_definition(kind, given):
     for name, a, b in zip(["x", *weights], mine, truth):
         assert a.isfinite().all() and a.any(), name
         near(a, b, scale=5)
+
+
+@every_kind
+def test_the_definition_goes_on_from_its_state(kind):
+    made, x = built(kind, BASE.get(kind, {})), inputs(4, 10)
+    naive = import_module(f"{get(kind).package}.naive").naive
+    weights = {n: t.detach() for n, t in made.state_dict().items()}
+    whole, _ = naive(weights, made.f, made.dims, x, ragged())
+    state, parts = None, []
+    for a, b in ((0, 3), (3, 4), (4, 10)):
+        y, state = naive(weights, made.f, made.dims, x[:, a:b], part_of(ragged(), a, b), state)
+        parts.append(y)
+    near(torch.cat(parts, 1)[REAL], whole[REAL])
 
 
 @every_form
@@ -311,9 +343,9 @@ def test_padded_equals_unpadded(kind, given):
         y = made(x[:, :5], Tokens.padded(valid), state)
         assert y.isfinite().all()
         lengths = valid.sum(1)
-        more = torch.cat([
-            made(x[:, 5 + i : 6 + i], Tokens((lengths + i)[:, None]), state) for i in range(3)
-        ], 1)
+        more = torch.cat(
+            [made(x[:, 5 + i : 6 + i], Tokens((lengths + i)[:, None]), state) for i in range(3)], 1
+        )
         for row in range(3):
             own = torch.cat((x[row, :5][valid[row]], x[row, 5:]))[None]
             alone = made(own, Tokens.plain(1, own.shape[1]))[0]
@@ -353,7 +385,7 @@ def test_slots_have_definitions_that_are_called(kind):
 
 def test_tables_need_no_torch():
     code = (
-        "import sys; from mambadsl.kinds import sublayer; from mambadsl.kinds.registry import all_kinds; all_kinds();"
+        "import sys; from mambadsl.kinds import registry, sublayer; registry.all_kinds();"
         "print(sorted({'torch', 'numpy', 'networkx', 'lark'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

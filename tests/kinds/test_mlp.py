@@ -12,17 +12,20 @@ from mambadsl.kinds.registry import get
 from mambadsl.kinds.tokens import Tokens
 
 SMALL = dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=48)
+NEMOTRON = dict(
+    layers_block_type=["full_attention", "mlp"], num_hidden_layers=None, head_dim=8, mamba_num_heads=4,
+)
 
+#: name: (model class, layer class, settings there, our fields)
 CASES = {
     "nemotron_h": (
         "NemotronH", "NemotronHMLP",
-        dict(layers_block_type=["full_attention", "mlp"], head_dim=8, mamba_num_heads=4, num_hidden_layers=None),
+        NEMOTRON,
         dict(act="relu2"),
     ),
     "nemotron_h, bias": (
         "NemotronH", "NemotronHMLP",
-        dict(layers_block_type=["full_attention", "mlp"], head_dim=8, mamba_num_heads=4, num_hidden_layers=None,
-             mlp_bias=True),
+        dict(NEMOTRON, mlp_bias=True),
         dict(act="relu2", bias=True),
     ),
     "llama": ("Llama", "LlamaMLP", {}, dict(act="silu", gated=True)),

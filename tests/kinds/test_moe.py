@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hf_layers import layer
@@ -35,16 +37,16 @@ QWEN = dict(
 )
 DEEPSEEK = dict(
     moe_intermediate_size=24, num_local_experts=16, num_experts_per_tok=4, n_shared_experts=2,
-    first_k_dense_replace=0, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-    routed_scaling_factor=1.7,
+    first_k_dense_replace=0, num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=8,
+    qk_nope_head_dim=8, v_head_dim=8, routed_scaling_factor=1.7,
 )
 
 #: name: (model class, layer class, settings there, our fields)
 CASES = {
     "jamba": (
         "Jamba", "JambaSparseMoeBlock",
-        dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=5,
-             num_experts_per_tok=2, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=2),
+        dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+             num_experts=5, num_experts_per_tok=2, use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=2),
         dict(experts=5, top_k=2, **SWIGLU),
     ),
     "mixtral": (
@@ -57,7 +59,8 @@ CASES = {
     ),
     "qwen2_moe, renormalised": (
         "Qwen2Moe", "Qwen2MoeSparseMoeBlock", dict(QWEN, norm_topk_prob=True),
-        dict(experts=6, top_k=3, shared_d_ff=40, shared_gate="sigmoid", router=router("softmax", renorm=True), **SWIGLU),
+        dict(experts=6, top_k=3, shared_d_ff=40, shared_gate="sigmoid", router=router("softmax", renorm=True),
+             **SWIGLU),
     ),
     "nemotron_h": (
         "NemotronH", "NemotronHMoE", dict(NEMOTRON, n_group=1, topk_group=1),
@@ -70,7 +73,8 @@ CASES = {
     ),
     "deepseek_v3": (
         "DeepseekV3", "DeepseekV3MoE", dict(DEEPSEEK, n_group=4, topk_group=2, norm_topk_prob=True),
-        dict(experts=16, top_k=4, shared_d_ff=48, router=router("sigmoid", scale=1.7, groups=4, top_groups=2), **SWIGLU),
+        dict(experts=16, top_k=4, shared_d_ff=48, router=router("sigmoid", scale=1.7, groups=4, top_groups=2),
+             **SWIGLU),
     ),
     "deepseek_v3, as scored": (
         "DeepseekV3", "DeepseekV3MoE", dict(DEEPSEEK, n_group=2, topk_group=1, norm_topk_prob=False),
@@ -91,7 +95,7 @@ def renamed(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Their weights under our names; the gate of a shared expert joined to its up projection."""
     ours, gate = {}, None
     for name, tensor in theirs.items():
-        name = NAMES.get(name, name).replace("shared_experts.", "shared.").replace("shared_expert.", "shared.")
+        name = re.sub(r"^shared_experts?\.", "shared.", NAMES.get(name, name))
         if name == "shared.gate_proj.weight":
             gate = tensor
         else:
@@ -120,9 +124,8 @@ def test_equals_granites_routed_and_shared_experts():
     )
     routed = layer("GraniteMoeHybrid", "GraniteMoeHybridMoE", **config)
     shared = layer("GraniteMoeHybrid", "GraniteMoeHybridMLP", **config)
-    ours = module(
-        "moe", d_model=32, experts=6, top_k=3, shared_d_ff=40, router=router("softmax", order="after_top_k"), **SWIGLU
-    )
+    granite = router("softmax", order="after_top_k")
+    ours = module("moe", d_model=32, experts=6, top_k=3, shared_d_ff=40, router=granite, **SWIGLU)
     theirs = {
         **routed.weights,
         "shared.gate_up_proj.weight": shared.weights["input_linear.weight"],
@@ -138,7 +141,9 @@ GRID = {
     "one of one": dict(experts=1, top_k=1),
     "all": dict(experts=4, top_k=4, router=router("softmax", order="after_top_k", scale=2)),
     "many experts, few tokens": dict(experts=64, top_k=1),
-    "renormalised with eps": dict(experts=6, top_k=3, gated=True, router=router("softmax", renorm=True, renorm_eps=0.1)),
+    "renormalised with eps": dict(
+        experts=6, top_k=3, gated=True, router=router("softmax", renorm=True, renorm_eps=0.1)
+    ),
     "sigmoid without bias": dict(experts=6, top_k=2, router=router("sigmoid", bias=False, renorm=False)),
     "groups of one": dict(experts=6, top_k=2, router=router("sigmoid", groups=6, top_groups=3)),
     "everything": dict(
@@ -160,7 +165,8 @@ def test_equals_the_definition_forward_and_backward(name):
     gradients = torch.autograd.grad((y * mix).sum(), [x, *weights.values()])
     truths = torch.autograd.grad((expected * mix).sum(), [x, *weights.values()], allow_unused=True)
     for mine, truth in zip(gradients, truths):
-        torch.testing.assert_close(mine, torch.zeros_like(mine) if truth is None else truth, rtol=1e-4, atol=1e-5)
+        truth = torch.zeros_like(mine) if truth is None else truth
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
 
 
 def choose(logits: list[float], form: Variant, top_k: int, bias: Tensor | None = None) -> dict[int, float]:
@@ -169,7 +175,10 @@ def choose(logits: list[float], form: Variant, top_k: int, bias: Tensor | None =
     return dict(zip(index[0].tolist(), weight[0].tolist()))
 
 
-@pytest.mark.parametrize("form", [router("softmax"), router("sigmoid"), router("sigmoid", groups=4, top_groups=2)])
+TIED = [router("softmax"), router("sigmoid"), router("sigmoid", groups=4, top_groups=2)]
+
+
+@pytest.mark.parametrize("form", TIED)
 def test_equal_scores_go_to_the_lower_number(form):
     assert list(choose([0.0] * 64, form, 5, torch.zeros(64))) == [0, 1, 2, 3, 4]
     assert sorted(choose([0.0] * 32 + [1.0] + [0.0] * 31, form, 2)) == [0, 32]

@@ -18,7 +18,7 @@ MISTAKES = [
     ("E010", "M (M «+» A)", ["`( )` holds arguments", "[M+A]"]),
     ("E010", "M (M «A»)", ["`( )` holds arguments", "[M A]"]),
     ("E010", "«(»M A)*3", ["`( )` holds arguments"]),
-    ("E010", "M+A«*»2", ["write" if False else "needs a group: `[M+A]*2`"]),
+    ("E010", "M+A«*»2", ["needs a group: `[M+A]*2`"]),
     ("E010", "M M+te.mix(x=1)«*»4", ["`[M+te.mix(x=1)]*4`"]),
     ("E010", "M*2«*»3", ["`[M*2]*3`"]),
     ("E010", "layer B = [M F]+A«*»3", ["`[[M F]+A]*3`"]),
@@ -49,9 +49,9 @@ MISTAKES = [
     ("E010", "let a = 1 + # more\n«let» b = 2", ["expected a value, found `let`"]),
     ("E010", "layer «stack» = M", ["expected a layer's name, found `stack`"]),
     ("E010", "from «x» import M", ["expected a string"]),
-    ("E010", "M*«A»", ["expected a whole number"]) ,
+    ("E010", "M*«A»", ["expected a whole number"]),
     ("E011", "let x = 3«;»", ["delete it"]),
-    ("E011", "let x« »= 3", ["no-break space (U+00A0)", "ordinary space"]),
+    ("E011", "let x«\u00a0»= 3", ["no-break space (U+00A0)", "ordinary space"]),
     ("E011", "M «\u200b»A", ["zero width space (U+200B)", "delete it"]),
     ("E011", "let x = «“abc”»", ["straight double quotes", '`"abc"`']),
     ("E011", "from «'abc'» import M", ["straight double quotes", '`"abc"`']),
@@ -135,7 +135,7 @@ model m {
 }
 layer M = mamba2(heads=128 head_dim=64)
 layer A = attention(heads=32, kv_heads=8
-layer F = mlp(d_ff=21504, act=«relu2»)
+layer F = mlp(d_ff=21504, act=“relu2”)
 layer w = A(window=window)
 stack {
   [M F]*3 M+A*2

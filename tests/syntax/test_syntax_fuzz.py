@@ -59,7 +59,11 @@ class Author:
     def sum(self, depth: int) -> list[str]:
         pick = self.random.random()
         if depth > 0 and pick < 0.2:
-            return [*self.sum(depth - 1), self.random.choice(["+", "-", "*", "/", "//"]), *self.sum(depth - 1)]
+            return [
+                *self.sum(depth - 1),
+                self.random.choice(["+", "-", "*", "/", "//"]),
+                *self.sum(depth - 1),
+            ]
         if depth > 0 and pick < 0.25:
             return ["-", *self.sum(depth - 1)]
         if depth > 0 and pick < 0.35:
@@ -98,7 +102,12 @@ class Author:
 
         match self.random.randrange(9):
             case 0:
-                return ["from", '"x.mdl"', "import", *self.commas([["M"], ["h200"], *self.some(lambda: ["A"], 0, 2)])]
+                return [
+                    "from",
+                    '"x.mdl"',
+                    "import",
+                    *self.commas([["M"], ["h200"], *self.some(lambda: ["A"], 0, 2)]),
+                ]
             case 1:
                 return ["let", self.declared(), "=", *self.value(3)]
             case 2:
@@ -111,7 +120,14 @@ class Author:
                 return ["mtp", *self.random.choice([[], self.args(1)]), "{", *self.pattern(1), "}"]
             case 7:
                 base = [":", *self.dotted()] if self.random.random() < 0.5 else []
-                return ["parts", self.declared(), *base, "{", *(t for s in self.some(slot, 0, 3) for t in s), "}"]
+                return [
+                    "parts",
+                    self.declared(),
+                    *base,
+                    "{",
+                    *(t for s in self.some(slot, 0, 3) for t in s),
+                    "}",
+                ]
             case _:
                 return ["expect", *self.sum(1), self.random.choice(["==", "<=", "<"]), *self.sum(1)]
 
@@ -165,13 +181,17 @@ def test_lines_stay_within_the_width_but_for_marks_behind_the_last_word():
         text, _ = author.scatter(["stack", "{", *author.pattern(2, 60), "}"], 0)
         for line in write(spelled(text)).splitlines():
             body = line.rstrip("[](){},+*| 0123456789")
-            assert len(body) <= WIDTH or not re.search(r"[\w\])] [\w\[]|\w=\w", body[len(body) - WIDTH :]), line
+            assert len(body) <= WIDTH or not re.search(r"[\w\])] [\w\[]|\w=\w", body[len(body) - WIDTH :]), (
+                line
+            )
 
 
 def mutated(author: Author, tokens: list[str]) -> str:
     pick, choice = author.random.random, author.random.choice
     if pick() < 0.5:
-        junk = "( ) [ ] { } , . : | + - * / // == = < # \" ; @ 3 1e9 M layer stack model x \u00a0 \u201c \u00e4 \n".split(" ")
+        junk = '( ) [ ] { } , . : | + - * / // == = < # " ; @ 3 1e9 M layer stack model x \u00a0 \u201c \u00e4 \n'.split(
+            " "
+        )
         for _ in range(author.random.randint(1, 4)):
             at = author.random.randrange(len(tokens) + 1)
             what = pick()
@@ -185,7 +205,9 @@ def mutated(author: Author, tokens: list[str]) -> str:
     text = " ".join(tokens)
     for _ in range(author.random.randint(1, 5)):
         at = author.random.randrange(len(text) + 1)
-        char = choice(["", "\x01", "\u200b", "\U0001f600", "\ufeff", "\t", "\x7f", "\r", *'MA*-+/|()[]{}"=.,:;#0_e9\n'])
+        char = choice(
+            ["", "\x01", "\u200b", "\U0001f600", "\ufeff", "\t", "\x7f", "\r", *'MA*-+/|()[]{}"=.,:;#0_e9\n']
+        )
         text = text[:at] + char + text[at + author.random.randrange(3) :]
     return text
 
@@ -194,7 +216,9 @@ def test_any_input_is_read_or_refused_with_places_inside_the_text():
     refused = 0
     for seed in range(20_000):
         author = Author(seed)
-        source = from_text(mutated(author, author.statement() if seed % 3 else author.pattern(2)), name="fuzz.mdl")
+        source = from_text(
+            mutated(author, author.statement() if seed % 3 else author.pattern(2)), name="fuzz.mdl"
+        )
         try:
             read(source)
         except MdlError as error:
@@ -212,7 +236,9 @@ def test_any_input_is_read_or_refused_with_places_inside_the_text():
 def test_pure_garbage_is_refused_without_a_crash():
     for seed in range(2_000):
         pick = random.Random(seed)
-        alphabet = pick.choice([" MAF*+|[]()", "\x01\x02~^&%$", "abc =(){},.\n", "".join(map(chr, range(32, 400)))])
+        alphabet = pick.choice(
+            [" MAF*+|[]()", "\x01\x02~^&%$", "abc =(){},.\n", "".join(map(chr, range(32, 400)))]
+        )
         text = "".join(pick.choice(alphabet) for _ in range(pick.randrange(60)))
         try:
             file = spelled(text)

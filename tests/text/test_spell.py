@@ -52,7 +52,9 @@ def test_edits_is_the_textbook_recursion(a, b):
     def distance(i: int, j: int) -> int:
         if not i or not j:
             return i + j
-        best = min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+        best = min(
+            distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1])
+        )
         if i > 1 and j > 1 and a[i - 1] == b[j - 2] and a[i - 2] == b[j - 1]:
             best = min(best, distance(i - 2, j - 2) + 1)
         return best

@@ -27,8 +27,6 @@ E104 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     for site in subject.sites("mamba2"):
         f = mamba2_shard(site.f, subject.facts.tp)
         if f is None or conv_dim(f) % 8 == 0:

@@ -34,8 +34,6 @@ def d_in_proj(f: Values) -> int:
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     tp = subject.facts.tp
     for site in subject.sites("mamba2"):
         f = mamba2_shard(site.f, tp)

@@ -23,8 +23,6 @@ E106 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     for site in subject.sites("mamba1", "mamba2"):
         if site.f.d_conv not in (2, 3, 4):
             yield site.problem(

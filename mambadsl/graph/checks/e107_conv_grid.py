@@ -26,8 +26,6 @@ LIMIT = 65_536
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     tp = subject.facts.tp
     for site in subject.sites("mamba1", "mamba2"):
         if site.mixer.kind == "mamba1":

@@ -23,8 +23,6 @@ E108 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     for site in subject.sites("mamba1"):
         if site.f.d_state > 256:
             yield site.problem(

@@ -27,8 +27,6 @@ E114 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     facts = subject.facts
     limit = 65_536 // facts.dtype_bytes
     for site in subject.sites("mamba2"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mambadsl.graph.checks.e105_projection_width import d_in_proj
-from mambadsl.graph.checks.shard import mamba2_shard
+from mambadsl.graph.checks.shard import MAX_OFFSET, mamba2_shard
 from mambadsl.graph.checks.subject import Problem, Subject
 from mambadsl.text.diagnostic import declare
 
@@ -23,19 +23,16 @@ E120 = declare(
     Instead: length 61,000, a smaller batch, or tensor or context parallelism over 2 devices.
     """,
 )
-INT32_MAX = 2**31 - 1
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     batch, length, facts = subject.facts.batch, -(-subject.length // subject.facts.cp), subject.facts
     for site in subject.sites("mamba2"):
         f = mamba2_shard(site.f, facts.tp)
-        if f is None or (elements := batch * length * d_in_proj(f)) <= INT32_MAX:
+        if f is None or (elements := batch * length * d_in_proj(f)) <= MAX_OFFSET:
             continue
-        tokens = INT32_MAX // d_in_proj(f)
-        parts = -(-elements // INT32_MAX)
+        tokens = MAX_OFFSET // d_in_proj(f)
+        parts = -(-elements // MAX_OFFSET)
         help = [f"tensor or context parallelism over {parts} times as many devices"]
         if tokens // batch:
             help.insert(0, f"at batch {batch}, a length of at most {tokens // batch:,}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mambadsl.graph.checks.shard import MAX_OFFSET
 from mambadsl.graph.checks.subject import Problem, Subject
 from mambadsl.text.diagnostic import declare
 
@@ -20,19 +21,16 @@ E121 = declare(
     Instead: shorter sequences, a smaller batch, or tensor parallelism.
     """,
 )
-INT32_MAX = 2**31 - 1
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     facts = subject.facts
     chunks = -(-subject.length // 2048)
     for site in subject.sites("mamba1"):
         channels = site.f.d_inner // facts.tp
         states = facts.batch * channels * chunks * site.f.d_state
-        if states > INT32_MAX:
-            most = INT32_MAX // (facts.batch * channels * site.f.d_state) * 2048
+        if states > MAX_OFFSET:
+            most = MAX_OFFSET // (facts.batch * channels * site.f.d_state) * 2048
             yield site.problem(
                 E121, "the Mamba-1 scan saves at most 2^31 - 1 numbers in the kernel", ("d_state", "d_inner"),
                 label=f"{facts.batch} * {channels:,} * {chunks:,} * {site.f.d_state} = {states:,}",

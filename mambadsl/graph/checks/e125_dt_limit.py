@@ -24,12 +24,10 @@ E125 = declare(
 
 def check(subject: Subject) -> Iterator[Problem]:
     for site in subject.sites("mamba2"):
-        low, high = site.f.dt_limit
-        low_text = "inf" if low is None else low
-        if low is None or (high is not None and low >= high):
-            swapped = f"`dt_limit=[{high}, {low_text}]`" if high != low else "`dt_limit=[0, inf]` for no limit"
+        low, high = (float("inf") if limit is None else limit for limit in site.f.dt_limit)
+        if low >= high:
+            legal = f"`dt_limit=[{high}, {low}]`" if low > high else "`dt_limit=[0, inf]` sets no limit"
             yield site.problem(
                 E125, "`dt_limit` must be [low, high] with low below high", ("dt_limit",),
-                label=f"from {low_text} to {'inf' if high is None else high} is empty",
-                help=(swapped if high is not None or low is not None else "`dt_limit=[0, inf]`",),
+                label=f"from {low} to {high} is empty", help=(legal,),
             )

@@ -1,8 +1,11 @@
-"""One device's part of a Mamba-2 layer under tensor parallelism."""
+"""One device's part of a layer under tensor parallelism, and the offsets that kernels can reach in it."""
 
 from __future__ import annotations
 
 from mambadsl.kinds.values import Values
+#: The largest offset of kernels that count elements in 32 bits.
+MAX_OFFSET = 2**31 - 1
+
 
 def mamba2_shard(f: Values, tp: int) -> Values | None:
     """The fields of one of `tp` parts; a single group is copied. None where heads or groups do not divide

@@ -25,8 +25,6 @@ W109 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     for site in subject.sites("mamba2"):
         chunk = site.f.chunk
         if chunk < 16 or chunk & (chunk - 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mambadsl.graph.checks.subject import Problem, Subject
-from mambadsl.text.diagnostic import Diagnostic, Label, declare
+from mambadsl.text.diagnostic import Label, declare
 
 W110 = declare(
     "W110",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mambadsl.graph.checks.shard import MAX_OFFSET
 from mambadsl.graph.checks.subject import Problem, Site, Subject
 from mambadsl.kinds.mamba2.kind import d_inner
 from mambadsl.text.diagnostic import declare
@@ -22,22 +23,19 @@ W122 = declare(
     Instead: a smaller batch, a shorter sequence, or tensor or context parallelism.
     """,
 )
-INT32_MAX = 2**31 - 1
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    if not subject.kernels:
-        return
     facts = subject.facts
     tokens = facts.batch * -(-subject.length // facts.cp)
     for site in subject.sites("mamba2", "mlp"):
         width, fields = _row(site)
         elements = tokens * width // facts.tp
-        if elements > INT32_MAX:
+        if elements > MAX_OFFSET:
             yield site.problem(
                 W122, "rows of this layer should have at most 2^31 - 1 elements together", fields,
                 label=f"{tokens:,} tokens * {width // facts.tp:,} channels = {elements:,}",
-                help=(f"at most {INT32_MAX * facts.tp // width:,} tokens at once",),
+                help=(f"at most {MAX_OFFSET * facts.tp // width:,} tokens at once",),
             )
 
 

@@ -45,7 +45,10 @@ ROPE = OneForm(
     rope=(
         Field("theta", Real(above=0), 10000, "base of the rotation frequencies"),
         Field("fraction", Real(0, 1, above=0), 1, "share of head_dim that is rotated, the first channels"),
-        Field("scaling", ROPE_SCALING, ROPE_SCALING.convert_word("none"), "how frequencies stretch for long contexts"),
+        Field(
+            "scaling", ROPE_SCALING, ROPE_SCALING.convert_word("none"),
+            "how frequencies stretch for long contexts",
+        ),
     ),
 )
 
@@ -58,10 +61,19 @@ FIELDS = (
         lambda v, model: next(h for h in range(max(1, model.d_model // 64), 0, -1) if model.d_model % h == 0),
         "query heads",
     ),
-    Field("kv_heads", Int(), lambda v, model: v.heads, "key/value heads; each serves heads / kv_heads query heads"),
-    Field("head_dim", Int(), lambda v, model: max(1, model.d_model // v.heads), "channels of one head", "channels"),
+    Field(
+        "kv_heads", Int(), lambda v, model: v.heads,
+        "key/value heads; each serves heads / kv_heads query heads",
+    ),
+    Field(
+        "head_dim", Int(), lambda v, model: max(1, model.d_model // v.heads),
+        "channels of one head", "channels",
+    ),
     Field("rope", ROPE, ROPE.convert_word("none"), "rotary position embedding, or none"),
-    Field("window", OrWord("none", Int()), None, "a token sees itself and the window - 1 tokens before it", "tokens"),
+    Field(
+        "window", OrWord("none", Int()), None,
+        "a token sees itself and the window - 1 tokens before it", "tokens",
+    ),
     Field("qk_norm", QK_NORM, QK_NORM.convert_word("none"), "RMS norm of queries and keys, before rope"),
     Field("scale", OrWord("auto", Real(above=0)), None, "scale of the scores; auto: head_dim ** -0.5"),
     Field("softcap", OrWord("none", Real(above=0)), None, "scores are squashed to cap * tanh(score / cap)"),
@@ -98,7 +110,7 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
 
 def state(f: Values, dims: Dims) -> tuple[State, ...]:
     shape = (f.kv_heads, f.head_dim)
-    return State("k", shape, per_token=True, window=f.window), State("v", shape, per_token=True, window=f.window)
+    return tuple(State(name, shape, per_token=True, window=f.window) for name in ("k", "v"))
 
 
 def mean_context(length: int, window: int | None) -> Fraction:

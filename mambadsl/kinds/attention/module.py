@@ -20,8 +20,15 @@ from mambadsl.kinds.tokens import PADDING, Tokens
 
 
 def attend(
-    q_BTHP: Tensor, k_BSKP: Tensor, v_BSKP: Tensor, queries: Tokens, keys: Tokens, *,
-    scale: float, window: int | None, softcap: float | None,
+    q_BTHP: Tensor,
+    k_BSKP: Tensor,
+    v_BSKP: Tensor,
+    queries: Tokens,
+    keys: Tokens,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attention of each token to the visible ones of its document, itself included: [B, T, H, P].
 

@@ -70,7 +70,12 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def naive(
-    weights: Mapping[str, Tensor], f: Values, dims: Dims, x_BTD: Tensor, tokens: Tokens, state: State | None = None
+    weights: Mapping[str, Tensor],
+    f: Values,
+    dims: Dims,
+    x_BTD: Tensor,
+    tokens: Tokens,
+    state: State | None = None,
 ) -> tuple[Tensor, State]:
     """Padding gives zeros."""
     B, T, _ = x_BTD.shape
@@ -107,7 +112,10 @@ def project(
         qkv = qkv + weights["qkv_proj.bias"]
     q, k, v = qkv.split((q_dim(f), kv_dim(f), kv_dim(f)))
     if f.qk_norm.name == "full_width":
-        q, k = rms(q, weights["q_norm.weight"], f.qk_norm.eps), rms(k, weights["k_norm.weight"], f.qk_norm.eps)
+        q, k = (
+            rms(q, weights["q_norm.weight"], f.qk_norm.eps),
+            rms(k, weights["k_norm.weight"], f.qk_norm.eps),
+        )
     q_HP, k_KP = list(q.split(f.head_dim)), list(k.split(f.head_dim))
     if f.qk_norm.name == "per_head":
         q_HP = [rms(q, weights["q_norm.weight"], f.qk_norm.eps) for q in q_HP]

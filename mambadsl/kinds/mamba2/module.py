@@ -17,6 +17,7 @@ from torch import Tensor
 from mambadsl.kinds.conv import causal_conv
 from mambadsl.kinds.mamba2.kind import KIND, in_segments
 from mambadsl.kinds.module import KindModule
+from mambadsl.kinds.norm import rms_norm
 from mambadsl.kinds.rows import Rows, starts
 from mambadsl.kinds.tokens import Tokens
 
@@ -137,16 +138,13 @@ def _documents(starts_BcQ: Tensor | None) -> tuple[Tensor | None, Tensor | None,
 def gate_norm(
     y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float
 ) -> Tensor:
-    """The gate silu(z) and the RMS norm over each of `groups` groups of channels, in float32; in the dtype of y.
-
-    order: after_gate (norm(y * gate)), before_gate (norm(y) * gate), none (y * gate)."""
+    """The gate silu(z) and the RMS norm over each of `groups` groups of channels, in float32; the result has
+    the dtype of y. order: after_gate norm(y * gate), before_gate norm(y) * gate, none y * gate."""
     y, gate = y_BTI.float(), F.silu(z_BTI.float())
     if order != "before_gate":
         y = y * gate
     if order != "none":
-        grouped = y.unflatten(-1, (groups, -1))
-        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + eps)
-        y = grouped.flatten(-2) * weight_I.float()
+        y = rms_norm(y.unflatten(-1, (groups, -1)), None, eps=eps).flatten(-2) * weight_I.float()
     if order == "before_gate":
         y = y * gate
     return y.to(y_BTI.dtype)

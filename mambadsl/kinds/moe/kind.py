@@ -10,7 +10,9 @@ from __future__ import annotations
 from fractions import Fraction
 
 from mambadsl.kinds.fields import Field, Flag, Int, OneForm, OneOf, OrWord, Real
-from mambadsl.kinds.kind import NORMAL, RESIDUAL, Dims, Flops, Kind, Saved, Slot, State, Weight, ZEROS, linear, matmul
+from mambadsl.kinds.kind import (
+    NORMAL, RESIDUAL, ZEROS, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul,
+)
 from mambadsl.kinds.mlp.kind import ACT
 from mambadsl.kinds.values import Values
 
@@ -28,9 +30,15 @@ ROUTER = OneForm(
         _SCALE,
     ),
     sigmoid=(
-        Field("bias", Flag(), True, "a bias per expert, for choosing only (kept in float32, not trained by gradients)"),
+        Field(
+            "bias", Flag(), True,
+            "a bias per expert, for choosing only (kept in float32, not trained by gradients)",
+        ),
         Field("groups", Int(), 1, "experts are in so many groups"),
-        Field("top_groups", Int(), 1, "only experts of this many best groups (by the sum of their best two) are chosen"),
+        Field(
+            "top_groups", Int(), 1,
+            "only experts of this many best groups (by the sum of their best two) are chosen",
+        ),
         Field("renorm", Flag(), True, "weights of the chosen experts are divided by their sum"),
         Field("renorm_eps", Real(0), 1e-20, "added to the sum when weights are renormalised"),
         _SCALE,
@@ -44,8 +52,13 @@ FIELDS = (
     Field("act", ACT, "silu", "activation of all experts"),
     Field("gated", Flag(), False, "gated experts: act(gate(x)) * up(x)"),
     Field("router", ROUTER, ROUTER.convert_word("softmax"), "how experts are scored, chosen and weighted"),
-    Field("shared_d_ff", Int(0), 0, "hidden width of the expert that every token passes; 0: none", "channels"),
-    Field("shared_gate", OneOf("none", "sigmoid"), "none", "scale of the shared expert's output by a learned gate"),
+    Field(
+        "shared_d_ff", Int(0), 0, "hidden width of the expert that every token passes; 0: none", "channels"
+    ),
+    Field(
+        "shared_gate", OneOf("none", "sigmoid"), "none",
+        "scale of the shared expert's output by a learned gate",
+    ),
     Field("latent", OrWord("none", Int()), None, "width that the routed experts work in", "channels"),
 )
 
@@ -57,13 +70,14 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     segments = (("gate", f.d_ff), ("up", f.d_ff)) if f.gated else ()
     table = [Weight("router.weight", (f.experts, dims.d_in), NORMAL, quantise=False)]
     if f.router.name == "sigmoid" and f.router.bias:
-        bias = Weight("router.bias", (f.experts,), ZEROS, fp32=True, decay=False, trained=False, quantise=False)
-        table.append(bias)
+        fixed = dict(fp32=True, decay=False, trained=False, quantise=False)
+        table.append(Weight("router.bias", (f.experts,), ZEROS, **fixed))
     if f.latent:
         table += linear("latent_in_proj", f.latent, dims.d_in)
     table += [
         Weight(
-            f"experts.{up_name}", (f.experts, wide * f.d_ff, inner_in), NORMAL, segments, active=share, tp="expert"
+            f"experts.{up_name}", (f.experts, wide * f.d_ff, inner_in), NORMAL, segments,
+            active=share, tp="expert",
         ),
         Weight("experts.down_proj", (f.experts, inner_out, f.d_ff), RESIDUAL, active=share, tp="expert"),
     ]

@@ -62,7 +62,14 @@ def limit_groups(choice_NE: Tensor, *, groups: int, top_groups: int) -> Tensor:
 
 
 def run_experts(
-    x_NL: Tensor, index_NK: Tensor, weight_NK: Tensor, up_EFL: Tensor, down_ELF: Tensor, *, act: str, gated: bool
+    x_NL: Tensor,
+    index_NK: Tensor,
+    weight_NK: Tensor,
+    up_EFL: Tensor,
+    down_ELF: Tensor,
+    *,
+    act: str,
+    gated: bool,
 ) -> Tensor:
     """The weighted sum of each token's experts, [N, L] in the dtype of x; summed in float32.
 
@@ -100,9 +107,13 @@ class Module(KindModule):
         f, form = self.f, dict(act=self.f.act, gated=self.f.gated)
         up = "gate_up_proj" if f.gated else "up_proj"
         x_ND = x_BTD.flatten(0, 1)
-        route = self.parts["router"](x_ND, self.router.weight, self.router.bias, router=f.router, top_k=f.top_k)
+        route = self.parts["router"](
+            x_ND, self.router.weight, self.router.bias, router=f.router, top_k=f.top_k
+        )
         inner_NL = F.linear(x_ND, self.latent_in_proj.weight) if f.latent else x_ND
-        y_ND = self.parts["experts"](inner_NL, *route, getattr(self.experts, up), self.experts.down_proj, **form)
+        y_ND = self.parts["experts"](
+            inner_NL, *route, getattr(self.experts, up), self.experts.down_proj, **form
+        )
         if f.latent:
             y_ND = F.linear(y_ND, self.latent_out_proj.weight)
         if f.shared_d_ff:

@@ -1,0 +1,167 @@
+"""The Python door to the same language: what is built here is a file's tree, resolved like any other.
+
+    g = Graph("toy", vocab=256, d_model=64)
+    M = g.layer("M", "mamba2", head_dim=16)
+    A = g.layer("A", "attention", heads=4, rope=form("rope", theta=1e6))
+    g.stack([M, A] * 2, M + A, g.cut, A(window=8))
+    program = g.compile()
+
+Same defaults, same checks, same graph; errors point at the Python line that gave the value.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from mambadsl.syntax import build, tree
+from mambadsl.text.source import Source, Span
+
+
+class Item:
+    """Something a pattern can hold: a layer, a sum, a repeat, a group."""
+
+    def __init__(self, node: tree.Item):
+        self.node = node
+
+    def __call__(self, **fields: Any) -> Item:
+        """A changed copy: A(window=4096)."""
+        span = _here()
+        if not isinstance(self.node, tree.Use):
+            raise TypeError("only a named layer can be changed")
+        return Item(replace(self.node, args=_args(fields, span), span=span))
+
+    def __add__(self, other: Item) -> Item:
+        """In parallel: M + A."""
+        span = _here()
+        mine = self.node.branches if isinstance(self.node, tree.Parallel) else (self.node,)
+        return Item(tree.Parallel((*mine, other.node), span=span))
+
+    def __mul__(self, count: int) -> Item:
+        """Repeated: M * 3."""
+        span = _here()
+        inner = self.node
+        if isinstance(inner, (tree.Repeat, tree.Parallel)):
+            inner = tree.Group(tree.Pattern((inner,), span=span), span=span)
+        return Item(tree.Repeat(inner, count, span, span=span))
+
+    __rmul__ = __mul__
+
+
+class Form:
+    def __init__(self, name: str, fields: dict[str, Any], span: Span):
+        self.name, self.fields, self.span = name, fields, span
+
+
+def form(name: str, **fields: Any) -> Form:
+    """A form with fields of its own, as a value: form("rope", theta=1e6)."""
+    return Form(name, fields, _here())
+
+
+class Graph:
+    """A model in the making. Settings are the model block's; patterns take items and lists of items."""
+
+    def __init__(self, name: str = "model", **settings: Any):
+        span = _here()
+        given = tuple(tree.Setting(tree.Name(k, span=span), _value(v, span), span=span) for k, v in settings.items())
+        self._statements: list[tree.Statement] = [tree.Model(tree.Name(name, span=span), given, span=span)]
+        self._source = span.source
+
+    @property
+    def cut(self) -> Item:
+        """`|`: a pipeline stage ends here."""
+        return Item(tree.Cut(span=_here()))
+
+    def layer(self, name: str, kind: str | Item | list, **fields: Any) -> Item:
+        """Declares a layer: of a kind with fields, or an item (a block, a sum, a changed layer)."""
+        return self._declare(name, kind, fields, shared=False)
+
+    def shared(self, name: str, kind: str | Item | list, **fields: Any) -> Item:
+        """Declares one instance: every use has the same weights."""
+        return self._declare(name, kind, fields, shared=True)
+
+    def stack(self, *items: Item | Iterable) -> None:
+        span = _here()
+        self._statements.append(tree.Stack(_pattern(items, span), span=span))
+
+    def mtp(self, *items: Item | Iterable, **settings: Any) -> None:
+        span = _here()
+        self._statements.append(tree.Mtp(_args(settings, span) or (), _pattern(items, span), span=span))
+
+    def expect(self, fact: str, op: str, value: Any) -> None:
+        """A fact to check: expect("layers", "==", 52)."""
+        span = _here()
+        left = tree.Term(tree.Name(fact, span=span), span=span)
+        self._statements.append(tree.Expect(left, op, _value(value, span), span=span))
+
+    def file(self) -> tree.File:
+        """The tree, as if it had been read."""
+        return tree.File(self._source, tuple(self._statements))
+
+    def compile(self, **how: Any) -> Any:
+        """A checked Program (see `mambadsl.load` for the keywords). Raises MdlError."""
+        from mambadsl.compile import compile_file
+
+        return compile_file(self.file(), **how)
+
+    def _declare(self, name: str, kind: str | Item | list, fields: dict[str, Any], *, shared: bool) -> Item:
+        span = _here()
+        if isinstance(kind, str):
+            item: tree.Item = tree.Term(tree.Name(kind, span=span), _args(fields, span) or (), span=span)
+        else:
+            item = _item(kind, span)
+            if fields:
+                if not isinstance(item, tree.Use):
+                    raise TypeError("fields go with a kind or a named layer")
+                item = replace(item, args=_args(fields, span))
+        self._statements.append(tree.Layer(tree.Name(name, span=span), item, shared, span=span))
+        return Item(tree.Use(tree.Name(name, span=span), span=span))
+
+
+def _pattern(items: Iterable, span: Span) -> tree.Pattern:
+    return tree.Pattern(tuple(_item(i, span) for i in items), span=span)
+
+
+def _item(item: Any, span: Span) -> tree.Item:
+    if isinstance(item, Item):
+        return item.node
+    if isinstance(item, (list, tuple)):
+        return tree.Group(_pattern(item, span), span=span)
+    raise TypeError(f"a pattern holds layers and lists of layers, not {type(item).__name__}")
+
+
+def _args(fields: dict[str, Any], span: Span) -> tuple[tree.Arg, ...] | None:
+    return tuple(tree.Arg(tree.Name(k, span=span), _value(v, span), span=span) for k, v in fields.items()) or None
+
+
+def _value(value: Any, span: Span) -> tree.Value:
+    if isinstance(value, Form):
+        return tree.Term(tree.Name(value.name, span=value.span), _args(value.fields, value.span) or (), span=value.span)
+    if isinstance(value, (list, tuple)):
+        return tree.List(tuple(_value(v, span) for v in value), span=span)
+    node = build.value(value)
+    return replace(node, span=span)
+
+
+_sources: dict[str, Source] = {}
+
+
+def _here() -> Span:
+    """The line of the user's Python file that is being run."""
+    frame = sys._getframe(2)
+    while frame and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    name, line = frame.f_code.co_filename, frame.f_lineno
+    if name not in _sources:
+        _sources[name] = Source(name, "".join(linecache.getlines(name)))
+    source = _sources[name]
+    if not source.text or line > len(source.line_starts):
+        return Span(source, 0, 0)
+    text = source.line_text(line)
+    start = source.line_starts[line - 1] + len(text) - len(text.lstrip())
+    return Span(source, start, source.line_starts[line - 1] + len(text.rstrip()))
+
+

@@ -1,0 +1,36 @@
+"""E201: tensor parallelism gives every device equally many Mamba heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mambadsl.graph.checks.legal import divide
+from mambadsl.graph.checks.subject import Problem, Subject
+from mambadsl.text.diagnostic import declare
+
+E201 = declare(
+    "E201",
+    "the heads of a Mamba layer do not divide among devices",
+    """
+    Tensor parallelism over `tp` devices splits Mamba-2 layers by heads and Mamba-1 layers by channels; tp must
+    divide them.
+
+    Why: a head's state lives on one device.
+
+    Example: `mamba2(heads=50)` with tp=4.
+
+    Instead: `heads=48`, or tp=2.
+    """,
+)
+
+
+def check(subject: Subject) -> Iterator[Problem]:
+    tp = subject.facts.tp
+    for site in subject.sites("mamba1", "mamba2"):
+        field = "heads" if site.mixer.kind == "mamba2" else "d_inner"
+        count = site.f[field]
+        if count % tp:
+            yield site.problem(
+                E201, f"`{field}` must be a multiple of the tensor-parallel size", (field,),
+                label=f"{count} cannot be split over {tp} devices", help=(f"tp: {divide(count, tp)}",),
+            )

@@ -1,0 +1,40 @@
+"""E204: query heads are shared evenly by key/value heads, and split evenly over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mambadsl.graph.checks.legal import divide
+from mambadsl.graph.checks.subject import Problem, Subject
+from mambadsl.text.diagnostic import declare
+
+E204 = declare(
+    "E204",
+    "the heads of attention do not divide",
+    """
+    Every key/value head serves heads / kv_heads query heads, so `heads` must be a multiple of `kv_heads`; and
+    of the tensor-parallel size, where there is one.
+
+    Why: query head h reads key/value head h // (heads / kv_heads); no kernel takes unequal shares.
+
+    Example: `attention(heads=32, kv_heads=12)`.
+
+    Instead: `kv_heads=8`, or any divisor of `heads`.
+    """,
+)
+
+
+def check(subject: Subject) -> Iterator[Problem]:
+    tp = subject.facts.tp
+    for site in subject.sites("attention"):
+        heads, kv_heads = site.f.heads, site.f.kv_heads
+        if heads % kv_heads:
+            yield site.problem(
+                E204, "`heads` must be a multiple of `kv_heads`", ("kv_heads", "heads"),
+                label=f"{heads} heads cannot be shared by {kv_heads}", help=(divide(heads, kv_heads),),
+            )
+        if heads % tp:
+            yield site.problem(
+                E204, "`heads` must be a multiple of the tensor-parallel size", ("heads",),
+                label=f"{heads} cannot be split over {tp} devices", help=(f"tp: {divide(heads, tp)}",),
+            )

@@ -1,0 +1,42 @@
+"""E217: rope rotates pairs of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fractions import Fraction
+
+from mambadsl.graph.checks.legal import near, settings
+from mambadsl.graph.checks.subject import Problem, Subject
+from mambadsl.text.diagnostic import declare
+
+E217 = declare(
+    "E217",
+    "rope has no whole pairs of channels to rotate",
+    """
+    Rotary embeddings rotate channels in pairs: head_dim * fraction must be an even whole number, at least 2.
+
+    Why: an odd channel would be left out without a word.
+
+    Example: `attention(heads=4, head_dim=15, rope=rope())`.
+
+    Instead: `head_dim=16`; or a `fraction` that makes it even, such as `rope(fraction=0.5)` of 64.
+    """,
+)
+
+
+def check(subject: Subject) -> Iterator[Problem]:
+    for site in subject.sites("attention"):
+        rope = site.f.rope
+        if rope.name != "rope":
+            continue
+        # As written: 0.4 is 2/5 here, not the float nearest to it.
+        share = Fraction(str(rope.fraction))
+        width = site.f.head_dim * share
+        if width % 2 or width == 0:
+            legal = near(site.f.head_dim, lambda p: p * share % 2 == 0)
+            yield site.problem(
+                E217, "the rotated part of a head must be an even number of channels", ("head_dim", "rope"),
+                label=f"{site.f.head_dim} * {rope.fraction} = {float(width):g} channels are rotated",
+                help=(settings("head_dim", legal),) if legal else (),
+            )

@@ -1,0 +1,45 @@
+"""E304: ranges of initial values are not empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mambadsl.graph.checks.subject import Problem, Subject
+from mambadsl.text.diagnostic import declare
+
+E304 = declare(
+    "E304",
+    "a range of initial values is empty",
+    """
+    Initial values of a Mamba layer come from ranges: dt_floor <= dt_min < dt_max, and `a_range=[low, high]` with
+    low <= high.
+
+    Why: drawn from an empty range, dt or A start as NaN or all equal, and training fails much later.
+
+    Example: `mamba2(dt_min=0.1, dt_max=0.001)`.
+
+    Instead: `mamba2(dt_min=0.001, dt_max=0.1)`.
+    """,
+)
+
+
+def check(subject: Subject) -> Iterator[Problem]:
+    for site in subject.sites("mamba1", "mamba2"):
+        f = site.f
+        if f.dt_min >= f.dt_max:
+            yield site.problem(
+                E304, "`dt_min` must be less than `dt_max`", ("dt_min", "dt_max"),
+                label=f"from {f.dt_min} to {f.dt_max} is empty",
+                help=(f"`dt_min={f.dt_max}, dt_max={f.dt_min}`",) if f.dt_min > f.dt_max else (),
+            )
+        if f.dt_floor > f.dt_min:
+            yield site.problem(
+                E304, "`dt_floor` must be at most `dt_min`", ("dt_floor", "dt_min"),
+                label=f"{f.dt_floor} is above {f.dt_min}", help=(f"`dt_floor={f.dt_min}` is the most",),
+            )
+        low, high = f.get("a_range", (1, 1))
+        if low > high:
+            yield site.problem(
+                E304, "`a_range` must be [low, high] with low at most high", ("a_range",),
+                label=f"from {low} to {high} is empty", help=(f"`a_range=[{high}, {low}]`",),
+            )

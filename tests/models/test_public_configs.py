@@ -1,0 +1,232 @@
+"""Each shipped model is the published one: settings, order of layers and every field, translated from the
+public configuration (by the Hugging Face class where there is one), never from the .mdl text."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+from public_configs import CONFIGS, config, hugging_face_params
+
+from mambadsl.compile import load
+from mambadsl.files import MODELS
+from mambadsl.kinds.values import Variant
+
+
+class Branch(NamedTuple):
+    kind: str
+    fields: dict[str, Any]
+
+
+Layer = list[Branch]
+NO_LIMIT = (0, None)
+MAMBA_KIND = "linear_attention"
+
+
+def ssm1(c: Any, *, d_inner: int, norm: Any = "none") -> Branch:
+    return Branch("mamba1", dict(
+        d_inner=d_inner, d_state=c.state_size, d_conv=c.conv_kernel, dt_rank=c.time_step_rank,
+        bias=c.use_bias, conv_bias=c.use_conv_bias, dt_bc_norm=norm, dt_min=c.time_step_min,
+        dt_max=c.time_step_max, dt_floor=c.time_step_floor,
+    ))
+
+
+def ssm2(c: Any, eps: float, **more: Any) -> Branch:
+    """The spelling that Bamba, Falcon-H1 and Granite share."""
+    assert tuple(c.time_step_limit) == (0, float("inf"))
+    return Branch("mamba2", dict(
+        heads=c.mamba_n_heads, head_dim=c.mamba_d_head, d_state=c.mamba_d_state, groups=c.mamba_n_groups,
+        d_conv=c.mamba_d_conv, chunk=c.mamba_chunk_size, conv_bias=c.mamba_conv_bias, bias=c.mamba_proj_bias,
+        dt_limit=NO_LIMIT, norm_eps=eps, norm_groups=c.mamba_n_groups, gated_norm="after_gate",
+    ) | more)
+
+
+def attn(c: Any, rope: Any, **more: Any) -> Branch:
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return Branch("attention", dict(
+        heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=head_dim, rope=rope,
+        window=None, qk_norm="none", scale=None, softcap=None, qkv_bias=False, o_bias=False,
+    ) | more)
+
+
+def swiglu(d_ff: int, **more: Any) -> Branch:
+    return Branch("mlp", dict(d_ff=d_ff, act="silu", gated=True, bias=False) | more)
+
+
+def mamba(c: Any) -> list[Layer]:
+    return [[ssm1(c, d_inner=c.intermediate_size)]] * c.num_hidden_layers
+
+
+def falcon_mamba(c: Any) -> list[Layer]:
+    norm = ("weightless", dict(eps=c.mixer_rms_eps))
+    return [[ssm1(c, d_inner=c.intermediate_size, norm=norm)]] * c.num_hidden_layers
+
+
+def mamba2(c: Any) -> list[Layer]:
+    assert tuple(c.time_step_limit) == (0, float("inf"))
+    one = Branch("mamba2", dict(
+        heads=c.num_heads, head_dim=c.head_dim, d_state=c.state_size, groups=c.n_groups, d_conv=c.conv_kernel,
+        chunk=c.chunk_size, conv_bias=c.use_conv_bias, bias=c.use_bias, gated_norm="after_gate",
+        norm_eps=c.layer_norm_epsilon, dt_limit=NO_LIMIT, dt_min=c.time_step_min, dt_max=c.time_step_max,
+    ))
+    return [[one]] * c.num_hidden_layers
+
+
+def jamba(c: Any) -> list[Layer]:
+    norm = ("learned", dict(eps=c.rms_norm_eps))
+    scan = Branch("mamba1", dict(
+        d_inner=c.mamba_expand * c.hidden_size, d_state=c.mamba_d_state, d_conv=c.mamba_d_conv,
+        dt_rank=c.mamba_dt_rank, conv_bias=c.mamba_conv_bias, bias=c.mamba_proj_bias, dt_bc_norm=norm,
+    ))
+    router = ("softmax", dict(order="before_top_k", renorm=False, scale=1))
+    experts = Branch("moe", dict(
+        experts=c.num_experts, top_k=c.num_experts_per_tok, d_ff=c.intermediate_size, act="silu",
+        gated=True, router=router, shared_d_ff=0, latent=None,
+    ))
+    layers: list[Layer] = []
+    for mixer, count in zip(c.layers_block_type, c.layers_num_experts, strict=True):
+        layers.append([attn(c, "none") if mixer == "attention" else scan])
+        layers.append([experts if count > 1 else swiglu(c.intermediate_size)])
+    return layers
+
+
+def bamba(c: Any) -> list[Layer]:
+    given = c.rope_parameters
+    rope = ("rope", dict(theta=given["rope_theta"], fraction=given["partial_rotary_factor"], scaling="none"))
+    mixers = {MAMBA_KIND: ssm2(c, c.rms_norm_eps), "full_attention": attn(c, rope)}
+    return [[branch] for kind in c.layers_block_type for branch in (mixers[kind], swiglu(c.intermediate_size))]
+
+
+def nemotron_h(c: Any) -> list[Layer]:
+    scan = Branch("mamba2", dict(
+        heads=c.mamba_num_heads, head_dim=c.mamba_head_dim, d_state=c.ssm_state_size, groups=c.n_groups,
+        d_conv=c.conv_kernel, chunk=c.chunk_size, conv_bias=c.use_conv_bias, bias=c.mamba_proj_bias,
+        gated_norm="after_gate", norm_eps=c.layer_norm_epsilon, norm_groups=c.n_groups, dt_limit=NO_LIMIT,
+        dt_min=c.time_step_min, dt_max=c.time_step_max, dt_floor=c.time_step_floor,
+    ))
+    router = ("sigmoid", dict(
+        bias=True, groups=c.n_group, top_groups=c.topk_group, renorm=c.norm_topk_prob,
+        scale=c.routed_scaling_factor,
+    ))
+    layers = {
+        MAMBA_KIND: scan,
+        "full_attention": attn(c, "none"),
+        "mlp": Branch("mlp", dict(d_ff=c.intermediate_size, act=c.mlp_hidden_act, gated=False, bias=c.mlp_bias)),
+        "moe": Branch("moe", dict(
+            experts=c.n_routed_experts, top_k=c.num_experts_per_tok, d_ff=c.moe_intermediate_size,
+            act=c.mlp_hidden_act, gated=False, router=router, latent=c.moe_latent_size, shared_gate="none",
+            shared_d_ff=c.n_shared_experts * c.moe_shared_expert_intermediate_size,
+        )),
+    }
+    return [[layers[kind]] for kind in c.layer_types]
+
+
+def falcon_h1(c: Any) -> list[Layer]:
+    gate, down = c.mlp_multipliers
+    rope = ("rope", dict(theta=c.rope_parameters["rope_theta"], fraction=1, scaling="none"))
+    side_by_side = [
+        ssm2(
+            c, c.rms_norm_eps, in_multiplier=c.ssm_in_multiplier, out_multiplier=c.ssm_out_multiplier,
+            proj_multipliers=tuple(c.ssm_multipliers), gated_norm="after_gate" if c.mamba_rms_norm else "none",
+        ),
+        attn(
+            c, rope, in_multiplier=c.attention_in_multiplier, out_multiplier=c.attention_out_multiplier,
+            key_multiplier=c.key_multiplier,
+        ),
+    ]
+    mlp = swiglu(c.intermediate_size, gate_multiplier=gate, out_multiplier=down)
+    return [side_by_side, [mlp]] * c.num_hidden_layers
+
+
+def granite(c: Any) -> list[Layer]:
+    scale = dict(out_multiplier=c.residual_multiplier)
+    mixers = {
+        MAMBA_KIND: ssm2(c, c.rms_norm_eps, **scale),
+        "full_attention": attn(c, "none", scale=c.attention_multiplier, **scale),
+    }
+    if c.num_local_experts:
+        ff = Branch("moe", dict(
+            experts=c.num_local_experts, top_k=c.num_experts_per_tok, d_ff=c.intermediate_size, act="silu",
+            gated=True, router=("softmax", dict(order="after_top_k", scale=1)), latent=None, shared_gate="none",
+            shared_d_ff=c.shared_intermediate_size,
+        ) | scale)
+    else:
+        ff = swiglu(c.shared_intermediate_size, **scale)
+    return [[branch] for kind in c.layer_types for branch in (mixers[kind], ff)]
+
+
+def samba(c: Any) -> list[Layer]:
+    scan = Branch("mamba1", dict(
+        d_inner=2 * c.n_embd, d_state=16, d_conv=4, dt_rank=c.n_embd // 16, bias=False, conv_bias=True,
+        dt_bc_norm="none",
+    ))
+    window = Branch("attention", dict(
+        heads=c.n_head, kv_heads=c.n_head, head_dim=c.n_embd // c.n_head, window=c.local_window, qkv_bias=False,
+        o_bias=False, rope=("rope", dict(theta=10000, fraction=c.rotary_percentage)),
+    ))
+    mixers = [scan if i % c.mb_per_layer == 0 else window for i in range(c.n_layer)]
+    return [[branch] for mixer in mixers for branch in (mixer, swiglu(c.intermediate_size))]
+
+
+FAMILIES = {
+    "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
+    "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Samba": samba,
+}
+
+
+def settings(name: str) -> dict[str, Any]:
+    c = config(name)
+    if CONFIGS[name][0] == "Samba":
+        return dict(
+            vocab=c.vocab_size, d_model=c.n_embd, norm=("rmsnorm", dict(eps=c.norm_eps)), tie_embeddings=True,
+            context=c.block_size, residual_dtype="fp32",
+        )
+    eps = c.rms_norm_eps if hasattr(c, "rms_norm_eps") else c.layer_norm_epsilon
+    found = dict(
+        vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings,
+        norm=("rmsnorm", dict(eps=eps, weight=True, zero_centered=False)), logits_softcap=None,
+        residual_dtype="fp32" if getattr(c, "residual_in_fp32", False) else "model",
+        embedding_multiplier=getattr(c, "embedding_multiplier", 1),
+        logits_multiplier=getattr(c, "lm_head_multiplier", 1) / getattr(c, "logits_scaling", 1),
+    )
+    return found | (dict(context=c.max_position_embeddings) if hasattr(c, "max_position_embeddings") else {})
+
+
+def same(value: Any, expected: Any) -> bool:
+    """A form is equal to its name, or to (name, some of its fields); numbers to the last bits."""
+    if isinstance(value, Variant):
+        name, fields = (expected, {}) if isinstance(expected, str) else expected
+        return value.name == name and all(same(getattr(value, k), v) for k, v in fields.items())
+    if isinstance(expected, bool) or not isinstance(expected, (int, float, tuple)):
+        return value == expected and isinstance(value, bool) == isinstance(expected, bool)
+    if None in (expected if isinstance(expected, tuple) else ()):
+        return value == expected
+    return value is not None and value == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_settings(name):
+    model = load(MODELS / f"{name}.mdl").layers.model
+    wrong = {k: (model[k], v) for k, v in settings(name).items() if not same(model[k], v)}
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers(name):
+    family, _ = CONFIGS[name]
+    expected = FAMILIES[family](config(name))
+    found = [node.layer for node in load(MODELS / f"{name}.mdl").layers.layers]
+    assert [[b.kind for b in layer.branches] for layer in found] == [[b.kind for b in layer] for layer in expected]
+    for place, (layer, branches) in enumerate(zip(found, expected, strict=True)):
+        assert layer.sub.residual.name == "pre"
+        for mixer, branch in zip(layer.branches, branches, strict=True):
+            values = {**mixer.fields, **mixer.branch}
+            free = dict(in_multiplier=1, out_multiplier=1, dropout=0, adapter="none")
+            wanted = free | branch.fields
+            wrong = {k: (values[k], v) for k, v in wanted.items() if not same(values[k], v)}
+            assert not wrong, f"{name} stack.{place} {mixer.kind}"
+
+
+@pytest.mark.parametrize("name", ["mamba_130m", "mamba2_130m", "falcon_h1_0_5b", "granite_4_0_h_micro"])
+def test_hugging_face_counts_the_same_parameters(name):
+    assert load(MODELS / f"{name}.mdl").cost().params == hugging_face_params(name)

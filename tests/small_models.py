@@ -1,0 +1,66 @@
+"""Small models from text, for tests of what runs: graph("M A F"), made("M A F", dtype="bf16")."""
+
+from __future__ import annotations
+
+import torch
+
+from mambadsl.build.model import Model, build
+from mambadsl.graph.graph import LayerGraph
+from mambadsl.graph.unroll import unroll
+from mambadsl.spec.resolve import resolve
+from mambadsl.syntax.read import read
+from mambadsl.text.source import from_text
+
+VOCAB, D_MODEL = 61, 16
+
+LAYERS = """
+layer R = mamba1(d_inner=24, d_state=4, d_conv=3, dt_rank=2, chunk=4)
+layer M = mamba2(heads=4, head_dim=6, d_state=5, groups=2, d_conv=4, chunk=4)
+layer A = attention(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100))
+layer L = A(window=3, qk_norm=per_head)
+layer F = mlp(d_ff=20, act=relu2)
+layer G = mlp(d_ff=12, gated=true)
+layer E = moe(experts=4, top_k=2, d_ff=10, shared_d_ff=8, router=sigmoid)
+layer P = A(residual=post)
+layer W = G(residual=sandwich)
+layer N = M(residual=normed(alpha=1.5, beta=0.5))
+layer Z = A(input=with_embedding)
+layer C = M(recompute=true)
+layer H = M(in_multiplier=1.25, out_multiplier=0.3) + A(out_multiplier=0.9)
+shared S = A(input=with_embedding)
+shared B = [M F]
+"""
+
+#: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried.
+EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B"
+#: The cached kinds.
+MIXERS = "R M L G A H S M N S"
+
+
+def graph(stack: str, **settings: str | int | float) -> LayerGraph:
+    """The graph of a stack of the layers above. settings: text of model settings; defaults are small."""
+    lines = {"vocab": VOCAB, "d_model": D_MODEL, "context": 32, "init_std": 0.3, **settings}
+    model = "\n".join(f"  {key} = {value}" for key, value in lines.items())
+    text = f"model small {{\n{model}\n}}\n{LAYERS}\nstack {{\n  {stack}\n}}\n"
+    return unroll(resolve(read(from_text(text, name="small.mdl"))))
+
+
+def made(stack: str, *, dtype="fp32", seed: int = 0, device="cpu", jitter: bool = True, **settings) -> Model:
+    """A built model; with `jitter`, every weight is moved off its initial value, so that ones and zeros
+    hide nothing."""
+    model = build(graph(stack, **settings), dtype=dtype, seed=seed, device=device).eval()
+    return shaken(model) if jitter else model
+
+
+def shaken(model: Model, *, size: float = 0.1) -> Model:
+    from mambadsl.build.init import generator_of
+
+    with torch.no_grad():
+        for path, tensor in model.tensors().items():
+            noise = torch.randn(tensor.shape, generator=generator_of(path, seed=99))
+            tensor.add_((size * noise).to(tensor.dtype))
+    return model
+
+
+def ids(batch: int, length: int, *, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
