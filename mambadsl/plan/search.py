@@ -83,17 +83,17 @@ def search(pricing: Pricing) -> Found | None:
 
 
 def seeds(pricing: Pricing) -> list[tuple[int, ...]]:
-    """Splits that are best by simpler measures: the slowest stage (with and without transfers, within memory),
-    the busiest rank."""
+    """Splits that are best by simpler measures: the slowest stage (with and without transfers), the busiest
+    rank. With one stage a rank they fit into memory, and there is none only if nothing fits."""
     chain, program = pricing.chain, pricing.program
     room, stages, ranks = pricing.room(), program.stages, len(program.lasts)
     found = []
     for edge in (None, chain.transfer):
-        for limit in (room, None):
-            split = min_max(chain.total, stages, edge=edge, room=limit)
-            if split:
-                found.append(tuple(split[1]))
-                break
+        split = min_max(chain.total, stages, edge=edge, room=room)
+        if split is None and stages > ranks:
+            split = min_max(chain.total, stages, edge=edge)
+        if split is not None:
+            found.append(tuple(split[1]))
     v = program.rank_of_stage[-1] == 0 and ranks > 1
     if stages == 2 * ranks and ranks > 1:
         inner = ranks * chain.blocks**2 * (1 if v else chain.blocks // 4 + 1)

@@ -45,8 +45,8 @@ class Compiled:
 
 def save(program: Any, plan: Plan, folder: str | Path, *, parts: str = "reference") -> tuple[Path, ...]:
     """Writes the folder (made if need be; its files of the same names are replaced) and returns the paths."""
-    from mambadsl.show.plan import text as plan_text
-    from mambadsl.show.summary import summary
+    from mambadsl.show.plan import plan_text
+    from mambadsl.show.summary import summary_text
 
     graph = program.layers
     folder = Path(folder)
@@ -56,7 +56,7 @@ def save(program: Any, plan: Plan, folder: str | Path, *, parts: str = "referenc
     texts = {
         "graph.json": graph_json.dumps(graph),
         "plan.json": json.dumps(plan_data, indent=1, ensure_ascii=False) + "\n",
-        "summary.txt": summary(graph) + "\n" + plan_text(plan) + "\n",
+        "summary.txt": summary_text(graph) + "\n" + plan_text(plan),
     }
     paths = []
     for name, text in texts.items():

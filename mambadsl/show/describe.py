@@ -1,7 +1,7 @@
 """What a layer is, in a few words: its kind, and the fields that a reader looks for.
 
-In: a node of a graph. Out: text. Which fields: what the source gives, and what has no fixed default; sizes
-before words; no initial values or multipliers. All from the kinds' tables.
+In: a node of a graph. Out: text. Which fields: what the source gives, and what has no fixed default, in the
+author's order, sizes before words; no initial values or multipliers. All from the kinds' tables.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from mambadsl.kinds.sublayer import BRANCH_FIELDS, SUBLAYER_FIELDS
 from mambadsl.spec.model import MODEL_FIELDS, Mixer
 
 _WORDS = (OneForm, OneOf, Flag)
-_ROLES = {
-    Role.EMBED: "embedding", Role.HEAD: "norm, logits", Role.MTP_IN: "norms, join", Role.MTP_OUT: "norm, logits",
-}
+_ROLES = {Role.EMBED: "embedding", Role.HEAD: "logits", Role.MTP_IN: "join", Role.MTP_OUT: "logits"}
 MODEL_HEAD = ("d_model", "vocab", "context", "norm", "tie_embeddings")
 
 
@@ -68,7 +66,13 @@ def model_texts(graph: LayerGraph) -> tuple[str, ...]:
 def _chosen(kind: Kind, mixer: Mixer) -> list[Field]:
     shown = [f for f in kind.fields if _is_size(f.type) or isinstance(f.type, _WORDS)]
     chosen = [f for f in shown if _matters(f, mixer)]
-    return sorted(chosen, key=lambda f: not _is_size(f.type))
+    return sorted(chosen, key=lambda f: (not _is_size(f.type), _written_at(f, mixer)))
+
+
+def _written_at(field: Field, mixer: Mixer) -> float:
+    """The author's order; what nobody wrote comes last."""
+    origin = mixer.origins.get(field.name)
+    return origin.span.start if origin is not None and origin.span is not None else float("inf")
 
 
 def _matters(field: Field, mixer: Mixer) -> bool:

@@ -1,51 +1,33 @@
 """File -> ModelSpec: names looked up, values typed, defaults filled in, blocks kept folded.
 
-Raises MdlError with every problem of names and values; a layer that is wrong is reported once, where it
-is declared, and its uses are passed over.
+Raises MdlError with every problem of names and values. Layers and patterns are resolved in `layers`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mambadsl.kinds import registry
-from mambadsl.kinds.kind import Kind
-from mambadsl.kinds.sublayer import BRANCH_FIELDS, PER_USE_FIELDS, SUBLAYER_FIELDS
 from mambadsl.kinds.values import Values
 from mambadsl.spec import codes
-from mambadsl.spec.files import Files
-from mambadsl.spec.fill import E022, E023, Given, fill, unknown
+from mambadsl.spec.fill import E023, Given, fill, unknown
+from mambadsl.spec.layers import Layers, uses
 from mambadsl.spec.model import (
-    MODEL_FIELDS, MTP_FIELDS, Block, Cut, Element, ExpectSpec, LayerSpec, Mixer, ModelSpec, MtpSpec, PartChoice,
-    PartsSpec, Use,
+    MODEL_FIELDS, MTP_FIELDS, Cut, Element, ExpectSpec, ModelSpec, MtpSpec, PartChoice, PartsSpec,
 )
-from mambadsl.spec.scope import FileScope, Settings, _Imported
-from mambadsl.spec.values import E042, E043, Problem, evaluate
+from mambadsl.spec.scope import FileScope, Settings
+from mambadsl.spec.scopes import Scopes
+from mambadsl.spec.values import E042, Problem
 from mambadsl.syntax import tree
 from mambadsl.text.diagnostic import Diagnostic, Label, MdlError
-from mambadsl.text.source import Span
-from mambadsl.text.spell import nearest, split_layers
-
-_SUB = tuple(f.name for f in SUBLAYER_FIELDS)
-_BRANCH = tuple(f.name for f in BRANCH_FIELDS)
+from mambadsl.text.spell import nearest
 
 
 def resolve(file: tree.File) -> ModelSpec:
     """The model that a file describes. A file without a stack is a library: its layers are checked and
     the spec has an empty stack."""
     return _Resolver(file).run()
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """A layer before its defaults: what was given, so that a changed copy can be filled anew."""
-
-    branches: tuple[tuple[Kind, dict[str, Given]], ...]
-    sub: dict[str, Given]
-    names: tuple[str | None, ...]
-    chain: tuple[Span, ...]
-    name: str | None = None
 
 
 @dataclass
@@ -57,18 +39,12 @@ class _Resolver:
         blocks = [s for s in self.file.statements if isinstance(s, tree.Model)]
         self._once(blocks, "model")
         self.settings = Settings(MODEL_FIELDS, self._settings(blocks[0] if blocks else None))
-        self.files = Files(self.file)
-        self.scopes: dict[int, FileScope] = {}
-        self.elements: dict[tuple[int, str], Element | None] = {}
-        self.opened: list[tuple[int, str, Span]] = []
-        self.recipes: dict[int, _Recipe] = {}
-        self.used: set[str] = set()
-        self.std: FileScope | None = None
-        main = self.scope(self.file)
-        self.settings.scope = main
-        self.model, origins = self._model()
+        scopes = Scopes(self.file, self.settings, self.report)
+        main = self.settings.scope = scopes.of(self.file)
+        model, origins = self._model()
+        self.layers = Layers(scopes, model, self.report)
         for name in main.layers:
-            self.layer(main, name)
+            self.layers.layer(main, name)
         pattern, mtp = self._stack(main)
         parts = self._parts(main)
         expects = tuple(ExpectSpec(s, main) for s in self.file.statements if isinstance(s, tree.Expect))
@@ -76,7 +52,7 @@ class _Resolver:
             raise MdlError(self.problems.values())
         name = blocks[0].name.text if blocks else Path(self.file.source.name).stem
         name = name if name.isidentifier() else "model"
-        return ModelSpec(name, self.model, pattern, mtp, parts, expects, origins, self.file)
+        return ModelSpec(name, model, pattern, mtp, parts, expects, origins, self.file)
 
     def report(self, diagnostic: Diagnostic) -> None:
         span = diagnostic.span
@@ -121,13 +97,13 @@ class _Resolver:
         self._once(stacks, "stack")
         self._once(tails, "mtp")
         pattern = self.file.pattern or (stacks[0].pattern if stacks else None)
-        items = self.pattern(pattern, main) if pattern else ()
+        items = self.layers.pattern(pattern, main) if pattern else ()
         mtp = None
         if tails:
             tail = tails[0]
-            given = self._arguments(tail.args, main, "`mtp`", [f.name for f in MTP_FIELDS])
+            given = self.layers.arguments(tail.args, main, "`mtp`", [f.name for f in MTP_FIELDS])
             settings, _, _ = fill(MTP_FIELDS, given, model=None, report=self.report, names=main.names())
-            mtp = MtpSpec(settings, self.pattern(tail.pattern, main), tail.span)
+            mtp = MtpSpec(settings, self.layers.pattern(tail.pattern, main), tail.span)
             for cut in (e for e in mtp.items if isinstance(e, Cut)):
                 self.report(Diagnostic(codes.E049, "the `mtp` tail is in the last stage; no `|` in it", cut.span))
         return items, mtp
@@ -148,7 +124,7 @@ class _Resolver:
             choices = []
             for slot in block.slots:
                 self._slot(slot.path, main)
-                args = self._arguments(slot.args or (), main, f"`{slot.part.text}`", None)
+                args = self.layers.arguments(slot.args or (), main, f"`{slot.part.text}`", None)
                 plain = tuple((k, g.value) for k, g in args.items())
                 choices.append(PartChoice(slot.path.text, slot.part.text, plain, slot.span))
             base = block.base.text if block.base else None
@@ -159,8 +135,8 @@ class _Resolver:
         """`mamba2.scan` or `W.core`: the owner and the slot must exist."""
         owner, _, slot = path.text.partition(".")
         if owner[0].isupper():
-            element = self.layer(main, owner, at=path.span)
-            kinds = {m.kind for use in _uses(element) for m in use.layer.branches} if element else set()
+            element = self.layers.layer(main, owner, at=path.span)
+            kinds = {m.kind for use in uses(element) for m in use.layer.branches} if element else set()
         elif owner in registry.names():
             kinds = {owner}
         else:
@@ -173,331 +149,3 @@ class _Resolver:
             near = nearest(slot, slots)
             help = (f"did you mean `{owner}.{near}`?",) if near else (f"slots of {owner}: " + ", ".join(slots),)
             self.report(Diagnostic(codes.E028, f"`{owner}` has no slot `{slot}`", path.span, help=help))
-
-    # -- files and names
-
-    def scope(self, file: tree.File) -> FileScope:
-        key = id(file)
-        if key not in self.scopes:
-            problems: list[Diagnostic] = []
-            scope = self.scopes[key] = FileScope(file, self.settings, problems)
-            for problem in problems:
-                self.report(problem)
-            for statement in file.statements:
-                if isinstance(statement, tree.Import):
-                    self._import(statement, scope)
-        return self.scopes[key]
-
-    def _import(self, statement: tree.Import, into: FileScope) -> None:
-        try:
-            there = self.files.follow(statement, into.file)
-            loops = id(there) in self.scopes and self._imports_back(there, into.file)
-            if loops:
-                raise MdlError([Diagnostic(codes.E032, "imports run in a circle", statement.path.span)])
-        except MdlError as error:
-            for diagnostic in error.diagnostics:
-                self.report(diagnostic)
-            return
-        scope = self.scope(there)
-        declared = {*scope.lets, *scope.layers, *scope.imports}
-        for name in statement.names:
-            if name.text not in declared:
-                near = nearest(name.text, declared)
-                help = (f"did you mean `{near}`?",) if near else ("it declares " + ", ".join(sorted(declared)),)
-                message = f"`{statement.path.value}` declares no `{name.text}`"
-                self.report(Diagnostic(codes.E027, message, name.span, "not there", help=help))
-            else:
-                into.imports[name.text] = _Imported(scope, name)
-
-    def _imports_back(self, start: tree.File, target: tree.File) -> bool:
-        """Whether `start` imports `target`, directly or through others read so far."""
-        seen, todo = set(), [start]
-        while todo:
-            file = todo.pop()
-            if file is target:
-                return True
-            if id(file) in seen:
-                continue
-            seen.add(id(file))
-            for statement in file.statements:
-                if isinstance(statement, tree.Import):
-                    try:
-                        todo.append(self.files.follow(statement, file))
-                    except MdlError:
-                        continue
-        return False
-
-    def layer(self, scope: FileScope, name: str, *, at: Span | None = None) -> Element | None:
-        """What a layer name means in a file: an element, or None where that is reported already."""
-        if name in scope.imports:
-            there = scope.imports[name].scope
-            return self.layer(there, name, at=at)
-        if name not in scope.layers:
-            return self._std_layer(scope, name, at)
-        key = (id(scope), name)
-        if key not in self.elements:
-            definition = scope.layers[name]
-            if any(o[:2] == key for o in self.opened):
-                places = tuple(Label(s, f"`{n}` is defined here") for _, n, s in self.opened[1:])
-                span = definition.name.span
-                self.report(Diagnostic(codes.E025, f"`{name}` is built from itself", span, "a circle", places))
-                return None
-            self.opened.append((*key, definition.name.span))
-            self.elements[key] = self._definition(definition, scope)
-            self.opened.pop()
-        return self.elements[key]
-
-    def _std_layer(self, scope: FileScope, name: str, at: Span | None) -> Element | None:
-        if self.std is None and scope.file.source.name != "std.mdl":
-            self.std = self.scope(self.files.std())
-        if self.std and self.std is not scope and name in self.std.layers:
-            return self.layer(self.std, name, at=at)
-        legal = [*scope.layers, *(n for n in scope.imports if n[0].isupper())]
-        usual = [n for n in (self.std.layers if self.std else ()) if n not in legal]
-        split = split_layers(name, {*legal, *usual})
-        near = nearest(name, legal)
-        if split:
-            help = f"did you mean `{split}`? Layers are separated by spaces"
-        elif near:
-            help = f"did you mean `{near}`?"
-        elif legal:
-            help = "layers here: " + ", ".join(legal) + (f"; and from std.mdl: {', '.join(usual)}" if usual else "")
-        else:
-            help = f"declare it: `layer {name} = mamba2(...)`; std.mdl has {', '.join(usual)}"
-        self.report(Diagnostic(codes.E020, f"there is no layer `{name}`", at, "unknown layer", help=(help,)))
-        return None
-
-    def _definition(self, definition: tree.Layer, scope: FileScope) -> Element | None:
-        name = definition.name.text
-        element = self.item(definition.item, scope)
-        if element is None:
-            return None
-        if definition.shared:
-            for cut in _cuts((element,)):
-                self.report(Diagnostic(codes.E046, "a shared item is used whole; no `|` in it", cut.span))
-            return Block((element,), shared=name, name=name, span=definition.span)
-        if isinstance(element, Use):
-            recipe = self.recipes[id(element.layer)]
-            return self._use(replace(recipe, name=name, chain=(*recipe.chain, definition.name.span)), definition.span)
-        if isinstance(element, Block) and not element.shared and element.name is None:
-            return replace(element, name=name)
-        return Block((element,), name=name, span=definition.span)
-
-    # -- patterns
-
-    def pattern(self, pattern: tree.Pattern, scope: FileScope) -> tuple[Element, ...]:
-        items = (Cut(i.span) if isinstance(i, tree.Cut) else self.item(i, scope) for i in pattern.items)
-        return tuple(item for item in items if item is not None)
-
-    def item(self, node: tree.Item, scope: FileScope) -> Element | None:
-        match node:
-            case tree.Group():
-                inner = self.pattern(node.pattern, scope)
-                if len(inner) == 1 and isinstance(inner[0], Use):
-                    return inner[0]
-                return Block(inner, span=node.span)
-            case tree.Repeat():
-                return self._repeat(node, scope)
-            case tree.Parallel():
-                return self._parallel(node, scope)
-            case tree.Term():
-                return self._kind(node, scope)
-            case tree.Use():
-                return self._named(node, scope)
-        raise TypeError(type(node).__name__)
-
-    def _repeat(self, node: tree.Repeat, scope: FileScope) -> Element | None:
-        if node.count < 1:
-            message = "a repeat is at least 1"
-            self.report(Diagnostic(codes.E047, message, node.count_span, f"{node.count} times", help=("leave it out",)))
-            return None
-        element = self.item(node.item, scope)
-        if element is None:
-            return None
-        if isinstance(element, Block) and element.count == 1 and element.shared is None and element.name is None:
-            return replace(element, count=node.count, span=node.span)
-        return Block((element,), count=node.count, span=node.span)
-
-    def _kind(self, node: tree.Term, scope: FileScope) -> Element | None:
-        name = node.name.text
-        if name not in registry.names():
-            near = nearest(name, registry.names())
-            help = (f"did you mean `{near}`?",) if near else ("kinds: " + ", ".join(registry.names()),)
-            self.report(Diagnostic(codes.E021, f"there is no kind `{name}`", node.name.span, "unknown kind", help=help))
-            return None
-        kind = registry.get(name)
-        legal = [f.name for f in kind.fields] + [*_SUB, *_BRANCH]
-        given = self._arguments(node.args or (), scope, f"`{name}`", legal)
-        sub = {k: g for k, g in given.items() if k in _SUB}
-        rest = {k: g for k, g in given.items() if k not in _SUB}
-        return self._use(_Recipe(((kind, rest),), sub, (None,), (node.span,)), node.span)
-
-    def _named(self, node: tree.Use, scope: FileScope) -> Element | None:
-        name = node.name.text
-        element = self.layer(scope, name, at=node.name.span)
-        self.used.add(name)
-        if element is None:
-            for arg in node.args or ():
-                self._try(arg.value, scope)
-            return None
-        if not node.args:
-            return replace(element, span=node.span)
-        if isinstance(element, Block) and element.shared:
-            return self._per_use(node, element, scope)
-        if not isinstance(element, Use):
-            self.report(Diagnostic(
-                codes.E044, f"`{name}` is a block; a field can be changed in a single layer only", node.span,
-                "a block cannot be reached into", help=("change the layer inside, or write a block of its own",),
-            ))
-            return None
-        recipe = self.recipes[id(element.layer)]
-        if len(recipe.branches) > 1:
-            given = self._arguments(node.args, scope, f"the sum `{name}`", list(_SUB))
-            changed = replace(recipe, sub={**recipe.sub, **given}, chain=(*recipe.chain, node.span), name=None)
-            return self._use(changed, node.span)
-        kind, before = recipe.branches[0]
-        legal = [f.name for f in kind.fields] + [*_SUB, *_BRANCH]
-        given = self._arguments(node.args, scope, f"`{name}` (a `{kind.name}`)", legal)
-        sub = {**recipe.sub, **{k: g for k, g in given.items() if k in _SUB}}
-        rest = {**before, **{k: g for k, g in given.items() if k not in _SUB}}
-        chain = (*recipe.chain, node.span)
-        names = (recipe.name or recipe.names[0],)
-        changed = replace(recipe, branches=((kind, rest),), sub=sub, chain=chain, names=names, name=None)
-        return self._use(changed, node.span)
-
-    def _per_use(self, node: tree.Use, block: Block, scope: FileScope) -> Element | None:
-        """A shared item at one use: only fields that are not part of its weights may change."""
-        name = node.name.text
-        for arg in node.args:
-            if arg.name is not None and arg.name.text not in PER_USE_FIELDS:
-                self.report(Diagnostic(
-                    codes.E046, f"`{name}` is shared: every use has the same weights and fields", arg.name.span,
-                    "cannot differ from use to use", help=("only `adapter` may; or declare another `layer`",),
-                ))
-                return None
-        given = self._arguments(node.args, scope, f"the shared `{name}`", list(PER_USE_FIELDS))
-        return replace(self._changed(block, given), span=node.span)
-
-    def _changed(self, element: Element, given: dict[str, Given]) -> Element:
-        if isinstance(element, Block):
-            return replace(element, items=tuple(self._changed(e, given) for e in element.items))
-        if isinstance(element, Use):
-            recipe = self.recipes[id(element.layer)]
-            branches = tuple((kind, {**before, **given}) for kind, before in recipe.branches)
-            names = (recipe.name,) if recipe.name and len(branches) == 1 else recipe.names
-            return self._use(replace(recipe, branches=branches, names=names, name=None), element.span) or element
-        return element
-
-    def _parallel(self, node: tree.Parallel, scope: FileScope) -> Element | None:
-        recipes: list[_Recipe] = []
-        fine = True
-        for branch in node.branches:
-            element = self.item(branch, scope)
-            if element is None:
-                fine = False
-            elif isinstance(element, Use):
-                recipes.append(self.recipes[id(element.layer)])
-            else:
-                fine = False
-                shared = isinstance(element, Block) and element.shared
-                what = "a shared layer" if shared else "a block"
-                self.report(Diagnostic(
-                    codes.E045, "a sum joins single layers", branch.span, f"this is {what}",
-                    help=(("share the sum instead: `shared S = M + A`",) if shared else ()),
-                ))
-        if not fine:
-            return None
-        sub: dict[str, Given] = {}
-        for recipe in recipes:
-            for key, g in recipe.sub.items():
-                if key in sub and sub[key].value != g.value:
-                    other = Label(sub[key].place, "and here another")
-                    message = f"the branches of a sum share one `{key}`"
-                    self.report(Diagnostic(codes.E045, message, g.place, "given here", (other,)))
-                    return None
-                sub.setdefault(key, g)
-        branches = tuple(b for r in recipes for b in r.branches)
-        names = tuple(n for r in recipes for n in (r.names if len(r.branches) > 1 else (r.name or r.names[0],)))
-        chain = tuple(s for r in recipes for s in r.chain)
-        return self._use(_Recipe(branches, sub, names, (*chain, node.span)), node.span)
-
-    # -- values
-
-    def _try(self, value: tree.Value, scope: FileScope):
-        try:
-            return evaluate(value, scope)
-        except Problem as problem:
-            self.report(problem.diagnostic)
-            return _FAILED
-
-    def _arguments(
-        self, args: tuple[tree.Arg, ...], scope: FileScope, owner: str, legal: list[str] | None
-    ) -> dict[str, Given]:
-        found: dict[str, Given] = {}
-        for arg in args:
-            if arg.name is None:
-                word = arg.value.span.text
-                help = (f"write `{legal[0]}={word}`, or another of its fields",) if legal else ()
-                message = f"arguments of {owner} have names"
-                self.report(Diagnostic(E043, message, arg.value.span, "which field is this?", help=help))
-                continue
-            key = arg.name
-            if legal is not None and key.text not in legal:
-                self.report(unknown(E022, key, owner, legal))
-                self._try(arg.value, scope)
-            elif key.text in found:
-                first = Label(found[key.text].key, "first here")
-                self.report(Diagnostic(E042, f"`{key.text}` is given twice", key.span, labels=(first,)))
-            else:
-                value = self._try(arg.value, scope)
-                found[key.text] = Given(value, key.span, arg.value.span)
-        return found
-
-    def _use(self, recipe: _Recipe, span: Span) -> Use | None:
-        """Fills the fields of a recipe; None where one did not fit (reported)."""
-        names = self.settings.scope.names()
-        all_given = [*recipe.sub.values(), *(g for _, b in recipe.branches for g in b.values())]
-        if any(g.value is _FAILED for g in all_given):
-            return None
-        sub, sub_origins, fine = fill(
-            SUBLAYER_FIELDS, recipe.sub, model=self.model, report=self.report, names=names
-        )
-        mixers = []
-        for (kind, given), name in zip(recipe.branches, recipe.names):
-            kind_given = {k: g for k, g in given.items() if k not in _BRANCH}
-            branch_given = {k: g for k, g in given.items() if k in _BRANCH}
-            values, origins, ok1 = fill(kind.fields, kind_given, model=self.model, report=self.report, names=names)
-            branch, more, ok2 = fill(BRANCH_FIELDS, branch_given, model=self.model, report=self.report, names=names)
-            fine = fine and ok1 and ok2
-            own = recipe.name if len(recipe.branches) == 1 and recipe.name else name
-            mixers.append(Mixer(kind.name, values, branch, own, recipe.chain[0], {**origins, **more}, recipe.chain))
-        if not fine:
-            return None
-        layer = LayerSpec(tuple(mixers), sub, recipe.name, recipe.chain[-1], sub_origins)
-        self.recipes[id(layer)] = recipe
-        self._keep.append(layer)
-        return Use(layer, span)
-
-    _keep: list = field(default_factory=list)
-
-
-_FAILED = object()
-
-
-def _uses(element: Element):
-    if isinstance(element, Use):
-        yield element
-    elif isinstance(element, Block):
-        for item in element.items:
-            yield from _uses(item)
-
-
-def _cuts(elements: tuple[Element, ...]):
-    for element in elements:
-        if isinstance(element, Cut):
-            yield element
-        elif isinstance(element, Block):
-            yield from _cuts(element.items)
-
-
-

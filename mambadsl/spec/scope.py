@@ -59,7 +59,9 @@ class Settings:
 
 
 @dataclass
-class _Imported:
+class Imported:
+    """A name of another file."""
+
     scope: FileScope
     name: tree.Name
 
@@ -71,7 +73,7 @@ class FileScope:
         self.file, self.settings = file, settings
         self.lets: dict[str, tree.Let] = {}
         self.layers: dict[str, tree.Layer] = {}
-        self.imports: dict[str, _Imported] = {}
+        self.imports: dict[str, Imported] = {}
         self._values: dict[str, Any] = {}
         self._open: list[tree.Name] = []
         declared: dict[str, Span] = {}
@@ -123,80 +125,6 @@ def _computing(open_: list[tree.Name], name: tree.Name) -> Iterator[None]:
         yield
     finally:
         open_.pop()
-
-
-def raw(self, name: str) -> Any:
-        if name not in self._raw:
-            setting = self.given.get(name)
-            if setting is None:
-                default = self.fields[name].default
-                self._raw[name] = raw(default)
-            else:
-                with _computing(self._open, setting.name):
-                    self._raw[name] = evaluate(setting.value, self.scope)
-        return self._raw[name]
-
-
-@dataclass
-class _Imported:
-    scope: FileScope
-    name: tree.Name
-
-
-class FileScope:
-    """Names of one file. `problems` takes what is wrong with the declarations themselves."""
-
-    def __init__(self, file: tree.File, settings: Settings, problems: list[Diagnostic]):
-        self.file, self.settings = file, settings
-        self.lets: dict[str, tree.Let] = {}
-        self.layers: dict[str, tree.Layer] = {}
-        self.imports: dict[str, _Imported] = {}
-        self._values: dict[str, Any] = {}
-        self._open: list[tree.Name] = []
-        declared: dict[str, Span] = {}
-        for statement in file.statements:
-            names = {
-                tree.Let: lambda s: (s.name,), tree.Layer: lambda s: (s.name,), tree.Import: lambda s: s.names
-            }.get(type(statement), lambda s: ())(statement)
-            for name in names:
-                if name.text in declared:
-                    first = Label(declared[name.text], "first declared here")
-                    problems.append(
-                        Diagnostic(E024, f"`{name.text}` is declared twice", name.span, "again here", (first,))
-                    )
-                    continue
-                declared[name.text] = name.span
-                if isinstance(statement, tree.Let):
-                    self.lets[name.text] = statement
-                elif isinstance(statement, tree.Layer):
-                    self.layers[name.text] = statement
-
-    def lookup(self, name: tree.Name) -> Any:
-        text = name.text
-        if text in self.lets:
-            if text not in self._values:
-                let = self.lets[text]
-                with _computing(self._open, let.name):
-                    self._values[text] = evaluate(let.value, self)
-            return self._values[text]
-        if text in self.imports:
-            there = self.imports[text]
-            return there.scope.lookup(there.name)
-        if text in self.settings.fields:
-            return self.settings.raw(text)
-        return None
-
-    def names(self) -> list[str]:
-        """Every name that has a value here, for suggestions."""
-        return [*self.lets, *(n for n in self.imports if n[0].islower()), *self.settings.fields]
-
-
-def _guard(open_: list[tree.Name], name: tree.Name) -> None:
-    if any(o.text == name.text and o.span == name.span for o in open_):
-        places = tuple(Label(o.span, f"`{o.text}` is needed for that") for o in open_ if o.span != name.span)
-        open_.clear()
-        raise Problem(Diagnostic(E025, f"`{name.text}` is defined by itself", name.span, "a circle", places))
-    open_.append(name)
 
 
 def raw(value: Any) -> Any:

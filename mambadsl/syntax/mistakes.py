@@ -6,24 +6,16 @@ One failure gives at most one diagnostic; none where the tokenizer has already r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from mambadsl.syntax.expected import expected, found_words
-from mambadsl.syntax.parser import HEADS, Failure, Parser
+from mambadsl.syntax.expected import found_words
+from mambadsl.syntax.parser import HEADS, Parser
+from mambadsl.syntax.stuck import E010, NAME_STARTS, OPENERS, VALUE_STARTS, Stuck
 from mambadsl.syntax.tables import END
 from mambadsl.syntax.tokens import CLOSER, E015, MAX_DEPTH, Token, Tokens
 from mambadsl.text.diagnostic import Diagnostic, Label, declare
 from mambadsl.text.source import Source, Span
 
-E010 = declare(
-    "E010",
-    "a word or mark that does not fit here",
-    """
-    The text up to here is fine, and nothing that it could become continues with this word. The message
-    lists what could stand here. Reading goes on at the next line that begins a statement (`from`, `let`,
-    `model`, `layer`, `shared`, `stack`, `mtp`, `parts`, `expect`), so each broken statement is reported once.
-    """,
-)
 E012 = declare(
     "E012",
     "a bracket without its partner",
@@ -51,9 +43,6 @@ E019 = declare(
     """,
 )
 
-_NAME_STARTS = {"NAME", "LAYER_NAME"}
-_VALUE_STARTS = {"NAME", "LAYER_NAME", "INT", "FLOAT", "STRING", "TRUE", "FALSE", "LSQB", "LPAR"}
-_OPENERS = {closer: opener for opener, closer in CLOSER.items()}
 _MEGATRON = {"M": "M", "*": "A", "-": "F", "E": "E", "G": "G", "|": "|"}
 
 
@@ -63,74 +52,11 @@ def explain(source: Source, tokens: Tokens, parser: Parser) -> list[Diagnostic]:
         items = tokens.items
         since = items[failure.begin - 1].end if failure.begin else 0
         if not any(since <= at <= items[failure.index].end for at in tokens.bad):
-            out.append(_explain(_Place(source, items, parser, failure)))
+            out.append(_explain(Stuck(source, items, parser, failure)))
     return out
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where and how the parser got stuck."""
-
-    source: Source
-    tokens: list[Token]
-    parser: Parser
-    failure: Failure
-
-    @property
-    def accepts(self) -> frozenset[str]:
-        return self.failure.accepts
-
-    @property
-    def found(self) -> Token:
-        return self.tokens[self.failure.index]
-
-    def back(self, steps: int = 1) -> Token | None:
-        """A token before the one that does not fit, within the statement."""
-        at = self.failure.index - steps
-        return self.tokens[at] if at >= self.failure.begin else None
-
-    @property
-    def first(self) -> Token:
-        return self.tokens[self.failure.begin]
-
-    @property
-    def starts_statement(self) -> bool:
-        return self.failure.index in self.parser.heads
-
-    def keyword(self, token: Token) -> bool:
-        return token.type == "NAME" and token.text in self.parser.tables.keywords
-
-    @property
-    def ends_operand(self) -> bool:
-        """Whether a complete value or layer stands just before."""
-        before = self.back()
-        return before is not None and before.type in _VALUE_STARTS - {"LSQB", "LPAR"} | {"RPAR", "RSQB"}
-
-    def opener(self) -> Token | None:
-        """The innermost bracket that is open here."""
-        still_open: list[Token] = []
-        for token in self.tokens[self.failure.begin : self.failure.index]:
-            if token.type in CLOSER:
-                still_open.append(token)
-            elif token.type in _OPENERS and still_open:
-                still_open.pop()
-        return still_open[-1] if still_open else None
-
-    def span(self, token: Token) -> Span:
-        if token.type == END:  # the end of the last line that says something, not of the blanks after it
-            at = self.tokens[self.failure.index - 1].end if self.failure.index else token.start
-            return Span(self.source, at, at)
-        return Span(self.source, token.start, token.end)
-
-    def wrong(self, *help: str) -> Diagnostic:
-        """The plain diagnostic: what was expected, what was found."""
-        message = (
-            f"expected {expected(self.accepts, self.parser.tables.literals)}, found {found_words(self.found)}"
-        )
-        return Diagnostic(E010, message, self.span(self.found), help=help)
-
-
-def _explain(place: _Place) -> Diagnostic:
+def _explain(place: Stuck) -> Diagnostic:
     if place.failure.too_deep:
         help = ("name the inner part: `let x = ...`, `layer B = [M F]`",)
         message = f"brackets and operators nest more than {MAX_DEPTH} deep"
@@ -144,7 +70,7 @@ def _explain(place: _Place) -> Diagnostic:
 # ---- the questions
 
 
-def _megatron(p: _Place) -> Diagnostic | None:
+def _megatron(p: Stuck) -> Diagnostic | None:
     text, start, end = p.source.text, p.found.start, p.found.end
     if p.found.type == END:
         start = end = p.span(p.found).end
@@ -173,15 +99,15 @@ def _megatron(p: _Place) -> Diagnostic | None:
     )
 
 
-def _bracket(p: _Place) -> Diagnostic | None:
+def _bracket(p: Stuck) -> Diagnostic | None:
     opener, found = p.opener(), p.found
-    if found.type in _OPENERS:
+    if found.type in OPENERS:
         if opener is None:
             message = f"`{found.text}` closes nothing"
             return Diagnostic(
                 E012, message, p.span(found), help=("delete it, or add its opening partner before",)
             )
-        if opener.type != _OPENERS[found.type]:
+        if opener.type != OPENERS[found.type]:
             closer = p.parser.tables.literals[CLOSER[opener.type]]
             message = f"expected `{closer}` to close `{opener.text}`, found `{found.text}`"
             return Diagnostic(E012, message, p.span(found), labels=(_opened(p, opener),))
@@ -192,17 +118,17 @@ def _bracket(p: _Place) -> Diagnostic | None:
     return None
 
 
-def _opened(p: _Place, opener: Token) -> Label:
+def _opened(p: Stuck, opener: Token) -> Label:
     return Label(p.span(opener), f"this `{opener.text}` is open")
 
 
-def _misspelt_statement(p: _Place) -> Diagnostic | None:
+def _misspelt_statement(p: Stuck) -> Diagnostic | None:
     from mambadsl.text.spell import nearest
 
     first, at = p.first, p.failure.index - p.failure.begin
     if "LET" in p.accepts:
         first, at = p.found, 0
-    if first.type not in _NAME_STARTS or first.text in HEADS or at > 2:
+    if first.type not in NAME_STARTS or first.text in HEADS or at > 2:
         return None
     near = nearest(first.text, HEADS) if len(first.text) > 2 else None
     if near is None or (first.type == "LAYER_NAME" and first.text.lower() != near):
@@ -217,7 +143,7 @@ def _misspelt_statement(p: _Place) -> Diagnostic | None:
     return None
 
 
-def _loose_setting(p: _Place) -> Diagnostic | None:
+def _loose_setting(p: Stuck) -> Diagnostic | None:
     if p.first.type == "NAME" and p.found.type == "EQUAL" and p.failure.index == p.failure.begin + 1:
         name = p.first.text
         return p.wrong(
@@ -226,7 +152,7 @@ def _loose_setting(p: _Place) -> Diagnostic | None:
     return None
 
 
-def _pattern_beside_statements(p: _Place) -> Diagnostic | None:
+def _pattern_beside_statements(p: Stuck) -> Diagnostic | None:
     if p.first.text in {"layer", "shared"} and p.found.type in {"LAYER_NAME", "LSQB"} and "LET" in p.accepts:
         return p.wrong("several layers in a row are a group: `[M F]`")
     bare_then_statement = p.starts_statement and not p.keyword(p.first)
@@ -236,7 +162,7 @@ def _pattern_beside_statements(p: _Place) -> Diagnostic | None:
     return None
 
 
-def _case(p: _Place) -> Diagnostic | None:
+def _case(p: Stuck) -> Diagnostic | None:
     found, before = p.found, p.back()
     if found.type == "LAYER_NAME" and "NAME" in p.accepts and not p.accepts & {"LAYER_NAME", "COMMA", "LET"}:
         lower = found.text[0].lower() + found.text[1:]
@@ -258,7 +184,7 @@ def _upper(text: str) -> str:
     return text.lstrip("_")[:1].upper() + text.lstrip("_")[1:] or text
 
 
-def _equals(p: _Place) -> Diagnostic | None:
+def _equals(p: Stuck) -> Diagnostic | None:
     after = p.tokens[p.failure.index + 1] if p.found.type != END else p.found
     if p.found.type == "EQUAL" and "COMPARE" in p.accepts:
         if after.text in {"<", ">"} and after.start == p.found.end:
@@ -271,7 +197,7 @@ def _equals(p: _Place) -> Diagnostic | None:
     return None
 
 
-def _power(p: _Place) -> Diagnostic | None:
+def _power(p: Stuck) -> Diagnostic | None:
     before = p.back()
     if (
         p.found.type == "STAR"
@@ -288,7 +214,7 @@ def _power(p: _Place) -> Diagnostic | None:
     return None
 
 
-def _slashes(p: _Place) -> Diagnostic | None:
+def _slashes(p: Stuck) -> Diagnostic | None:
     after = p.tokens[p.failure.index + 1] if p.failure.index + 1 < len(p.tokens) else None
     comment = p.found.type == "FLOOR" or (
         p.found.type == "SLASH" and after is not None and after.type == "STAR"
@@ -296,21 +222,16 @@ def _slashes(p: _Place) -> Diagnostic | None:
     return p.wrong("a comment begins with `#`") if comment else None
 
 
-def _suffix(p: _Place) -> Diagnostic | None:
+def _suffix(p: Stuck) -> Diagnostic | None:
     before, found = p.back(), p.found
-    if (
-        before
-        and before.type in {"INT", "FLOAT"}
-        and found.type in _NAME_STARTS
-        and before.end == found.start
-    ):
+    if before and before.type in {"INT", "FLOAT"} and found.type in NAME_STARTS and before.end == found.start:
         span = p.span(before).to(p.span(found))
         message = f"`{before.text}{found.text}`: a number has no suffix"
         return Diagnostic(E010, message, span, help=("write it out: `4_096`, `7e9`, `4 * 1024`",))
     return None
 
 
-def _sum_to_repeat(p: _Place) -> Diagnostic | None:
+def _sum_to_repeat(p: Stuck) -> Diagnostic | None:
     twice = p.back().type == "INT" and p.back(2).type == "STAR" if p.back(2) else False
     if p.found.type != "STAR" or "STAR" in p.accepts or not (twice or "PLUS" in p.accepts):
         return None
@@ -326,20 +247,20 @@ def _sum_to_repeat(p: _Place) -> Diagnostic | None:
     return p.wrong(f"what is to be repeated needs a group: `[{text}]*{times}`")
 
 
-def _unit_start(p: _Place, at: int) -> int | None:
+def _unit_start(p: Stuck, at: int) -> int | None:
     """Index where the layer, kind or group ends whose last token is at `at`."""
     depth = 0
     while at >= p.failure.begin:
         token = p.tokens[at]
-        depth += (token.type in _OPENERS) - (token.type in CLOSER)
-        begins = token.type == "LSQB" or (token.type in _NAME_STARTS and p.tokens[at - 1].type != "DOT")
+        depth += (token.type in OPENERS) - (token.type in CLOSER)
+        begins = token.type == "LSQB" or (token.type in NAME_STARTS and p.tokens[at - 1].type != "DOT")
         if depth == 0 and begins:
             return at
         at -= 1
     return None
 
 
-def _round_group(p: _Place) -> Diagnostic | None:
+def _round_group(p: Stuck) -> Diagnostic | None:
     opener = p.opener()
     if p.found.type == "LPAR" and "LSQB" in p.accepts and "LAYER_NAME" in p.accepts:
         return p.wrong("`( )` holds arguments; a group is written `[M A]`")
@@ -352,13 +273,13 @@ def _round_group(p: _Place) -> Diagnostic | None:
     return None
 
 
-def _missing_comma(p: _Place) -> Diagnostic | None:
-    if "COMMA" in p.accepts and p.found.type in _VALUE_STARTS and p.ends_operand:
+def _missing_comma(p: Stuck) -> Diagnostic | None:
+    if "COMMA" in p.accepts and p.found.type in VALUE_STARTS and p.ends_operand:
         return p.wrong(f"put a `,` before `{p.found.text}`")
     return None
 
 
-def _needless_comma(p: _Place) -> Diagnostic | None:
+def _needless_comma(p: Stuck) -> Diagnostic | None:
     if p.found.type != "COMMA":
         return None
     if "LAYER_NAME" in p.accepts:
@@ -368,7 +289,7 @@ def _needless_comma(p: _Place) -> Diagnostic | None:
     return None
 
 
-def _empty(p: _Place) -> Diagnostic | None:
+def _empty(p: Stuck) -> Diagnostic | None:
     if p.found.type == END and p.failure.index == p.failure.begin and "LET" in p.accepts:
         return Diagnostic(
             E010,

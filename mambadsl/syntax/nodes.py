@@ -10,7 +10,6 @@ from mambadsl.syntax.tokens import Token
 from mambadsl.text.diagnostic import Diagnostic, declare
 from mambadsl.text.source import Source, Span
 
-
 E017 = declare(
     "E017",
     "a keyword used as a name",

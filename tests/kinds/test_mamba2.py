@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import recurrent_laws as laws
 import torch
@@ -62,7 +60,7 @@ def test_is_naive_for_any_fields(heads_of_groups, length, **fields):
 
 @EACH
 @BOTH
-@pytest.mark.parametrize("cuts", [tuple(range(1, laws.LENGTH)), (5, 6, 13), (8,)], ids=["steps", "uneven", "halves"])
+@laws.CUTS
 def test_chunks_are_whole(fields, tokens, cuts):
     laws.chunks_are_whole(made(**fields), tokens, cuts)
 
@@ -147,13 +145,16 @@ def test_extreme_decays_are_finite(dt, A, packed):
 
 def test_forgetting_costs_no_precision():
     """A token that erases all, now and then, does not blur the small decays of those around it."""
-    x, dt, A, b, c, d = scan_inputs()
+    x, dt, A, b, c, d = scan_inputs(G=4)
     dt = torch.where(torch.arange(150)[None, :, None] % 10 == 3, 1e6, dt * 1e-3)
     x = x / dt[..., None]
-    y, state = ssd(*(t.double() for t in (x, dt, A, b, c, d)), chunk=1)
-    y_chunks, state_chunks = ssd(x, dt, A, b, c, d, chunk=64)
-    laws.same(y_chunks, y)
-    laws.same(state_chunks, state)
+    y, state = ssd(x, dt, A, b, c, d, chunk=64)
+    S, expected = torch.zeros(2, 4, 3, 5, dtype=torch.float64), []
+    for x_t, dt_t, b_t, c_t in zip(*(t.double().unbind(1) for t in (x, dt, b, c))):
+        S = S * (dt_t * A).exp()[..., None, None] + (x_t * dt_t[..., None])[..., None] * b_t[:, :, None]
+        expected.append((S @ c_t[..., None])[..., 0] + d[:, None] * x_t)
+    laws.same(y, torch.stack(expected, 1))
+    laws.same(state, S)
 
 
 def test_time_is_linear_in_length():
@@ -168,14 +169,14 @@ def test_time_is_linear_in_length():
     assert elements(1024) / elements(512) == pytest.approx(2, rel=0.05)
 
 
-MAMBA2 = dict(num_heads=8, head_dim=8, state_size=16, num_hidden_layers=1, chunk_size=8)
+MAMBA2 = dict(num_heads=8, head_dim=8, state_size=16, n_groups=1, num_hidden_layers=1, chunk_size=8)
 BAMBA = dict(
     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, mamba_n_heads=8,
     mamba_d_state=16, mamba_expand=2, mamba_chunk_size=8,
 )
 ZAMBA2 = dict(
-    intermediate_size=48, num_hidden_layers=2, layers_block_type=["linear_attention", "hybrid"], mamba_d_state=16,
-    n_mamba_heads=8, chunk_size=8, num_attention_heads=4, num_key_value_heads=4, adapter_rank=4,
+    intermediate_size=48, num_hidden_layers=2, layers_block_type=["linear_attention", "hybrid"],
+    mamba_d_state=16, n_mamba_heads=8, chunk_size=8, num_attention_heads=4, num_key_value_heads=4, adapter_rank=4,
 )
 NEMOTRON = dict(
     intermediate_size=48, layers_block_type=["linear_attention", "mlp"], num_attention_heads=4,
@@ -194,13 +195,15 @@ SCALES = (0.5, 1.5, 0.7, 1.3, 2)
 #: name: (model class, layer class, settings there, our fields)
 HF = {
     "mamba2": ("Mamba2", "Mamba2Mixer", MAMBA2, {}),
-    "mamba2 groups": ("Mamba2", "Mamba2Mixer", dict(MAMBA2, n_groups=4, use_bias=True), dict(groups=4, bias=True)),
+    "mamba2 groups": (
+        "Mamba2", "Mamba2Mixer", {**MAMBA2, "n_groups": 4, "use_bias": True}, dict(groups=4, bias=True),
+    ),
     "mamba2 dt_limit": (
         "Mamba2", "Mamba2Mixer", dict(MAMBA2, time_step_limit=(0.5, 1.0), use_conv_bias=False),
         dict(dt_limit=(0.5, 1), conv_bias=False),
     ),
-    "bamba": ("Bamba", "BambaMixer", dict(BAMBA, attn_layer_indices=[1]), dict(norm_eps=1e-6)),
-    "granite": ("GraniteMoeHybrid", "GraniteMoeHybridMambaLayer", GRANITE, dict(norm_eps=1e-6)),
+    "bamba": ("Bamba", "BambaMixer", dict(BAMBA, attn_layer_indices=[1]), {}),
+    "granite": ("GraniteMoeHybrid", "GraniteMoeHybridMambaLayer", GRANITE, {}),
     # These two clamp dt from below in a full forward pass, and say so nowhere in their configurations.
     "zamba2": ("Zamba2", "Zamba2MambaMixer", ZAMBA2, dict(dt_limit=(0.001, None))),
     "nemotron_h": ("NemotronH", "NemotronHMamba2Mixer", NEMOTRON, dict(groups=2, dt_limit=(0.001, None))),
@@ -231,4 +234,4 @@ def test_is_hugging_face(case):
         for name, t in theirs.weights.items()
     })
     y = ours(x, Tokens.plain(*x.shape[:2]))
-    assert math.isfinite(y.sum()) and (y - theirs.y_BTD).abs().max() <= 5e-5
+    assert (y - theirs.y_BTD).abs().max() <= 5e-5

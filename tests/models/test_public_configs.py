@@ -49,7 +49,8 @@ def attn(c: Any, rope: Any, **more: Any) -> Branch:
     ) | more)
 
 
-def swiglu(d_ff: int, **more: Any) -> Branch:
+def mlp(d_ff: int, **more: Any) -> Branch:
+    """Gated, unless it says otherwise."""
     return Branch("mlp", dict(d_ff=d_ff, act="silu", gated=True, bias=False) | more)
 
 
@@ -86,7 +87,7 @@ def jamba(c: Any) -> list[Layer]:
     layers: list[Layer] = []
     for mixer, count in zip(c.layers_block_type, c.layers_num_experts, strict=True):
         layers.append([attn(c, "none") if mixer == "attention" else scan])
-        layers.append([experts if count > 1 else swiglu(c.intermediate_size)])
+        layers.append([experts if count > 1 else mlp(c.intermediate_size)])
     return layers
 
 
@@ -94,7 +95,8 @@ def bamba(c: Any) -> list[Layer]:
     given = c.rope_parameters
     rope = ("rope", dict(theta=given["rope_theta"], fraction=given["partial_rotary_factor"], scaling="none"))
     mixers = {MAMBA_KIND: ssm2(c, c.rms_norm_eps), "full_attention": attn(c, rope)}
-    return [[branch] for kind in c.layers_block_type for branch in (mixers[kind], swiglu(c.intermediate_size))]
+    ff = mlp(c.intermediate_size)
+    return [[branch] for kind in c.layers_block_type for branch in (mixers[kind], ff)]
 
 
 def nemotron_h(c: Any) -> list[Layer]:
@@ -111,7 +113,7 @@ def nemotron_h(c: Any) -> list[Layer]:
     layers = {
         MAMBA_KIND: scan,
         "full_attention": attn(c, "none"),
-        "mlp": Branch("mlp", dict(d_ff=c.intermediate_size, act=c.mlp_hidden_act, gated=False, bias=c.mlp_bias)),
+        "mlp": mlp(c.intermediate_size, act=c.mlp_hidden_act, gated=False, bias=c.mlp_bias),
         "moe": Branch("moe", dict(
             experts=c.n_routed_experts, top_k=c.num_experts_per_tok, d_ff=c.moe_intermediate_size,
             act=c.mlp_hidden_act, gated=False, router=router, latent=c.moe_latent_size, shared_gate="none",
@@ -127,15 +129,16 @@ def falcon_h1(c: Any) -> list[Layer]:
     side_by_side = [
         ssm2(
             c, c.rms_norm_eps, in_multiplier=c.ssm_in_multiplier, out_multiplier=c.ssm_out_multiplier,
-            proj_multipliers=tuple(c.ssm_multipliers), gated_norm="after_gate" if c.mamba_rms_norm else "none",
+            proj_multipliers=tuple(c.ssm_multipliers),
+            gated_norm="after_gate" if c.mamba_rms_norm else "none",
         ),
         attn(
             c, rope, in_multiplier=c.attention_in_multiplier, out_multiplier=c.attention_out_multiplier,
             key_multiplier=c.key_multiplier,
         ),
     ]
-    mlp = swiglu(c.intermediate_size, gate_multiplier=gate, out_multiplier=down)
-    return [side_by_side, [mlp]] * c.num_hidden_layers
+    ff = mlp(c.intermediate_size, gate_multiplier=gate, out_multiplier=down)
+    return [side_by_side, [ff]] * c.num_hidden_layers
 
 
 def granite(c: Any) -> list[Layer]:
@@ -147,11 +150,11 @@ def granite(c: Any) -> list[Layer]:
     if c.num_local_experts:
         ff = Branch("moe", dict(
             experts=c.num_local_experts, top_k=c.num_experts_per_tok, d_ff=c.intermediate_size, act="silu",
-            gated=True, router=("softmax", dict(order="after_top_k", scale=1)), latent=None, shared_gate="none",
-            shared_d_ff=c.shared_intermediate_size,
+            gated=True, router=("softmax", dict(order="after_top_k", scale=1)), latent=None,
+            shared_gate="none", shared_d_ff=c.shared_intermediate_size,
         ) | scale)
     else:
-        ff = swiglu(c.shared_intermediate_size, **scale)
+        ff = mlp(c.shared_intermediate_size, **scale)
     return [[branch] for kind in c.layer_types for branch in (mixers[kind], ff)]
 
 
@@ -161,11 +164,11 @@ def samba(c: Any) -> list[Layer]:
         dt_bc_norm="none",
     ))
     window = Branch("attention", dict(
-        heads=c.n_head, kv_heads=c.n_head, head_dim=c.n_embd // c.n_head, window=c.local_window, qkv_bias=False,
-        o_bias=False, rope=("rope", dict(theta=10000, fraction=c.rotary_percentage)),
+        heads=c.n_head, kv_heads=c.n_head, head_dim=c.n_embd // c.n_head, window=c.local_window,
+        qkv_bias=False, o_bias=False, rope=("rope", dict(theta=10000, fraction=c.rotary_percentage)),
     ))
     mixers = [scan if i % c.mb_per_layer == 0 else window for i in range(c.n_layer)]
-    return [[branch] for mixer in mixers for branch in (mixer, swiglu(c.intermediate_size))]
+    return [[branch] for mixer in mixers for branch in (mixer, mlp(c.intermediate_size))]
 
 
 FAMILIES = {
@@ -216,7 +219,8 @@ def test_layers(name):
     family, _ = CONFIGS[name]
     expected = FAMILIES[family](config(name))
     found = [node.layer for node in load(MODELS / f"{name}.mdl").layers.layers]
-    assert [[b.kind for b in layer.branches] for layer in found] == [[b.kind for b in layer] for layer in expected]
+    kinds = [[b.kind for b in layer.branches] for layer in found]
+    assert kinds == [[b.kind for b in layer] for layer in expected]
     for place, (layer, branches) in enumerate(zip(found, expected, strict=True)):
         assert layer.sub.residual.name == "pre"
         for mixer, branch in zip(layer.branches, branches, strict=True):

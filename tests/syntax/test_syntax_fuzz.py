@@ -147,7 +147,8 @@ class Author:
         for token in tokens:
             gap = self.random.choice([" ", "  ", " ", "\t", "\n", "\n\n", " \n\n\n  ", "\n  "])
             if self.random.random() < comments:
-                comment = f"# {len(written)} {self.random.choice(['note', '} ) ] [ { (', 'let x = 3', ''])}".rstrip()
+                says = self.random.choice(["note", "} ) ] [ { (", "let x = 3", ""])
+                comment = f"# {len(written)} {says}".rstrip()
                 written.append(comment)
                 gap = self.random.choice(["", " ", "\n", "\n\n"]) + comment + "\n" + gap
             out += [gap, "" if token == "\n" else token]
@@ -186,17 +187,28 @@ def test_lines_stay_within_the_width_but_for_marks_behind_the_last_word():
             )
 
 
+JUNK = [
+    *'()[]{},.:|+-*/=<#";@3Mx\n',
+    "//",
+    "==",
+    "1e9",
+    "layer",
+    "stack",
+    "model",
+    "\u00a0",
+    "\u201c",
+    "\u00e4",
+]
+
+
 def mutated(author: Author, tokens: list[str]) -> str:
     pick, choice = author.random.random, author.random.choice
     if pick() < 0.5:
-        junk = '( ) [ ] { } , . : | + - * / // == = < # " ; @ 3 1e9 M layer stack model x \u00a0 \u201c \u00e4 \n'.split(
-            " "
-        )
         for _ in range(author.random.randint(1, 4)):
             at = author.random.randrange(len(tokens) + 1)
             what = pick()
             if what < 0.4:
-                tokens.insert(at, choice(junk))
+                tokens.insert(at, choice(JUNK))
             elif what < 0.8 and tokens:
                 del tokens[min(at, len(tokens) - 1)]
             else:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from mambadsl.graph.checks.facts import Facts
 from mambadsl.graph.checks.legal import listed
-from mambadsl.graph.cost import Cost, costs
+from mambadsl.graph.cost import Cost, costs, total
 from mambadsl.graph.graph import LayerGraph, Node
 from mambadsl.kinds.kind import Dims, Kind
 from mambadsl.kinds.registry import get
@@ -57,9 +57,9 @@ class Site:
         return self.mixer.span or self.layer.span or self.nodes[0].span
 
     def given(self, field: str) -> Span | None:
-        """The argument that set the field, if one did."""
+        """The argument (of the text, or `--set`) that set the field, if one did."""
         origin = self.mixer.origins.get(field)
-        return origin.span if origin is not None and origin.how == "given" else None
+        return origin.span if origin is not None else None
 
     def defaulted(self, field: str) -> bool:
         origin = self.mixer.origins.get(field)
@@ -130,8 +130,9 @@ class Subject:
         return self.facts.pp or 1 + sum(node.cut_after for node in self.graph.nodes)
 
     @cached_property
-    def costs(self) -> dict[str, Cost]:
-        return costs(self.graph, length=self.length)
+    def total(self) -> Cost:
+        """The whole model, at its own context."""
+        return total(costs(self.graph))
 
     def setting(self, name: str) -> Span | None:
         """Where the model's setting is written."""

@@ -81,18 +81,19 @@ def ssd(
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)) if missing else t
         return t.unflatten(1, (-1, Q))
 
-    log_decay_BcHQ = in_chunks((dt_BTH * A_H).clamp_min(LOWEST_LOG_DECAY)).cumsum(2).transpose(2, 3)
+    starts_BcQ = None if segments_BT is None else in_chunks(starts(segments_BT))
+    sees_BcQQ, whole_BcQ, last_BcQ = _documents(starts_BcQ, Q, x_BTHP.device)
+    # Summed by a product, not by cumsum, so that no other document has a part in the rounding.
+    log_decay_BcQH = sees_BcQQ @ in_chunks((dt_BTH * A_H).clamp_min(LOWEST_LOG_DECAY))
+    log_decay_BcHQ = log_decay_BcQH.transpose(2, 3)
     x_BcQHP = in_chunks(x_BTHP * dt_BTH[..., None])
     B_BcGQN = in_chunks(B_BTGN.float()).transpose(2, 3)
     C_BcGQN = in_chunks(C_BTGN.float()).transpose(2, 3)
     total_BcH1 = log_decay_BcHQ[..., -1:]
-    starts_BcQ = None if segments_BT is None else in_chunks(starts(segments_BT))
-    same_BcQQ, whole_BcQ, last_BcQ = _documents(starts_BcQ)
 
     # Inside a chunk: y_i = sum over j <= i of (C_i . B_j) exp(log decay from j to i) dt_j x_j. Where j > i
     # the exponent would be positive: there it is clamped and the score is 0, and so is the gradient.
-    score_BcGQQ = C_BcGQN @ B_BcGQN.transpose(-1, -2)
-    score_BcGQQ = score_BcGQQ.tril() if same_BcQQ is None else score_BcGQQ * same_BcQQ.tril()[:, :, None]
+    score_BcGQQ = (C_BcGQN @ B_BcGQN.transpose(-1, -2)) * sees_BcQQ[:, :, None]
     decay_BcHQQ = (log_decay_BcHQ[..., :, None] - log_decay_BcHQ[..., None, :]).clamp_max(0).exp()
     weight_BcHQQ = (score_BcGQQ[:, :, :, None] * decay_BcHQQ.unflatten(2, (G, R))).flatten(2, 3)
     y_BcQHP = (weight_BcHQQ @ x_BcQHP.transpose(2, 3)).transpose(2, 3)
@@ -125,14 +126,17 @@ def ssd(
     return y_BTHP.to(dtype), state_BGNK.transpose(2, 3).reshape(B, H, P, N)
 
 
-def _documents(starts_BcQ: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Float masks for chunks in which documents begin: pairs of tokens of one document [B, c, Q, Q]; tokens
-    of the document that the chunk begins in; tokens of the one that it ends in [B, c, Q]. None: one each."""
+def _documents(
+    starts_BcQ: Tensor | None, Q: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Masks of ones and zeros for each chunk: which tokens up to it a token sees [B or 1, c or 1, Q, Q]; which
+    are of the document that the chunk begins in; of the one that it ends in [B, c, Q] (None: all)."""
+    causal_QQ = torch.ones(Q, Q, device=device).tril()
     if starts_BcQ is None:
-        return None, None, None
+        return causal_QQ[None, None], None, None
     count_BcQ = starts_BcQ.cumsum(2)
     same_BcQQ = count_BcQ[..., :, None] == count_BcQ[..., None, :]
-    return same_BcQQ.float(), (count_BcQ == 0).float(), (count_BcQ == count_BcQ[..., -1:]).float()
+    return same_BcQQ * causal_QQ, (count_BcQ == 0).float(), (count_BcQ == count_BcQ[..., -1:]).float()
 
 
 def gate_norm(
@@ -155,8 +159,8 @@ class Module(KindModule):
 
     kind = KIND
     REFERENCE = {
-        "in_proj": F.linear, "core": core, "conv": causal_conv, "scan": ssd, "gate_norm": gate_norm,
-        "out_proj": F.linear,
+        "in_proj": F.linear, "conv": causal_conv, "scan": ssd, "gate_norm": gate_norm, "out_proj": F.linear,
+        "core": core,
     }
 
     def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:

@@ -1,0 +1,89 @@
+"""LayerGraph -> CheckedGraph, or MdlError with everything that is wrong.
+
+A rule is a file here with `check(subject)`, and its place in one of the two lists:
+
+- MODEL rules speak about the model, and about those facts of a run that are given.
+- KERNEL rules speak about what mamba-ssm's and causal-conv1d's kernels accept, and only if those will run: a
+  part set with them is named (`fused`, `te`, `inference`, or one of the text based on them), or the target
+  has no other way. Under `auto` they are silent, since it chooses a kernel only where the kernel accepts the
+  layer; under `reference` there is none.
+
+So a plain `check` says what is wrong with the model anywhere, and facts add what is wrong there. Each rule's
+severity is its code's first letter and never depends on facts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass, replace
+
+from mambadsl.graph.checks import (
+    e101_head_dim, e103_groups, e104_conv_width, e105_projection_width, e106_conv_taps, e107_conv_grid,
+    e108_mamba1_state, e114_norm_width, e120_offsets, e121_mamba1_offsets, e124_norm_groups, e125_dt_limit,
+    e201_heads_tp, e202_groups_tp, e203_context_parallel, e204_attention_heads, e205_kv_heads_tp, e206_vocab_tp,
+    e207_attention_cp, e210_even_stages, e214_shared_stages, e216_head_dim, e217_rope_width, e218_rope_scaling,
+    e220_experts, e304_init_ranges, e310_narrow_products, e502_state_memory, e601_expressible, expects,
+    i702_first_attention, i704_attention_share, i705_last_mixer, i707_small_width, w109_chunk, w110_one_chunk,
+    w112_conv_bias, w122_row_offsets, w211_stage_mix, w305_fp16, w404_left_padding, w501_cache_pages,
+    w504_prefill_chunk, w505_lora_coverage, w602_gated_norm, w701_positions,
+)
+from mambadsl.graph.checks.facts import Facts
+from mambadsl.graph.checks.subject import Problem, Subject, used_note
+from mambadsl.graph.graph import LayerGraph, Node
+from mambadsl.text.diagnostic import Diagnostic, MdlError
+
+MODEL = (
+    # sizes of one layer
+    e101_head_dim, e103_groups, e124_norm_groups, e125_dt_limit, e304_init_ranges, e204_attention_heads,
+    e216_head_dim, e217_rope_width, e218_rope_scaling, e220_experts,
+    # devices
+    e201_heads_tp, e202_groups_tp, e203_context_parallel, e205_kv_heads_tp, e206_vocab_tp, e207_attention_cp,
+    e210_even_stages, w211_stage_mix, e214_shared_stages,
+    # numbers, data, serving
+    w305_fp16, e310_narrow_products, w404_left_padding, w501_cache_pages, e502_state_memory, w504_prefill_chunk,
+    w505_lora_coverage,
+    # other tools
+    e601_expressible, w602_gated_norm, w110_one_chunk, w112_conv_bias,
+    # architecture
+    w701_positions, i702_first_attention, i704_attention_share, i705_last_mixer,
+    # what the text itself claims
+    expects,
+)
+KERNEL = (
+    e104_conv_width, e105_projection_width, e106_conv_taps, e107_conv_grid, e108_mamba1_state, w109_chunk,
+    e114_norm_width, e120_offsets, e121_mamba1_offsets, w122_row_offsets, i707_small_width,
+)
+CHECKS = MODEL + KERNEL
+
+_SEVERITIES = ("error", "warning", "info")
+_SEAL = object()
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedGraph:
+    """A graph without errors under these facts, and the warnings and infos. Only `check` makes one."""
+
+    graph: LayerGraph
+    facts: Facts
+    diagnostics: tuple[Diagnostic, ...]
+    seal: InitVar[object]
+
+    def __post_init__(self, seal: object) -> None:
+        if seal is not _SEAL:
+            raise TypeError("a CheckedGraph comes from check(graph) only")
+
+
+def check(graph: LayerGraph, facts: Facts = Facts()) -> CheckedGraph:
+    """Runs every rule. Raises MdlError with all errors, then the warnings and infos, if there is an error."""
+    subject = Subject(graph, facts)
+    found: dict[Diagnostic, list[Node]] = {}
+    for rule in CHECKS if subject.kernels else MODEL:
+        for problem in rule.check(subject):
+            found.setdefault(problem.diagnostic, []).extend(problem.nodes)
+    diagnostics = [replace(d, notes=used_note(nodes) + d.notes) for d, nodes in found.items()]
+    diagnostics.sort(key=lambda d: _SEVERITIES.index(d.severity))
+    if any(d.severity == "error" for d in diagnostics):
+        raise MdlError(diagnostics)
+    return CheckedGraph(graph, facts, tuple(diagnostics), _SEAL)
+
+
+__all__ = ["CHECKS", "CheckedGraph", "Facts", "Problem", "Subject", "check"]

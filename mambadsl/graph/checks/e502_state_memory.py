@@ -1,0 +1,44 @@
+"""E502: the state of all sequences fits into the memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mambadsl.graph.checks.subject import Problem, Subject
+from mambadsl.text.diagnostic import Diagnostic, declare
+
+E502 = declare(
+    "E502",
+    "the state of so many sequences does not fit",
+    """
+    With `max_sequences` and `memory_bytes`: the fixed decoding state of that many sequences, on one device,
+    must fit into that memory. Keys and values that grow with the length come on top.
+
+    Why: recurrent state is allocated for every slot at start-up, and serving fails there.
+
+    Example: 256 sequences of Nemotron-H 8B (about 100 MB of state each) in 20 GB.
+
+    Instead: the number of sequences that the message names, or tensor parallelism.
+    """,
+)
+
+
+def check(subject: Subject) -> Iterator[Problem]:
+    facts = subject.facts
+    if facts.max_sequences is None or facts.memory_bytes is None:
+        return
+    each = subject.total.state_bytes // facts.tp
+    needed = each * facts.max_sequences
+    if needed > facts.memory_bytes:
+        message = (
+            f"{facts.max_sequences} sequences need {_mb(needed)} of state, more than the {_mb(facts.memory_bytes)} "
+            "there are"
+        )
+        notes = (f"{_mb(each)} for one sequence on one device",)
+        help = (f"at most {facts.memory_bytes // each} sequences",)
+        first = next(subject.recurrent(), None)
+        yield Problem(Diagnostic(E502, message, first.span if first else None, notes=notes, help=help))
+
+
+def _mb(n: int) -> str:
+    return f"{n / 1e6:,.1f} MB"

@@ -1,0 +1,47 @@
+"""I704: hybrids have few attention layers, spread over the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mambadsl.graph.checks.subject import Problem, Subject
+from mambadsl.kinds.registry import get
+from mambadsl.text.diagnostic import Diagnostic, declare
+
+I704 = declare(
+    "I704",
+    "an unusual share or place of attention layers",
+    """
+    Among the attention and recurrent layers of a hybrid, more than a quarter are attention; or three and more
+    attention layers all stand in one half of the depth. Sums and sliding windows do not count.
+
+    Why: released hybrids (Nemotron-H, Jamba, Bamba, Granite 4) have 7 to 13 %, evenly spread: every full
+    attention layer costs cache for each token. It is a habit of the field, not a law.
+
+    Example: `[M A]*12`: half of the mixers are attention.
+
+    Instead: `[M M M M A]*5`, say.
+    """,
+)
+
+
+def check(subject: Subject) -> Iterator[Problem]:
+    # "a" full attention, "r" recurrent, in order.
+    mixers = []
+    for node in subject.graph.layers:
+        if len(node.layer.branches) == 1 and not node.shared:
+            mixer = node.layer.branches[0]
+            if get(mixer.kind).recurrent:
+                mixers.append((False, node))
+            elif mixer.kind == "attention" and mixer.fields.window is None:
+                mixers.append((True, node))
+    places = [i for i, (attention, _) in enumerate(mixers) if attention]
+    if not places or len(places) == len(mixers):
+        return
+    span, half = mixers[places[0]][1].span, len(mixers) / 2
+    if len(places) > len(mixers) / 4:
+        message = f"{len(places)} of {len(mixers)} mixers are attention, {len(places) / len(mixers):.0%}"
+        yield Problem(Diagnostic(I704, message, span, "the first of them", notes=("released hybrids have 7 to 13 %",)))
+    elif len(places) > 2 and (places[-1] < half or places[0] >= half):
+        message = f"all {len(places)} attention layers are in one half of the depth"
+        yield Problem(Diagnostic(I704, message, span, "the first of them", notes=("released hybrids spread them",)))

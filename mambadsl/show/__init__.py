@@ -1,0 +1,1 @@
+"""Floor 5: eyes only. Reads any stage, changes none."""

@@ -1,0 +1,97 @@
+"""The layout is a rule: imports go down only, torch stays where modules are made."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mambadsl"
+FLOORS = {
+    "text": 0, "files": 0, "syntax": 1, "kinds": 1, "parts": 1, "spec": 2, "graph": 3, "plan": 4, "build": 5,
+    "show": 5, "adapt": 5, "run": 6, "cli": 7,
+}
+#: The compiler's front: names every stage, imports each when it is reached.
+FRONT = {"compile", "__init__", "__main__"}
+TORCH = {"build", "run"}
+TORCH_FILES = {"module.py", "naive.py", "tokens.py", "norm.py", "conv.py", "activations.py", "rows.py"}
+FILES = sorted(p for p in PACKAGE.rglob("*.py"))
+
+
+def _floor(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def _imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether only type checkers see it)."""
+    tree = ast.parse(path.read_text())
+    hidden = {
+        id(inner) for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING" for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [(node.module, id(node) in hidden)]
+            found += [(f"{node.module}.{a.name}", id(node) in hidden) for a in node.names]
+        elif isinstance(node, ast.Import):
+            found += [(a.name, id(node) in hidden) for a in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    mine = _floor(path)
+    if mine in FRONT:
+        return
+    for module, hidden in _imports(path):
+        names = module.split(".")
+        if names[0] != "mambadsl" or len(names) < 2 or hidden:
+            continue
+        other = names[1]
+        if other == mine or other not in FLOORS:
+            continue
+        # kinds and syntax share a floor; kinds' fields are spelled against, never the other way round.
+        allowed = FLOORS[other] < FLOORS[mine] or (mine, other) in {("graph", "compile"), ("spec", "compile")}
+        assert allowed, f"{path.name} ({mine}) imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_torch_only_where_modules_are_made(path):
+    if _floor(path) in TORCH:
+        return
+    if _floor(path) == "kinds" and path.name in TORCH_FILES:
+        return
+    assert not any(m == "torch" or m.startswith("torch.") for m, hidden in _imports(path) if not hidden)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_second_list_of_kinds(path):
+    """`== "mamba2"` outside the kinds' folders means that a table is missing (checks name the kind they rule)."""
+    if _floor(path) == "kinds" or "checks" in path.parts:
+        return
+    from mambadsl.kinds.registry import names
+
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            for side in [node.left, *node.comparators]:
+                assert not (isinstance(side, ast.Constant) and side.value in names()), f"{path}:{node.lineno}"
+
+
+def test_checking_and_planning_load_no_torch():
+    code = (
+        "import sys, mambadsl\n"
+        "p = mambadsl.load(text='M M A F'); p.plan(stages=2, device='h200'); p.expand(); p.write()\n"
+        "heavy = {'torch', 'numpy', 'networkx', 'rich', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_stay_readable():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 400, path
