@@ -37,11 +37,12 @@ EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B"
 MIXERS = "R M L G A H S M N S"
 
 
-def graph(stack: str, **settings: str | int | float) -> LayerGraph:
-    """The graph of a stack of the layers above. settings: text of model settings; defaults are small."""
+def graph(stack: str, *, more: str = "", **settings: str | int | float) -> LayerGraph:
+    """The graph of a stack of the layers above. more: further statements. settings: text of model settings;
+    defaults are small."""
     lines = {"vocab": VOCAB, "d_model": D_MODEL, "context": 32, "init_std": 0.3, **settings}
     model = "\n".join(f"  {key} = {value}" for key, value in lines.items())
-    text = f"model small {{\n{model}\n}}\n{LAYERS}\nstack {{\n  {stack}\n}}\n"
+    text = f"model small {{\n{model}\n}}\n{LAYERS}\n{more}\nstack {{\n  {stack}\n}}\n"
     return unroll(resolve(read(from_text(text, name="small.mdl"))))
 
 

@@ -1,1 +1,1 @@
-"""Floor 5: torch. A graph becomes modules, whole or one pipeline stage; weights get values, are saved and loaded."""
+"""Floor 5: torch. A graph becomes modules, whole or by stage; weights get values, and go to disk and back."""

@@ -1,8 +1,8 @@
 """Weights on disk: safetensors files under the model's own paths, whole or by stage, loaded strictly.
 
 A folder holds `weights.safetensors`, or `weights-00001-of-00003.safetensors`, ... with `weights.index.json`.
-A stage writes the same with `weights-stage-1-of-4` for `weights`, so the stages of a pipeline share a folder, and
-any split reads what any other wrote. Refuses (E905) names that are missing, unknown or of another shape,
+A stage writes `weights-stage-1-of-4...` instead, so that the stages of a pipeline share a folder, and any
+split reads what any other wrote. Refuses (E905) names that are missing, unknown or of another shape,
 files that an index names and the folder lacks, and one name with two different values.
 """
 
@@ -26,10 +26,10 @@ E905 = declare(
     "E905",
     "the weights in the folder do not fit the model",
     """
-    Loading is strict: every weight of the model must be in the folder with its shape, and the folder may hold
-    nothing that the model does not know. Names are paths (`stack.3.mixer.in_proj.weight`), so a missing and an
-    unknown name next to each other mean another pattern, another kind, or another spelling. A single stage
-    takes its own weights and leaves the rest of the model's.
+    Loading is strict: every weight of the model must be in the folder with its shape, and the folder may
+    hold nothing that the model does not know. Names are paths (`stack.3.mixer.in_proj.weight`), so a
+    missing and an unknown name next to each other mean another pattern, another kind, or another
+    spelling. A single stage takes its own weights and leaves the rest of the model's.
     """,
 )
 
@@ -38,7 +38,9 @@ MAX_FILE_BYTES = 4 * 2**30
 LISTED = 12
 
 
-def save_weights(model: Model, folder: str | Path, *, max_file_bytes: int = MAX_FILE_BYTES) -> tuple[Path, ...]:
+def save_weights(
+    model: Model, folder: str | Path, *, max_file_bytes: int = MAX_FILE_BYTES
+) -> tuple[Path, ...]:
     """Writes the model's weights and returns the files. Earlier weights of the same stem go; files appear
     complete or not at all."""
     from safetensors.torch import save_file
@@ -62,7 +64,8 @@ def save_weights(model: Model, folder: str | Path, *, max_file_bytes: int = MAX_
         places = {path: name for name, shard in zip(names, shards) for path in shard}
         total = sum(t.numel() * t.element_size() for t in model.tensors().values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / f"{stem}.index.json").write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+        text = json.dumps(index, indent=1, sort_keys=True)
+        (folder / f"{stem}.index.json").write_text(text, encoding="utf-8")
     return tuple(folder / name for name in names)
 
 
@@ -144,16 +147,20 @@ def _misfit(model: Model, stored: _Stored) -> Diagnostic | None:
         if len(paths) > LISTED:
             facts.append(f"{what}: and {len(paths) - LISTED} more")
     bent = [path for path in wanted if path in stored.shapes and stored.shapes[path] != wanted[path]]
-    facts += [f"shape of `{p}`: {list(stored.shapes[p])} in the folder, {list(wanted[p])} in the model" for p in bent[:LISTED]]
+    for path in bent[:LISTED]:
+        shapes = f"{list(stored.shapes[path])} in the folder, {list(wanted[path])} in the model"
+        facts.append(f"shape of `{path}`: {shapes}")
     if len(bent) > LISTED:
         facts.append(f"shape: and {len(bent) - LISTED} more")
     twice = list(stored.contradictions())
     facts += [f"twice: {fact}" for fact in twice]
     if not facts:
         return None
-    counts = {"missing": missing, "unknown": unknown, "of another shape": bent, "stored twice, with two values": twice}
-    summary = ", ".join(f"{len(paths)} {what}" for what, paths in counts.items() if paths)
-    return Diagnostic(E905, f"the weights in `{stored.folder}` do not fit `{model.graph.name}`: {summary}", notes=tuple(facts))
+    counts = {"missing": missing, "unknown": unknown, "of another shape": bent}
+    counts["stored twice, unequal"] = twice
+    summary = ", ".join(f"{len(found)} {what}" for what, found in counts.items() if found)
+    message = f"the weights in `{stored.folder}` do not fit `{model.graph.name}`: {summary}"
+    return Diagnostic(E905, message, notes=tuple(facts))
 
 
 def _refuse(message: str, *, notes: list[str] = ()) -> MdlError:

@@ -1,4 +1,4 @@
-"""A failure inside a layer, with the layer's path and its place in the text added. The error stays what it is."""
+"""A failure inside a layer gets the layer's path and its place in the text. The error stays what it is."""
 
 from __future__ import annotations
 

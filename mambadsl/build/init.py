@@ -101,8 +101,8 @@ LAWS: dict[str, Callable[..., Tensor]] = {
 
 
 def param_groups(model: Model, *, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimiser, `params` and `weight_decay`: matrices decay; norms, biases, A_log,
-    D and dt_bias do not. A shared or tied weight is in one group once. `names` are the paths of `params`."""
+    """Parameter groups for a torch optimiser: matrices decay; norms, biases, A_log, D and dt_bias do not. A
+    shared or tied weight is in one group, once. `names` are the paths of `params`."""
     named = dict(model.named_parameters())
     groups = []
     for decays, rate in (True, weight_decay), (False, 0.0):

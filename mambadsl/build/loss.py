@@ -26,8 +26,10 @@ def cross_entropy(
 ) -> Tensor:
     """Mean over the tokens that count (target not negative, not padding), float32; 0 if there are none."""
     targets_BT = targets_BT.long()
-    for padding_BT in (*([segments < 0] if segments is not None else []), *([~valid.bool()] if valid is not None else [])):
-        targets_BT = targets_BT.masked_fill(padding_BT, IGNORE)
+    if segments is not None:
+        targets_BT = targets_BT.masked_fill(segments < 0, IGNORE)
+    if valid is not None:
+        targets_BT = targets_BT.masked_fill(~valid.bool(), IGNORE)
     targets_BT = targets_BT.masked_fill(targets_BT < 0, IGNORE)
     total = F.cross_entropy(
         logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"

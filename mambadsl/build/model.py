@@ -28,7 +28,6 @@ from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.module import Holder
 from mambadsl.kinds.norm import Norm
-from mambadsl.kinds.tokens import Tokens
 from mambadsl.text.diagnostic import MdlError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,8 +43,8 @@ class Choice:
 
 
 def build(
-    graph: Any, *, dtype: str | torch.dtype = "fp32", device: Any = "cpu", seed: int = 0, parts: str = "reference",
-    plan: Any = None, stage: int | None = None,
+    graph: Any, *, dtype: str | torch.dtype = "fp32", device: Any = "cpu", seed: int = 0,
+    parts: str = "reference", plan: Any = None, stage: int | None = None,
 ) -> Model:
     """The torch module of a LayerGraph or CheckedGraph, with the initial values of `seed`.
 
@@ -53,7 +52,7 @@ def build(
     values (`init.materialise` gives both later, the same ones). stage: build this pipeline stage only, of
     `plan` (a Plan, or a list of lists of node paths), or of the text's `|` marks.
 
-    Raises MdlError: E901 and E903 what cannot be built, E902 part sets, E904 stages.
+    Raises MdlError: E901 and E906 what cannot be built, E902 part sets, E904 stages.
     """
     graph = graph if isinstance(graph, LayerGraph) else graph.graph
     if found := problems(graph, parts=parts):
@@ -151,8 +150,9 @@ class Model(nn.Module):
         if len(inputs) != len(self.stage.takes):
             takes = ", ".join(self.stage.takes)
             raise TypeError(f"stage {self.stage.index} takes {takes}; {len(inputs)} tensors were given")
-        if inputs[0].dim() != (2 if self.stage.takes[0] == "tokens" else 3):
-            wanted = "token ids [batch, time]" if self.stage.takes[0] == "tokens" else "x [batch, time, d_model]"
+        axes = ("batch", "time") if self.stage.takes[0] == "tokens" else ("batch", "time", "d_model")
+        if inputs[0].dim() != len(axes):
+            wanted = f"{self.stage.takes[0]} [{', '.join(axes)}]"
             raise ValueError(f"the first input must be {wanted}, not {list(inputs[0].shape)}")
         tokens = describe(
             tuple(inputs[0].shape[:2]), device=inputs[0].device, segments=segments, valid=valid,
@@ -168,7 +168,9 @@ class Model(nn.Module):
             return stream["logits"]
         return tuple(stream[name] for name in self.stage.gives)
 
-    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device: Any = None) -> DecodingState:
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: Any = None
+    ) -> DecodingState:
         """The decoding state of `batch` rows before their first token. dtype: of what kinds do not declare
         float32; default: the model's."""
         made = dict(dtype=dtype or self.dtype, device=device or self.device)
@@ -184,20 +186,23 @@ class Model(nn.Module):
             if node.role is Role.LAYER:
                 yield node, self.get_submodule(node.owner)
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, **described: Tensor) -> Tensor:
+    def loss(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, segments: Tensor | None = None,
+        valid: Tensor | None = None, positions: Tensor | None = None,
+    ) -> Tensor:
         """Mean cross entropy of the tokens that count, a float32 scalar, for a whole model.
 
         targets_BT: the id to predict at each token, negative where nothing counts; default: each token's
-        successor in its own document. described: `segments`, `valid`, `positions` as in `forward`.
+        successor in its own document. The keywords are as in `forward`.
         """
-        described_by = {name: described[name] for name in ("segments", "valid") if name in described}
+        padding = dict(segments=segments, valid=valid)
         if targets_BT is None:
-            targets_BT = next_tokens(tokens_BT, **described_by)
-        return cross_entropy(self(tokens_BT, **described), targets_BT, **described_by)
+            targets_BT = next_tokens(tokens_BT, **padding)
+        return cross_entropy(self(tokens_BT, positions=positions, **padding), targets_BT, **padding)
 
     def extra_repr(self) -> str:
-        stage = self.stage
-        return self.graph.name if stage.count == 1 else f"{self.graph.name}, stage {stage.index} of {stage.count}"
+        stage = f", stage {self.stage.index} of {self.stage.count}" if self.stage.count > 1 else ""
+        return self.graph.name + stage
 
     def _embed(self, node, stream, tokens, state, last) -> None:
         model = self.graph.model
@@ -207,7 +212,8 @@ class Model(nn.Module):
             x_BTD = F.embedding(stream["tokens"], self.embed.weight)
         except IndexError as error:
             low, high = stream["tokens"].min().item(), stream["tokens"].max().item()
-            error.add_note(f"token ids must be from 0 to {model.vocab - 1} (vocab = {model.vocab}); here: {low} to {high}")
+            legal = f"token ids must be from 0 to {model.vocab - 1} (vocab = {model.vocab})"
+            error.add_note(f"{legal}; here they are from {low} to {high}")
             raise
         x_BTD = scaled(x_BTD, model.embedding_multiplier)
         stream["x"] = x_BTD.float() if model.residual_dtype == "fp32" else x_BTD

@@ -28,13 +28,13 @@ E902 = declare(
     replaced in silence.
     """,
 )
-E903 = declare(
-    "E903",
+E906 = declare(
+    "E906",
     "the residual form does not fit what the layer reads",
     """
-    `residual=normed` adds the normed input itself to the stream (alpha * norm(x) + beta * f(norm(x))). A layer
-    with `input=with_embedding` norms the stream and the first embedding side by side, which is twice as wide
-    as the stream. Use `pre`, `post` or `sandwich` for such a layer.
+    `residual=normed` adds the normed input itself to the stream (alpha * norm(x) + beta * f(norm(x))). A
+    layer with `input=with_embedding` norms the stream and the first embedding side by side, which is twice
+    as wide as the stream. Use `pre`, `post` or `sandwich` for such a layer.
     """,
 )
 
@@ -67,7 +67,8 @@ def _missing(graph: LayerGraph) -> Iterator[Diagnostic]:
         span = graph.mtp.span if graph.mtp else mtp[0].span
         path = mtp[0].path if mtp else "mtp"
         help = ("build the model without its `mtp` block; its checkpoint keeps the same names",)
-        yield Diagnostic(E901, f"the multi-token-prediction tail (`{path}`) is not built yet", span, help=help)
+        message = f"the multi-token-prediction tail (`{path}`) is not built yet"
+        yield Diagnostic(E901, message, span, help=help)
     # A definition used many times is one problem.
     seen: set = set()
     for node in graph.nodes:
@@ -93,7 +94,8 @@ def _unfitting(graph: LayerGraph) -> Iterator[Diagnostic]:
         sub = node.layer.sub
         if sub.residual.name == "normed" and sub.input == "with_embedding":
             message = f"layer `{node.path}` adds its normed input, which is twice as wide as the stream"
-            yield Diagnostic(E903, message, _place(node), help=("`residual` may be `pre`, `post` or `sandwich` here",))
+            help = ("`residual` may be `pre`, `post` or `sandwich` here",)
+            yield Diagnostic(E906, message, _place(node), help=help)
 
 
 def _place(node: Node):

@@ -80,7 +80,7 @@ def choose(graph: LayerGraph, *, plan: Any = None, stage: int | None = None) -> 
         found = stages(graph, [part.paths for part in plan.stages] if hasattr(plan, "stages") else plan)
     if not 0 <= stage < len(found):
         count = "one stage" if len(found) == 1 else f"{len(found)} stages"
-        help = "give `plan=`, or mark the cuts in the text with `|`" if plan is None else "stages count from 0"
+        help = "give `plan=`, or cut the text with `|`" if plan is None else "stages count from 0"
         raise MdlError([Diagnostic(E904, f"there is no stage {stage}: the model has {count}", help=(help,))])
     return found[stage]
 

@@ -50,13 +50,14 @@ class DecodingState:
         last_B1 = tokens.length - 1 - real_BT.flip(1).int().argmax(1, keepdim=True)
         some_B = real_BT.any(1)
         before_B = torch.zeros_like(tokens.segments_BT[:, 0]) if self.segment_B is None else self.segment_B
-        self.position_B = torch.where(some_B, tokens.positions_BT.gather(1, last_B1)[:, 0] + 1, self.position_B)
+        position_B = tokens.positions_BT.gather(1, last_B1)[:, 0] + 1
+        self.position_B = torch.where(some_B, position_B, self.position_B)
         self.segment_B = torch.where(some_B, tokens.segments_BT.gather(1, last_B1)[:, 0], before_B)
 
 
 def describe(
-    shape: tuple[int, int], *, device: Any = None, segments: Tensor | None = None, valid: Tensor | None = None,
-    positions: Tensor | None = None, state: DecodingState | None = None,
+    shape: tuple[int, int], *, device: Any = None, segments: Tensor | None = None,
+    valid: Tensor | None = None, positions: Tensor | None = None, state: DecodingState | None = None,
 ) -> Tokens:
     """Tokens of a [B, T] batch. segments: document numbers [B, T], non-decreasing along a row, negative for
     padding. valid: bool [B, T], False for padding. positions: [B, T] or [T]; default: counted in each
@@ -78,11 +79,11 @@ def describe(
         if positions is None:
             positions = start_B[:, None] + torch.arange(T, device=device)
         return Tokens(positions, None)
-    segments_BT = torch.zeros((B, T), dtype=torch.int32, device=device) if segments is None else segments.int()
-    segments_BT = segments_BT.clamp_min(PADDING)
+    zeros_BT = torch.zeros((B, T), dtype=torch.int32, device=device)
+    segments_BT = zeros_BT if segments is None else segments.int().clamp_min(PADDING)
     if valid is not None:
         segments_BT = torch.where(valid.bool(), segments_BT, PADDING)
-    last_B = torch.zeros_like(segments_BT[:, 0]) if state is None or state.segment_B is None else state.segment_B
+    last_B = zeros_BT[:, 0] if state is None or state.segment_B is None else state.segment_B
     before_BT = _before(segments_BT, last_B)
     # A look at the data: free on a CPU, a wait for the device elsewhere.
     if segments_BT.device.type == "cpu" and _goes_back(segments_BT):

@@ -26,6 +26,9 @@ from mambadsl.kinds.norm import Norm
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.tokens import Tokens
 
+#: The decoding state of each branch.
+States = Sequence[dict[str, Any]]
+
 
 class Sublayer(nn.Module):
     """Children are named as `graph.weights` names them: `norm`, `post_norm`, and `mixer`, or `0`, `1`, ...
@@ -50,7 +53,7 @@ class Sublayer(nn.Module):
         return tuple(self._modules[name] for name in self.mixers)
 
     def forward(
-        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: Sequence[dict[str, Any]] | None = None
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None
     ) -> Tensor:
         """The stream after this sublayer, [B, T, D]. x0_BTD: needed where the layer reads the first
         embedding. states: one decoding state per branch, read and written."""
@@ -59,7 +62,7 @@ class Sublayer(nn.Module):
         return self._add(x_BTD, x0_BTD, tokens, states)
 
     def _add(
-        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: Sequence[dict[str, Any]] | None = None
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None
     ) -> Tensor:
         residual = self.sub.residual
         h_BTI = torch.cat((x_BTD, x0_BTD), -1) if self.sub.input == "with_embedding" else x_BTD
@@ -73,7 +76,7 @@ class Sublayer(nn.Module):
             return scaled(h_BTI, residual.alpha) + scaled(y_BTD, residual.beta)
         return x_BTD + y_BTD
 
-    def _sum(self, h_BTI: Tensor, tokens: Tokens, states: Sequence[dict[str, Any]] | None) -> Tensor:
+    def _sum(self, h_BTI: Tensor, tokens: Tokens, states: States | None) -> Tensor:
         total_BTD = None
         for i, (mixer, branch) in enumerate(zip(self.mixer_modules(), self.branches)):
             f = branch.branch

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from mambadsl.graph.graph import Edge, Frame, LayerGraph, Node, Role
 from mambadsl.kinds.values import Values
-from mambadsl.spec.codes import E029, E047, E049, MAX_LAYERS
-from mambadsl.spec.model import Block, Cut, Element, ModelSpec, Use
+from mambadsl.spec.codes import E029, E047, E049, MAX_LAYERS, short_count
+from mambadsl.spec.model import Block, Cut, Element, ModelSpec, Use, count_layers
 from mambadsl.text.diagnostic import Diagnostic, MdlError
 from mambadsl.text.source import Span
 
@@ -18,14 +18,14 @@ def unroll(spec: ModelSpec) -> LayerGraph:
     if not spec.stack:
         span = None
         raise MdlError([Diagnostic(E029, f"`{spec.name}` has no stack, so there is no model to build", span)])
-    layers = _count(spec.stack)
+    layers = count_layers(spec.stack)
     if layers > MAX_LAYERS:
-        message = f"the stack has {_short(layers)} layers; a model has at most {MAX_LAYERS:,}"
+        message = f"the stack has {short_count(layers)} layers; a model has at most {MAX_LAYERS:,}"
         raise MdlError([Diagnostic(E047, message, _largest(spec.stack))])
     if layers == 0:
         raise MdlError([Diagnostic(E029, "the stack has no layers", spec.stack[0].span)])
     depths = spec.mtp.settings.depths if spec.mtp else 0
-    if depths and depths * _count(spec.mtp.items) > MAX_LAYERS:
+    if depths and depths * count_layers(spec.mtp.items) > MAX_LAYERS:
         raise MdlError([Diagnostic(E047, f"the `mtp` tail has more than {MAX_LAYERS:,} layers", spec.mtp.span)])
     walk = _Walk("stack")
     walk.elements(spec.stack, ())
@@ -121,9 +121,9 @@ class _Walk:
 
 def _owners(block: Block) -> Iterator[str]:
     name = f"shared.{block.shared}"
-    if _count(block.items) == 1:
+    if count_layers(block.items) == 1:
         yield name
-    for i in range(_count(block.items)):
+    for i in range(count_layers(block.items)):
         yield f"{name}.{i}"
 
 
@@ -140,23 +140,9 @@ def _mtp(spec: ModelSpec) -> list[Node]:
     return nodes
 
 
-def _count(elements: tuple[Element, ...]) -> int:
-    total = 0
-    for element in elements:
-        if isinstance(element, Use):
-            total += 1
-        elif isinstance(element, Block):
-            total += element.count * _count(element.items)
-    return total
-
-
 def _largest(elements: tuple[Element, ...]) -> Span | None:
     """The place of the element that brings the most layers."""
-    return max(elements, key=lambda e: _count((e,))).span
-
-
-def _short(n: int) -> str:
-    return f"{n:,}" if n < 10**12 else f"about {float(n):.0e}" if n < 10**300 else "far more than 10^300"
+    return max(elements, key=lambda e: count_layers((e,))).span
 
 
 def _label(element: Element) -> str:

@@ -1,7 +1,7 @@
 """The units as a chain that can be cut: prefix sums, so that any stage's cost is a few subtractions.
 
-In: units in chain order, and what a byte over the link costs. Out: `Chain`. Positions count legal cuts, from 0
-(before the first unit) to `chain.blocks` (after the last); what lies between two neighbours cannot be cut.
+In: units in chain order, and what a byte over the link costs. Out: `Chain`. Positions count legal cuts, from
+0 (before the first unit) to `chain.blocks` (after the last); what lies between two neighbours is never cut.
 
 Times become whole picoseconds, kept in floats: sums of whole numbers below 2**53 are exact in any order, so
 ties are real ties and every machine finds the same plan.
@@ -40,7 +40,9 @@ class Chain:
 
     def __init__(self, units: Sequence[Unit], *, device: Device, only: Sequence[int] | None = None) -> None:
         self.units = tuple(units)
-        legal = [k for k in range(1, len(units)) if units[k - 1].can_cut_after] if only is None else list(only)
+        if only is None:
+            only = [k for k in range(1, len(units)) if units[k - 1].can_cut_after]
+        legal = list(only)
         self.positions = [0, *legal, len(units)]
         self.blocks = len(self.positions) - 1
         self.forward = self._sums([picoseconds(u.forward_s) for u in units])
@@ -78,7 +80,9 @@ class Chain:
     def shared_bytes(self, a: int, b: int) -> int:
         """Weights with several users, once each if a user is in the stage."""
         return sum(
-            size for size, blocks in self._shared if (k := bisect_left(blocks, a)) < len(blocks) and blocks[k] < b
+            size
+            for size, blocks in self._shared
+            if (k := bisect_left(blocks, a)) < len(blocks) and blocks[k] < b
         )
 
     def unit_cuts(self, cuts: Sequence[int]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ A file of measured layer times:
       "base": "h200",                              what is not said here is this device's
       "name": "h200, measured 2026-08",            optional
       "microbatch_tokens": 8192,                   tokens in a microbatch when these times were taken
-      "layers": {                                  by path ("head", "stack.7") or by kind ("mamba2"); path first
+      "layers": {                                  by path ("head", "stack.7"), else by kind ("mamba2")
         "mamba2": {"forward_s": 0.0021, "backward_input_s": 0.0024, "backward_weight_s": 0.0016}
       }
     }
@@ -90,7 +90,7 @@ class Device:
 
 
 #: Achieved, not peak. H200 SXM: peak 989 TFLOP/s dense bf16, 4.8 TB/s, 141 GB (NVIDIA data sheet); a large
-#: matmul and a large copy measured 790 TFLOP/s and 4.3 TB/s. H100 SXM: the same peak FLOP/s, 3.35 TB/s, 80 GB;
+#: matmul and a large copy measured 790 TFLOP/s and 4.3 TB/s. H100 SXM: the same FLOP/s, 3.35 TB/s, 80 GB;
 #: A100 SXM 80 GB: 312 TFLOP/s, 2.04 TB/s: both by the H200's fractions (0.8 and 0.9), not measured. Links:
 #: NVLink 4 (450 GB/s a direction) and NVLink 3 (300), at 0.8; latency and host times are estimates.
 #: `cpu` is a nominal 8-core server: plans of small runs keep proportion, times need a measured file.
@@ -121,11 +121,13 @@ def device(which: str | Path | Device) -> Device:
     raise MdlError([Diagnostic(E820, f"there is no device `{which}`", help=(*help, listed))])
 
 
-def measured(units: Sequence[Unit], device: Device, *, microbatch_tokens: int | None = None) -> tuple[Unit, ...]:
+def measured(
+    units: Sequence[Unit], device: Device, *, microbatch_tokens: int | None = None
+) -> tuple[Unit, ...]:
     """The units with the device's measured times in place of computed ones, by path, else by kind."""
     if not device.layer_times:
         return tuple(units)
-    if None not in (device.microbatch_tokens, microbatch_tokens) and device.microbatch_tokens != microbatch_tokens:
+    if microbatch_tokens not in (None, device.microbatch_tokens):
         message = (
             f"the layer times of `{device.name}` are for {device.microbatch_tokens:,} tokens a microbatch, "
             f"this plan has {microbatch_tokens:,}"

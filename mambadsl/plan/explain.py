@@ -5,13 +5,13 @@ In: a `Pricing` and cuts. Out: text, or the diagnostic E803.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-from mambadsl.plan.chain import Chain
 from mambadsl.plan.device import Device
-from mambadsl.plan.partition import Room, least_limit, probe
+from mambadsl.plan.partition import least_limit, probe
 from mambadsl.plan.pricing import Pricing
 from mambadsl.plan.schedule import problems
 from mambadsl.plan.simulate import program
@@ -29,7 +29,11 @@ E803 = declare(
     """,
 )
 
-#: A single layer is named as the reason if it makes up this part of its stage, and is this much above average.
+#: Microbatches for each rank where the number is not given: the bubble of 1F1B is then about a fifth.
+MICROBATCHES_PER_RANK = 4
+#: No larger pipeline is tried for what does not fit.
+MOST_RANKS = 64
+#: A single layer is the reason if it makes up this part of its stage, and is this much above average.
 LARGE_PART, ABOVE_AVERAGE = 0.35, 1.5
 
 
@@ -59,17 +63,32 @@ def why_slowest(pricing: Pricing, cuts: Sequence[int], stage: int, *, marked: bo
         return "the `|` marks in the text put its layers there"
     if pricing.program.stages == 1:
         return "it is the only stage"
+    if len(pricing.program.local_stages[0]) > 1:
+        return _rank_sentence(pricing, cuts, stage)
     if reason := _full_neighbours(pricing, cuts, stage):
         return reason
-    smallest = min(_edges(units), key=lambda u: u.total_s)
-    part = smallest.total_s / total if total else 0.0
     if len(units) == 1:
-        return f"it is a single layer, `{smallest.path}`"
-    return f"a layer is the smallest step: `{smallest.path}` is {part:.0%} of it and fits nowhere better"
+        return f"it is a single layer, `{large.path}`"
+    last = pricing.program.stages - 1
+    at_borders = [unit for unit, inside in ((units[0], stage > 0), (units[-1], stage < last)) if inside]
+    smallest = min(at_borders, key=lambda u: u.total_s)
+    part = smallest.total_s / total if total else 0.0
+    step = f"`{smallest.path}` is {part:.0%} of it and does not fit better next door"
+    return f"a layer is the smallest step: {step}"
 
 
-def _edges(units: Sequence[Unit]) -> tuple[Unit, Unit]:
-    return units[0], units[-1]
+def _rank_sentence(pricing: Pricing, cuts: Sequence[int], stage: int) -> str:
+    """With several stages a rank it is the rank that is busy."""
+    chain, program = pricing.chain, pricing.program
+    work = [chain.total[b] - chain.total[a] for a, b in itertools.pairwise(cuts)]
+    loads = [sum(work[s] for s in here) for here in program.local_stages]
+    rank = program.rank_of_stage[stage]
+    others = [str(s) for s in program.local_stages[rank] if s != stage]
+    mean = sum(loads) / len(loads)
+    return (
+        f"its rank {rank} also has stage{'s' * (len(others) > 1)} {', '.join(others)}, together "
+        f"{loads[rank] / mean if mean else 1:.0%} of the average rank's work"
+    )
 
 
 def _full_neighbours(pricing: Pricing, cuts: Sequence[int], stage: int) -> str | None:
@@ -109,35 +128,47 @@ def too_large(
         f"{_gib(least)} would do"
     )
     help = []
-    if pricing is not free and _fits(free, stages):
+    if pricing is not free and _fits(free):
         help.append("it fits if the planner cuts: take the `|` out")
-    enough = next(
-        (n for n in range(stages // each + 1, 8 * stages) if _fits_on(free, n, each, schedule, device, microbatches)),
-        None,
-    ) if stages < free.chain.blocks else None
-    help.append(f"{enough} stages would fit" if enough else "more stages alone do not help")
+    enough = _enough_ranks(free, schedule=schedule, device=device, microbatches=microbatches)
+    what = "ranks" if each > 1 else "stages"
+    help.append(f"{enough} {what} would fit" if enough else f"more {what} do not help")
+    kept = 1 - pricing.chain.static[-1] * each / stages / least if least else 0.0
+    if kept > 0.5:
+        help.append(f"about {kept:.0%} is for microbatches in flight: `recompute`, or shorter microbatches")
     if schedule == "gpipe":
         help.append("`1f1b` keeps fewer microbatches in memory")
     return Diagnostic(E803, message, help=tuple(help))
 
 
-def _fits_on(
-    pricing: Pricing, ranks: int, each: int, schedule: str, device: Device, microbatches: int | None
-) -> bool:
-    count = 4 * ranks if microbatches is None else microbatches
-    if ranks * each > pricing.chain.blocks:
-        return False
-    if ranks > 128 or problems(schedule, ranks=ranks, virtual=each, microbatches=count):
-        return False
-    run = program(schedule, ranks=ranks, virtual=each, microbatches=count)
-    tried = Pricing(run, pricing.chain, device=device, microbatches=count, limit=pricing.limit)
-    return _fits(tried, run.stages)
+def _enough_ranks(pricing: Pricing, *, schedule: str, device: Device, microbatches: int | None) -> int | None:
+    """The least number of ranks above this one's on which a split fits, looked for in growing steps; None if
+    there is none."""
+    ranks, each = len(pricing.program.lasts), len(pricing.program.local_stages[0])
+    most = min(MOST_RANKS, pricing.chain.blocks // each)
+
+    def fit(n: int) -> bool:
+        count = MICROBATCHES_PER_RANK * n if microbatches is None else microbatches
+        # As many microbatches as fill the pipeline show how many are kept; only GPipe keeps all of them.
+        seen = count if schedule == "gpipe" else min(count, 2 * n)
+        if any(problems(schedule, ranks=n, virtual=each, microbatches=m) for m in (count, seen)):
+            return False
+        run = program(schedule, ranks=n, virtual=each, microbatches=seen)
+        return _fits(Pricing(run, pricing.chain, device=device, microbatches=count, limit=pricing.limit))
+
+    tried = ranks
+    while tried < most:
+        following = min(most, tried + max(1, tried // 4))
+        if fit(following):
+            return next(n for n in range(tried + 1, following + 1) if n == following or fit(n))
+        tried = following
+    return None
 
 
-def _fits(pricing: Pricing, stages: int) -> bool:
-    chain: Chain = pricing.chain
-    room: Room = pricing.room()
-    return probe(chain.total, stages, edge=[0.0] * (chain.blocks + 1), room=room, bound=inf) is not None
+def _fits(pricing: Pricing) -> bool:
+    chain, stages = pricing.chain, pricing.program.stages
+    free = [0.0] * (chain.blocks + 1)
+    return probe(chain.total, stages, edge=free, room=pricing.room(), bound=inf) is not None
 
 
 def _gib(size: float) -> str:

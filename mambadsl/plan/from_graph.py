@@ -1,7 +1,7 @@
-"""From a model's graph to the chain that the planner cuts: one unit for each node.
+"""From a model's graph to the chain that the planner cuts, one unit for each node; and the plan of a model.
 
-In: a checked `LayerGraph`, a device, the microbatch. Out: `Unit`s in the graph's order. Refuses nothing that
-the checks let through.
+In: a `CheckedGraph` (only that can be planned) or its `LayerGraph`, a device, the microbatch. Out: `Unit`s in
+the graph's order, or the `Plan`. Refuses what plan.py refuses.
 
 Times are a roofline: FLOPs at what large matmuls achieve, or bytes at what large copies achieve, whichever
 takes longer, and at least a kernel's start. Measured times replace them (see device.py).
@@ -11,16 +11,53 @@ every rank reads them). What makes logits stays in the last stage, where the los
 
 from __future__ import annotations
 
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from mambadsl.graph.cost import NARROW, WIDE, Cost, costs
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
+from mambadsl.plan import device as devices
 from mambadsl.plan.device import Device
+from mambadsl.plan.plan import Plan, plan_units
 from mambadsl.plan.unit import TRAINING_BYTES_PER_PARAM, Unit
+
+if TYPE_CHECKING:
+    from mambadsl.graph.checks import CheckedGraph
 
 #: Bytes moved for each weight element: read in a forward or input-gradient pass; read, and an fp32 gradient
 #: read and written, in a weight-gradient pass.
 READ, ACCUMULATE = NARROW, NARROW + 2 * WIDE
+#: Tensors that go past the stream: the first embeddings, and those of the next tokens (MTP).
+CARRIED = ("x0", "next")
 LOGITS = (Role.HEAD, Role.MTP_OUT)
+
+
+def plan(
+    checked: CheckedGraph,
+    *,
+    stages: int | None = None,
+    schedule: str = "1f1b",
+    microbatches: int | None = None,
+    virtual: int | None = None,
+    memory_limit: int | None = None,
+    device: str | Path | Device = "h200",
+    length: int | None = None,
+    sequences: int = 1,
+    bytes_per_param: float = TRAINING_BYTES_PER_PARAM,
+) -> Plan:
+    """Cuts a model for a pipeline: `units` by the device's roofline, then `plan_units` (which says what the
+    other keywords mean). Raises MdlError."""
+    where = devices.device(device)
+    length = length or checked.graph.model.context
+    chain = units(
+        checked.graph, device=where, length=length, sequences=sequences, bytes_per_param=bytes_per_param
+    )
+    return plan_units(
+        chain, stages=stages, schedule=schedule, microbatches=microbatches, virtual=virtual,
+        memory_limit=memory_limit, device=where, microbatch_tokens=sequences * length,
+    )
 
 
 def units(
@@ -91,44 +128,46 @@ def _times(
 
 
 def _params(graph: LayerGraph, node: Node) -> tuple[int, int, str | None]:
-    """Trained elements of its own, shared ones, and whose those are. A tied embedding belongs to `embed`; so
-    does the table that multi-token prediction reads; its logits read the head's."""
+    """Trained elements of its own, shared ones, and whose those are. A tied table belongs to `embed`; the
+    logits of multi-token prediction read the head's."""
     own = shared = 0
     owner = node.owner if node.shared and node.role is Role.LAYER else None
     for path, weight in node_weights(graph, node):
         if not weight.trained:
             continue
-        if path in ("embed.weight", "head.weight") and (graph.tied or graph.mtp):
-            owner, shared = path.removesuffix(".weight"), shared + weight.elements
+        if path == f"{_table(graph)}.weight" and (graph.tied or graph.mtp):
+            owner, shared = _table(graph), shared + weight.elements
         elif owner is not None and path.startswith(f"{owner}."):
             shared += weight.elements
         else:
             own += weight.elements
-    if node.role in (Role.MTP_IN, Role.MTP_OUT):
-        owner = "embed" if graph.tied or node.role is Role.MTP_IN else "head"
-        shared = graph.model.vocab * graph.model.d_model
+    if node.role is Role.MTP_OUT:
+        owner, shared = _table(graph), graph.model.vocab * graph.model.d_model
     return own, shared, owner
 
 
+def _table(graph: LayerGraph) -> str:
+    """The node that owns the logits' weights."""
+    return "embed" if graph.tied else "head"
+
+
 def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
-    """Bytes per token that cross a cut after each node: each maker's tensor once, up to its last reader."""
+    """Bytes per token that cross a cut after each node: every tensor once, from its maker to its last reader.
+    The stream and the embeddings carried past it are sent as two tensors, also where they are still equal."""
     place = {node.path: k for k, node in enumerate(graph.nodes)}
-    size = _stream(graph)
-    until: dict[str, int] = {}
-    width: dict[str, int] = {}
+    until: dict[tuple[str, bool], int] = {}
+    width: dict[tuple[str, bool], int] = {}
     for edge in graph.edges:
-        if edge.tensor != "tokens" and edge.source in place:
-            until[edge.source] = max(until.get(edge.source, 0), place[edge.target])
-            width[edge.source] = max(width.get(edge.source, 0), edge.width)
-    ends: dict[int, int] = {}
-    live, found = 0, {}
-    for k, node in enumerate(graph.nodes):
-        live -= ends.pop(k, 0)
-        if node.path in until:
-            live += width[node.path] * size
-            ends[until[node.path]] = ends.get(until[node.path], 0) + width[node.path] * size
-        found[node.path] = live
-    return found
+        if edge.tensor != "tokens":
+            tensor = edge.source, edge.tensor in CARRIED
+            until[tensor] = max(until.get(tensor, 0), place[edge.target])
+            width[tensor] = max(width.get(tensor, 0), edge.width)
+    change = [0] * (len(graph.nodes) + 1)
+    for tensor, last in until.items():
+        size = width[tensor] * _stream(graph)
+        change[place[tensor[0]]] += size
+        change[last] -= size
+    return dict(zip(place, accumulate(change)))
 
 
 def _stream(graph: LayerGraph) -> int:

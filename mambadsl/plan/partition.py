@@ -14,6 +14,7 @@ all ways to fill the first ranks, only the one that leaves the least matters, fo
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ RELATIVE_GAP = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """A second limit on stage s over positions a..b: solid(s, a, b) + edge[a] + edge[b] <= limit. `solid` must
-    not shrink when the stage grows."""
+    """A second limit on stage s over positions a..b: solid(s, a, b) + edge[a] + edge[b] <= limit. `solid`
+    must not shrink when the stage grows."""
 
     solid: Callable[[int, int, int], float]
     edge: Sequence[float]
@@ -43,7 +44,7 @@ def min_max(
     if n < stages:
         return None
     edge = edge or [0.0] * (n + 1)
-    low = max((prefix[n] - prefix[0]) / stages, max(b - a for a, b in zip(prefix, prefix[1:])))
+    low = max((prefix[n] - prefix[0]) / stages, max(b - a for a, b in itertools.pairwise(prefix)))
     top = prefix[n] - prefix[0] + 2 * max(edge)
     gap, cuts = 1e-4, probe(prefix, stages, edge=edge, room=room, bound=low)
     bound = low
@@ -67,7 +68,7 @@ def min_max(
 
 def bottleneck(prefix: Sequence[float], cuts: Sequence[int], *, edge: Sequence[float]) -> float:
     """The slowest stage of a split."""
-    return max(prefix[b] - prefix[a] + edge[a] + edge[b] for a, b in zip(cuts, cuts[1:]))
+    return max(prefix[b] - prefix[a] + edge[a] + edge[b] for a, b in itertools.pairwise(cuts))
 
 
 def least_limit(prefix: Sequence[float], stages: int, *, room: Room) -> float:
@@ -230,7 +231,7 @@ def fold_loop(prefix: Sequence[float], ranks: int) -> tuple[float, list[int]]:
 
 def rank_load(prefix: Sequence[float], cuts: Sequence[int], *, ranks: int, placement: str) -> float:
     """The busiest rank of a split into 2 * ranks stages."""
-    size = [prefix[b] - prefix[a] for a, b in zip(cuts, cuts[1:])]
+    size = [prefix[b] - prefix[a] for a, b in itertools.pairwise(cuts)]
     other = reversed(size[ranks:]) if placement == "v" else size[ranks:]
     return max(x + y for x, y in zip(size[:ranks], other))
 

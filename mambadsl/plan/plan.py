@@ -19,7 +19,13 @@ from typing import Any
 from mambadsl.plan import device as devices
 from mambadsl.plan.chain import PICOSECONDS, Chain
 from mambadsl.plan.device import Device
-from mambadsl.plan.explain import Alternative, difference, too_large, why_slowest
+from mambadsl.plan.explain import (
+    MICROBATCHES_PER_RANK,
+    Alternative,
+    difference,
+    too_large,
+    why_slowest,
+)
 from mambadsl.plan.pricing import Pricing
 from mambadsl.plan.schedule import SCHEDULES, Action, orders, problems
 from mambadsl.plan.search import Found, search
@@ -52,9 +58,6 @@ E804 = declare(
     to one of the places that the message names.
     """,
 )
-
-#: Microbatches for each stage where the number is not given: the bubble of 1F1B is then about a fifth.
-MICROBATCHES_PER_STAGE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,16 @@ class Plan:
         """The plan as plain data (dicts, lists, numbers, text)."""
         return asdict(self)
 
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Plan:
+        """What `to_json` gave. KeyError, TypeError or AssertionError if it is something else."""
+        own = {key: _frozen(value) for key, value in data.items()}
+        own["stages"] = tuple(Stage(**{k: _frozen(v) for k, v in stage.items()}) for stage in data["stages"])
+        for key in ("next_best", "own_cuts"):
+            if data[key] is not None:
+                own[key] = Alternative(**{k: _frozen(v) for k, v in data[key].items()})
+        return Plan(**own)
+
 
 def plan_units(
     units: Sequence[Unit],
@@ -165,7 +178,7 @@ def plan_units(
         raise MdlError(problems(schedule, ranks=1, virtual=1, microbatches=1))
     each = SCHEDULES[schedule].default_virtual if virtual is None else virtual
     ranks = _ranks(units, marks, stages=stages, virtual=each)
-    count = MICROBATCHES_PER_STAGE * ranks if microbatches is None else microbatches
+    count = MICROBATCHES_PER_RANK * ranks if microbatches is None else microbatches
     if found := problems(schedule, ranks=ranks, virtual=each, microbatches=count):
         raise MdlError(found)
     limit = where.memory_limit if memory_limit is None else memory_limit
@@ -181,7 +194,9 @@ def plan_units(
     used = pricing(marks) if marks else free
     best = search(used)
     if best is None:
-        raise MdlError([too_large(used, schedule=schedule, device=where, microbatches=microbatches, free=free)])
+        raise MdlError([
+            too_large(used, schedule=schedule, device=where, microbatches=microbatches, free=free)
+        ])
     own = search(free) if marks else None
     return _plan(
         used, best, where, schedule=schedule, given=microbatches is not None, marks=marks,
@@ -222,6 +237,10 @@ def _ranks(units: Sequence[Unit], marks: list[int], *, stages: int | None, virtu
     return stages if stages is not None else max(1, (len(marks) + 1) // virtual)
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
 def _index(units: Sequence[Unit], path: str) -> int:
     return next(k for k, unit in enumerate(units, 1) if unit.path == path)
 
@@ -230,8 +249,8 @@ def _too_many(blocks: int, *, ranks: int, virtual: int) -> Diagnostic:
     most = blocks // virtual
     wanted = f"{ranks} stages" if virtual == 1 else f"{ranks} ranks with {virtual} stages each"
     message = f"the model can be cut into {blocks} stages at most: {wanted} are too many"
-    help = (f"at most {most} ranks with {virtual} stages each",) if virtual > 1 else (f"at most {most} stages",)
-    return Diagnostic(E802, message, help=help if most else ())
+    help = f"at most {most} ranks with {virtual} stages each" if virtual > 1 else f"at most {most} stages"
+    return Diagnostic(E802, message, help=(help,) if most else ())
 
 
 def _alternative(
@@ -256,7 +275,8 @@ def _plan(
     slowest = max(stages, key=lambda stage: (stage.forward_s + stage.backward_s, -stage.index))
     owners: dict[str, list[int]] = {}
     for stage in stages:
-        for name in dict.fromkeys(u.owner for u in chain.units[stage.first : stage.last] if u.owner is not None):
+        here = (u.owner for u in chain.units[stage.first : stage.last] if u.owner is not None)
+        for name in dict.fromkeys(here):
             owners.setdefault(name, []).append(stage.index)
     return Plan(
         device=device.name,

@@ -1,7 +1,7 @@
 """What a split costs: durations for the simulator, peak memory for the limit.
 
-In: a `Program`, a `Chain`, a device. Out: for cut positions, the duration vector (picoseconds) and each rank's
-peak bytes.
+In: a `Program`, a `Chain`, a device. Out: for cut positions, the duration vector (picoseconds) and each
+rank's peak bytes.
 
 Peak of a rank: static bytes of its stages; at the worst moment of its order, the activations of all
 microbatches kept; the largest working set; and receive buffers, one for every microbatch over every boundary
@@ -10,6 +10,7 @@ to another rank, activations in and gradients back (torch allocates them all at 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from mambadsl.plan.chain import Chain, picoseconds
@@ -27,7 +28,7 @@ class Pricing:
     ) -> None:
         self.program, self.chain, self.limit, self.microbatches = program, chain, limit, microbatches
         places = program.rank_of_stage
-        self.remote = [a != b for a, b in zip(places, places[1:])]
+        self.remote = [a != b for a, b in itertools.pairwise(places)]
         self._action = picoseconds(device.action_s)
         self._whole = BACKWARD in program.kinds
         self._times: dict[tuple[int, int], tuple[float, float, float]] = {}
@@ -63,7 +64,7 @@ class Pricing:
 
     def peaks(self, cuts: Sequence[int]) -> list[int]:
         """Bytes that each rank needs at its worst moment."""
-        parts = [self.chain.segment(a, b) for a, b in zip(cuts, cuts[1:])]
+        parts = [self.chain.segment(a, b) for a, b in itertools.pairwise(cuts)]
         found = []
         for here, live in zip(self.program.local_stages, self.program.live):
             mine = [parts[s] for s in here]

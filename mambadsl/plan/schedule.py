@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
 
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
@@ -51,7 +52,8 @@ KINDS = (FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT)
 
 
 class Action(NamedTuple):
-    """One microbatch through one stage: F forward, B whole backward, I input gradients, W weight gradients."""
+    """One microbatch through one stage: F forward, B whole backward, I and W its halves: gradients of inputs,
+    of weights."""
 
     kind: str
     stage: int
@@ -96,7 +98,8 @@ def orders(name: str, *, ranks: int, virtual: int, microbatches: int) -> tuple[t
 def problems(name: str, *, ranks: int, virtual: int, microbatches: int) -> list[Diagnostic]:
     """Why these counts cannot run: E810, E811, E812; empty if they can."""
     if name not in SCHEDULES:
-        return [Diagnostic(E810, f"there is no schedule `{name}`", help=(f"schedules: {', '.join(SCHEDULES)}",))]
+        known = f"schedules: {', '.join(SCHEDULES)}"
+        return [Diagnostic(E810, f"there is no schedule `{name}`", help=(known,))]
     schedule, found = SCHEDULES[name], []
     low, high = schedule.virtual
     if virtual < low or (high is not None and virtual > high):
@@ -106,7 +109,8 @@ def problems(name: str, *, ranks: int, virtual: int, microbatches: int) -> list[
     if microbatches < 1 or not schedule.accepts(ranks, microbatches):
         message = f"`{name}` on {ranks} ranks cannot run {microbatches} microbatches"
         near = nearest_microbatches(name, ranks=ranks, microbatches=microbatches)
-        found.append(Diagnostic(E811, message, help=(f"the nearest it can run: {', '.join(map(str, near))}",)))
+        help = f"the nearest it can run: {', '.join(map(str, near))}"
+        found.append(Diagnostic(E811, message, help=(help,)))
     return found
 
 
@@ -114,7 +118,7 @@ def nearest_microbatches(name: str, *, ranks: int, microbatches: int) -> list[in
     """The nearest legal number below, if there is one, and above."""
     accepts = SCHEDULES[name].accepts
     below = next((m for m in range(microbatches - 1, 0, -1) if accepts(ranks, m)), None)
-    above = next(m for m in range(max(1, microbatches + 1), microbatches + 2 * ranks + 2) if accepts(ranks, m))
+    above = next(m for m in count(max(1, microbatches + 1)) if accepts(ranks, m))
     return [m for m in (below, above) if m is not None]
 
 
@@ -122,6 +126,10 @@ def _others(virtual: int, *, not_: str) -> tuple[str, ...]:
     fit = [s.name for s in SCHEDULES.values() if s.virtual[0] <= virtual <= (s.virtual[1] or virtual)]
     fit = [name for name in fit if name != not_]
     return (f"with {virtual} stage{'s' * (virtual > 1)} a rank: {', '.join(fit)}",) if fit else ()
+
+
+def _in_rounds(ranks: int, microbatches: int) -> bool:
+    return microbatches % max(1, microbatches // ranks) == 0
 
 
 def _round(ranks: int, microbatches: int) -> int:
@@ -162,7 +170,8 @@ def _gpipe(ranks: int, virtual: int, microbatches: int, rank: int) -> list[Actio
 
 
 def _one_f_one_b(ranks: int, virtual: int, microbatches: int, rank: int) -> list[Action]:
-    return _loop(ranks, virtual, microbatches, rank, warmup=ranks - 1 - rank, round_size=microbatches, lag=None)
+    warmup = ranks - 1 - rank
+    return _loop(ranks, virtual, microbatches, rank, warmup=warmup, round_size=microbatches, lag=None)
 
 
 def _interleaved(ranks: int, virtual: int, microbatches: int, rank: int) -> list[Action]:
@@ -172,16 +181,16 @@ def _interleaved(ranks: int, virtual: int, microbatches: int, rank: int) -> list
 
 
 def _zero_bubble(ranks: int, virtual: int, microbatches: int, rank: int) -> list[Action]:
-    """A backward that only makes input gradients returns sooner: half the warm-up of `interleaved` is enough."""
+    """A backward that only makes input gradients returns sooner: half of `interleaved`'s warm-up will do."""
     size = _round(ranks, microbatches)
     warmup = min((virtual - 1) * size + ranks - 1 - rank, virtual * microbatches)
     return _loop(ranks, virtual, microbatches, rank, warmup=warmup, round_size=size, lag=rank)
 
 
 def _zero_bubble_v(ranks: int, virtual: int, microbatches: int, rank: int) -> list[Action]:
-    """Down the V with the first stage, up with the second. A pipeline of fewer than 2 * ranks - 1 microbatches
-    is a longer one with the rest left out: nothing waits for what is missing."""
-    count = max(microbatches, 2 * ranks - 1)
+    """Down the V with the first stage, up with the second. A pipeline of fewer than 2 * ranks - 1
+    microbatches is a longer one with the rest left out: nothing waits for what is missing."""
+    enough = max(microbatches, 2 * ranks - 1)
     down, up = rank, 2 * ranks - 1 - rank
     done: dict[tuple[str, int], int] = {}
     out: list[Action] = []
@@ -193,9 +202,9 @@ def _zero_bubble_v(ranks: int, virtual: int, microbatches: int, rank: int) -> li
             out.append(Action(kind, stage, mb))
 
     def left(kind: str, stage: int) -> int:
-        return count - done.get((kind, stage), 0)
+        return enough - done.get((kind, stage), 0)
 
-    F, I, W = FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT  # noqa: E741
+    F, I, W = FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT
     for _ in range(2 * (ranks - rank) - 1):
         run((F, down))
     for _ in range(rank):
@@ -224,8 +233,8 @@ SCHEDULES: dict[str, Schedule] = {
     for s in (
         Schedule("gpipe", "loop", _WHOLE, (1, None), lambda p, m: m >= 1, _gpipe),
         Schedule("1f1b", "loop", _WHOLE, (1, 1), lambda p, m: m >= p, _one_f_one_b),
-        Schedule("interleaved", "loop", _WHOLE, (2, None), lambda p, m: m % max(1, m // p) == 0, _interleaved),
-        Schedule("zb", "loop", _SPLIT, (1, None), lambda p, m: m % max(1, m // p) == 0, _zero_bubble),
+        Schedule("interleaved", "loop", _WHOLE, (2, None), _in_rounds, _interleaved),
+        Schedule("zb", "loop", _SPLIT, (1, None), _in_rounds, _zero_bubble),
         Schedule("zbv", "v", _SPLIT, (2, 2), lambda p, m: m >= 1, _zero_bubble_v),
     )
 }

@@ -4,8 +4,8 @@ In: a `Pricing`. Out: `Found`, the best cuts and the next best. Refuses nothing:
 
 Seeds (see partition.py) are improved by shifting runs of neighbouring cuts, then annealing leaves what local
 moves cannot, then local moves again. Every simulated split leaves its critical path as a plane: a lower bound
-for every other split, 100 times cheaper than a simulation. A candidate that some recent plane already shows to
-be no better is not simulated; this changes nothing in the result, only the time.
+for every other split, far cheaper than a simulation. A candidate that some recent plane already shows to be
+no better is not simulated.
 
 Work is counted in visited simulator operations, never in seconds, and the random numbers are seeded: the same
 input gives the same plan everywhere.
@@ -23,11 +23,12 @@ from mambadsl.plan.partition import fold_loop, fold_v, min_max
 from mambadsl.plan.pricing import Pricing
 from mambadsl.plan.simulate import step_plane
 
+
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """work: visited simulator operations in all (seeds may exceed it on long chains). rounds of annealing, each
-    of so many steps. Worse by `hot` (at a round's end `cold`) parts of the step time is accepted with a chance
-    of 1/e."""
+    """work: visited simulator operations in all (seeds may exceed it on long chains). rounds of annealing,
+    each of so many steps. Worse by `hot` (at a round's end `cold`) parts of the step time is accepted with a
+    chance of 1/e."""
 
     work: int
     rounds: int

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from mambadsl.plan.schedule import (
-    BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, KINDS, SCHEDULES, Action, orders, rank_of,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    KINDS,
+    SCHEDULES,
+    Action,
+    orders,
+    rank_of,
 )
 
 

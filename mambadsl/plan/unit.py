@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mambadsl.text.source import Span
 
-#: Training bytes for one parameter: bf16 weight 2, fp32 gradient 4, fp32 master weight and Adam's two moments 12.
+#: Training bytes of a parameter: bf16 weight 2, fp32 gradient 4, fp32 master weight and Adam's moments 12.
 TRAINING_BYTES_PER_PARAM = 2 + 4 + 12
 
 _NUMBERS = (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from mambadsl.build.init import generator_of
 from mambadsl.build.model import Model
@@ -58,27 +58,42 @@ def generate(
         ended[step.row] = step.ended or "length"
         if stream is not None:
             stream(step)
-    results = []
     for tokens, end in zip(written, ended):
-        cut = len(_stopped(tokens, stops) or ()) if end == "stop" else 0
-        results.append(Generated(tuple(tokens[: len(tokens) - cut]), end))
-    return results
+        if end == "stop":
+            del tokens[len(tokens) - len(_stopped(tokens, stops)) :]
+    return [Generated(tuple(tokens), end) for tokens, end in zip(written, ended)]
 
 
 def stream(model: Model, prompt: Sequence[int], *, max_tokens: int, **sampling) -> Iterator[int]:
-    """The ids that follow one prompt, as they come; a single stop id is not among them. Arguments as `generate`."""
-    stops = _stops(sampling.get("stop", ()))
-    for step in steps(model, [prompt], max_tokens=max_tokens, **sampling):
-        if step.ended == "stop" and (step.token,) in stops:
+    """The ids that follow one prompt, as they come: `generate`'s tokens, with its arguments. Ids that may be
+    the start of a stop sequence wait until it is clear."""
+    lines = steps(model, [prompt], max_tokens=max_tokens, **sampling)
+    return _without_stops(lines, _stops(sampling.get("stop", ())))
+
+
+def _without_stops(lines: Iterator[Step], stops: tuple[tuple[int, ...], ...]) -> Iterator[int]:
+    held: list[int] = []
+    for step in lines:
+        held.append(step.token)
+        if step.ended == "stop":
+            yield from held[: len(held) - len(_stopped(held, stops))]
             return
-        yield step.token
+        begun = 0 if step.ended else _begun(held, stops)
+        yield from held[: len(held) - begun]
+        held = held[len(held) - begun :]
+
+
+def _begun(tokens: list[int], stops: tuple[tuple[int, ...], ...]) -> int:
+    """How many of the last tokens are the start of a stop, at most."""
+    starts = {s[:n] for s in stops for n in range(1, len(s))}
+    return max((n for n in range(1, len(tokens) + 1) if tuple(tokens[-n:]) in starts), default=0)
 
 
 def steps(
     model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0,
     top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Stop = (),
 ) -> Iterator[Step]:
-    """Every new token of every prompt, as it comes. Arguments as `generate`; checked before the first token."""
+    """Every new token of every prompt, as it comes. Arguments as `generate`, checked at once."""
     sampling = Sampling(temperature, top_k, top_p)
     stops = _stops(stop)
     _check(model, prompts, max_tokens)
@@ -143,10 +158,9 @@ def _stops(stop: Stop) -> tuple[tuple[int, ...], ...]:
     return found
 
 
-def _stopped(tokens: list[int], stops: tuple[tuple[int, ...], ...]) -> tuple[int, ...] | None:
-    """The longest stop that the tokens end in."""
-    ends = [s for s in stops if tuple(tokens[-len(s) :]) == s]
-    return max(ends, key=len, default=None)
+def _stopped(tokens: list[int], stops: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """The longest stop that the tokens end in; () if they end in none."""
+    return max((s for s in stops if tuple(tokens[-len(s) :]) == s), key=len, default=())
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
@@ -161,4 +175,5 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> N
         if not len(prompt):
             raise ValueError(f"prompt {row} is empty; a model needs at least one token to go on from")
         if bad := [int(t) for t in prompt if not 0 <= t < vocab]:
-            raise ValueError(f"prompt {row} has the id {bad[0]}; ids are from 0 to {vocab - 1} (vocab = {vocab})")
+            legal = f"from 0 to {vocab - 1} (vocab = {vocab})"
+            raise ValueError(f"prompt {row} has the id {bad[0]}; ids are {legal}")

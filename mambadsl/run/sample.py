@@ -30,8 +30,8 @@ class Sampling:
 def sample(logits_V: Tensor, sampling: Sampling, generator: Generator) -> int:
     """The next id. Draws one number from the generator where the temperature is not 0, none where it is.
 
-    In float64 on the CPU and by the inverse of the cumulative distribution: one uniform number a token, so a row
-    draws the same tokens alone and in a batch.
+    In float64 on the CPU, by the inverse of the cumulative distribution: one uniform number a token, so a
+    row draws the same tokens alone and in a batch.
     """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
@@ -43,7 +43,7 @@ def sample(logits_V: Tensor, sampling: Sampling, generator: Generator) -> int:
 
 
 def distribution(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Ids that may be drawn, most likely first, and their shares, float64, before they are made to sum to 1."""
+    """Ids that may be drawn, most likely first, and their float64 shares (which need not sum to 1)."""
     logits_V, ids_V = logits_V.double().cpu().sort(descending=True, stable=True)
     if sampling.top_k is not None:
         logits_V, ids_V = logits_V[: sampling.top_k], ids_V[: sampling.top_k]

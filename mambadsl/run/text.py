@@ -65,7 +65,7 @@ class JsonFile:
         self.loaded = Loaded.from_file(str(path))
         size = self.loaded.get_vocab_size()
         if size > vocab:
-            raise ValueError(f"the tokenizer has {size} ids and the model {vocab}: some text would have no embedding")
+            raise ValueError(f"the tokenizer has {size} ids and the model {vocab}: some have no embedding")
 
     def encode(self, text: str) -> list[int]:
         return self.loaded.encode(text, add_special_tokens=False).ids

@@ -1,7 +1,7 @@
 """What a layer is, in a few words: its kind, and the fields that a reader looks for.
 
-In: a node of a graph. Out: text. Which fields: what the source gives, and what has no fixed default, in the
-author's order, sizes before words; no initial values or multipliers. All from the kinds' tables.
+In: a node of a graph. Out: text. Which fields: what the source gives, in its order, sizes before words; no
+initial values or multipliers. All from the kinds' tables.
 """
 
 from __future__ import annotations
@@ -64,25 +64,28 @@ def model_texts(graph: LayerGraph) -> tuple[str, ...]:
 
 
 def _chosen(kind: Kind, mixer: Mixer) -> list[Field]:
-    shown = [f for f in kind.fields if _is_size(f.type) or isinstance(f.type, _WORDS)]
-    chosen = [f for f in shown if _matters(f, mixer)]
-    return sorted(chosen, key=lambda f: (not _is_size(f.type), _written_at(f, mixer)))
+    """What the source gives; sizes that follow from the model where it gives none; other words than usual."""
+    sizes = [f for f in kind.fields if _is_size(f.type)]
+    given = [f for f in sizes if _given(f, mixer)]
+    if not given:
+        given = [f for f in sizes if callable(f.default) and mixer.fields[f.name] is not None]
+    words = [f for f in kind.fields if isinstance(f.type, _WORDS) and (_given(f, mixer) or _unusual(f, mixer))]
+    return [*sorted(given, key=lambda f: _written_at(f, mixer)), *sorted(words, key=lambda f: _written_at(f, mixer))]
+
+
+def _unusual(field: Field, mixer: Mixer) -> bool:
+    return not callable(field.default) and mixer.fields[field.name] != field.default
+
+
+def _given(field: Field, mixer: Mixer) -> bool:
+    origin = mixer.origins.get(field.name)
+    return origin is not None and origin.how != "default"
 
 
 def _written_at(field: Field, mixer: Mixer) -> float:
     """The author's order; what nobody wrote comes last."""
     origin = mixer.origins.get(field.name)
     return origin.span.start if origin is not None and origin.span is not None else float("inf")
-
-
-def _matters(field: Field, mixer: Mixer) -> bool:
-    origin = mixer.origins.get(field.name)
-    value = mixer.fields[field.name]
-    if origin is not None and origin.how != "default":
-        return True
-    if callable(field.default):
-        return _is_size(field.type) and value is not None
-    return value != field.default
 
 
 def _is_size(type: Type) -> bool:

@@ -6,13 +6,14 @@ A sum is a node for each branch and one that adds.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from mambadsl.graph.cost import Cost, costs
 from mambadsl.graph.graph import Edge, LayerGraph, Node
 from mambadsl.show.describe import all_fields, kind_text, shape_text
 from mambadsl.show.flow import stages_of
-from mambadsl.show.fold import group_text
+from mambadsl.show.fold import frames_of, group_text, passes
 
 if TYPE_CHECKING:
     from mambadsl.plan.plan import Plan
@@ -22,12 +23,13 @@ def explorer_data(graph: LayerGraph, *, plan: Plan | None = None) -> dict[str, A
     """{"label", "graphs": [{"id", "nodes"}]}, nodes as Model Explorer's GraphNode."""
     stages = stages_of(graph, plan=plan)
     table = costs(graph)
+    places = namespaces(graph)
     incoming: dict[str, list[Edge]] = {}
     for edge in graph.edges:
         incoming.setdefault(edge.target, []).append(edge)
     nodes = []
     for node in graph.nodes:
-        nodes += _nodes(graph, node, incoming.get(node.path, []), table[node.path], stages)
+        nodes += _nodes(graph, node, incoming.get(node.path, []), table[node.path], places[node.path], stages)
     return {"label": graph.name, "graphs": [{"id": graph.name, "nodes": nodes}]}
 
 
@@ -38,10 +40,10 @@ def explorer_text(graph: LayerGraph, *, plan: Plan | None = None) -> str:
 
 
 def _nodes(
-    graph: LayerGraph, node: Node, edges: list[Edge], cost: Cost, stages: dict[str, int] | None
+    graph: LayerGraph, node: Node, edges: list[Edge], cost: Cost, place: tuple[str, str],
+    stages: dict[str, int] | None,
 ) -> list[dict[str, Any]]:
-    space = namespace(graph, node)
-    label = node.layer.label if node.layer is not None else node.path.rpartition(".")[2]
+    space, label = place
     attrs = {"kind": kind_text(node), "shape": shape_text(graph, node), **dict(all_fields(node)), **_costs(cost)}
     if node.shared:
         attrs["weights of"] = node.owner
@@ -61,15 +63,32 @@ def _nodes(
     return [*found, _node(node.path, "+", inner, [*(path for path, _, _ in branches), *stream], attrs, width, [])]
 
 
-def namespace(graph: LayerGraph, node: Node) -> str:
-    """`stack/[M F][0]/Local[2]`: one level for each block around the node, with its pass."""
-    levels = ["mtp", node.path.split(".")[1]] if node.path.startswith("mtp.") else []
-    levels = ["stack"] if node.path.startswith("stack.") else levels
-    for frame in node.trail:
-        called = f"{group_text(frame.label)}[{frame.index}]".replace("/", "|")
-        if frame.count > 1 or levels[-1].rpartition("[")[0] != group_text(frame.label):
-            levels.append(called)
-    return "/".join(levels)
+def namespaces(graph: LayerGraph) -> dict[str, tuple[str, str]]:
+    """(namespace, label) of each node by path. A level is a block with its number among those of its name there:
+    `stack/[M F][0]/Local[2]`. A block of one layer is no level: it gives the layer its name."""
+    found: dict[str, tuple[str, str]] = {}
+
+    def name(nodes: tuple[Node, ...], depth: int, space: str, around: str) -> None:
+        used: Counter[str] = Counter()
+        for start, end, frame in passes([frames_of(graph, node) for node in nodes], depth):
+            inside = nodes[start:end]
+            if frame is None or len(inside) == 1:
+                label = frame.label if frame is not None else _label(inside[0])
+                found[inside[0].path] = space, label
+            elif frame.label == around and len(inside) == len(nodes):
+                name(inside, depth + 1, space, around)
+            else:
+                level = f"{group_text(frame.label)}[{used[frame.label]}]".replace("/", "|")
+                used[frame.label] += 1
+                name(inside, depth + 1, f"{space}/{level}" if space else level, frame.label)
+
+    name(graph.layers, 0, "stack", "")
+    name(tuple(node for node in graph.nodes if not node.path.startswith("stack.")), 0, "", "")
+    return found
+
+
+def _label(node: Node) -> str:
+    return node.layer.label if node.layer is not None else node.path.rpartition(".")[2]
 
 
 def _node(

@@ -55,7 +55,7 @@ Item: TypeAlias = "Leaf | Group"
 def fold(graph: LayerGraph, *, tag: Tag | None = None) -> tuple[Item, ...]:
     """The whole model: embed, stack, `mtp` as a group of its depths, head."""
     tag = tag or (lambda node: None)
-    return _plain(_fold([_Placed(node, _frames(graph, node), tag(node)) for node in graph.nodes], 0))
+    return _plain(_fold([_Placed(node, frames_of(graph, node), tag(node)) for node in graph.nodes], 0))
 
 
 def leaves(items: Iterable[Item]) -> Iterator[Leaf]:
@@ -89,24 +89,26 @@ class _Folded:
 
 
 def _fold(placed: Sequence[_Placed], depth: int) -> list[_Folded]:
-    found: list[_Folded] = []
-    at = 0
-    while at < len(placed):
-        if len(placed[at].frames) <= depth:
-            one, end = _leaf(placed[at]), at + 1
-        else:
-            frame = placed[at].frames[depth]
-            end = at + 1
-            while end < len(placed) and _same_pass(placed[end].frames, depth, frame):
-                end += 1
-            one = _group(frame.label, _fold(placed[at:end], depth + 1))
-        found.append(one)
-        at = end
+    found = []
+    for start, end, frame in passes([p.frames for p in placed], depth):
+        found.append(_leaf(placed[start]) if frame is None else _group(frame.label, _fold(placed[start:end], depth + 1)))
     return _merged(found)
 
 
+def passes(frames: Sequence[tuple[Frame, ...]], depth: int) -> Iterator[tuple[int, int, Frame | None]]:
+    """(start, end, frame) of each pass through a block at this depth; (at, at + 1, None) for a node that stands
+    in no block there. frames: of nodes in order, all in the same blocks above this depth."""
+    at = 0
+    while at < len(frames):
+        frame = frames[at][depth] if len(frames[at]) > depth else None
+        end = at + 1
+        while frame is not None and end < len(frames) and _same_pass(frames[end], depth, frame):
+            end += 1
+        yield at, end, frame
+        at = end
+
+
 def _same_pass(frames: tuple[Frame, ...], depth: int, frame: Frame) -> bool:
-    """Whether the node stands in the same pass through the same block."""
     if len(frames) <= depth:
         return False
     other = frames[depth]
@@ -182,7 +184,7 @@ def _plain(found: Iterable[_Folded]) -> tuple[Item, ...]:
     )
 
 
-def _frames(graph: LayerGraph, node: Node) -> tuple[Frame, ...]:
+def frames_of(graph: LayerGraph, node: Node) -> tuple[Frame, ...]:
     """Its trail; in the tail, inside a frame for the depth."""
     if not node.path.startswith("mtp."):
         return node.trail

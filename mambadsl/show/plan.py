@@ -9,18 +9,19 @@ from collections.abc import Sequence
 
 from mambadsl.plan.explain import Alternative
 from mambadsl.plan.plan import Plan, Stage
+from mambadsl.show.units import count, size
 
 WIDTH = 110
 HEADER = ("stage", "layers", "pattern", "params", "memory", "forward", "backward", "share", "")
-LEFT = 3
+LEFT, PATTERN = 3, 2
 
 
 def plan_text(plan: Plan) -> str:
     """The table and the sentences below it."""
     rows = [_row(plan, stage) for stage in plan.stages]
-    taken = max(len(rows[0]) * 2 + sum(max(len(row[n]) for row in [HEADER, *rows]) for n in range(9) if n != 2), 0)
-    room = max(16, WIDTH - taken)
-    rows = [(*row[:2], _short(row[2], room), *row[3:]) for row in rows]
+    others = sum(2 + max(len(row[n]) for row in [HEADER, *rows]) for n in range(len(HEADER)) if n != PATTERN)
+    room = max(12, WIDTH - others)
+    rows = [(*row[:PATTERN], _short(row[PATTERN], room), *row[PATTERN + 1 :]) for row in rows]
     widths = [max(len(row[n]) for row in [HEADER, *rows]) for n in range(len(HEADER))]
     table = [
         "  ".join(
@@ -36,9 +37,9 @@ def _title(plan: Plan) -> str:
     shape = f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}"
     if plan.virtual > 1:
         shape = f"{plan.ranks} ranks x {plan.virtual} stages ({'V' if plan.placement == 'v' else 'loop'})"
-    count = f"{plan.microbatches} microbatches" + ("" if plan.microbatches_given else " (4 a rank, chosen)")
+    batch = f"{plan.microbatches} microbatches" + ("" if plan.microbatches_given else " (4 a rank, chosen)")
     cuts = "cut by the text's `|`" if plan.cuts_given else "cut by the planner"
-    return f"{shape}, {cuts}   {plan.schedule}, {count}   {plan.device}"
+    return f"{shape}, {cuts}   {plan.schedule}, {batch}   {plan.device}"
 
 
 def _row(plan: Plan, stage: Stage) -> tuple[str, ...]:
@@ -46,7 +47,7 @@ def _row(plan: Plan, stage: Stage) -> tuple[str, ...]:
     memory = stage.static_bytes + stage.in_flight * stage.activation_bytes + stage.buffer_bytes
     mark = "<- slowest" if stage.index == plan.slowest and len(plan.stages) > 1 else ""
     return (
-        name, layers(stage.paths), pattern(stage.labels), _count(stage.params), _gib(memory),
+        name, layers(stage.paths), pattern(stage.labels), count(stage.params), size(memory),
         time(stage.forward_s), time(stage.backward_s), f"{stage.share:.0%}", mark,
     )
 
@@ -55,10 +56,10 @@ def _sentences(plan: Plan) -> list[str]:
     worst = max(range(plan.ranks), key=lambda rank: plan.peak_bytes[rank])
     peak = plan.peak_bytes[worst]
     where = f"rank {worst}" if plan.virtual > 1 else f"stage {worst}"
+    part = f"{peak / plan.memory_limit:.0%}"
     lines = [
         ("step", f"{time(plan.step_s)} predicted for forwards and backwards, bubble {plan.bubble:.1%}"),
-        ("memory", f"{_gib(peak)} at the most, on {where}: {peak / plan.memory_limit:.0%} of the limit of "
-                   f"{_gib(plan.memory_limit)}"),
+        ("memory", f"{size(peak)} at the most, on {where}: {part} of the limit of {size(plan.memory_limit)}"),
         ("slowest", f"stage {plan.slowest}: {plan.why}"),
     ]
     if plan.next_best:
@@ -95,7 +96,8 @@ def layers(paths: Sequence[str]) -> str:
         else:
             runs.append([stem, int(number), int(number)] if number.isdigit() and stem else [path, None, None])
     return " ".join(
-        stem if low is None else f"{stem}.{low}" if low == high else f"{stem}.{low}-{high}" for stem, low, high in runs
+        stem if low is None else f"{stem}.{low}" if low == high else f"{stem}.{low}-{high}"
+        for stem, low, high in runs
     )
 
 
@@ -133,14 +135,3 @@ def time(seconds: float) -> str:
             value = seconds / scale
             return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} {unit}"
     raise AssertionError
-
-
-def _count(n: int) -> str:
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if n >= scale:
-            return f"{n / scale:.3g} {unit}" if n / scale < 999.5 else f"{n / scale:.0f} {unit}"
-    return str(n)
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

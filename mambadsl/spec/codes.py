@@ -7,6 +7,7 @@ from mambadsl.spec.scope import E025  # noqa: F401
 from mambadsl.text.diagnostic import declare
 
 MAX_LAYERS = 10_000
+MAX_DEPTH = 64
 
 E020 = declare(
     "E020",
@@ -84,7 +85,8 @@ E047 = declare(
     "a repeat out of range",
     f"""
     `[M F]*24` repeats 1 time or more, and a model has at most {MAX_LAYERS:,} layers in all. The count is
-    computed before anything is laid out, so `[[[M*9999]*9999]*9999]` costs nothing.
+    computed before anything is laid out, so `[[[M*9999]*9999]*9999]` costs nothing. Blocks may stand
+    inside one another up to {MAX_DEPTH} deep.
     """,
 )
 E049 = declare(
@@ -96,3 +98,8 @@ E049 = declare(
     `mtp`, inside a shared item, or in a sum.
     """,
 )
+
+
+def short_count(n: int) -> str:
+    """A number of layers that may be absurdly large."""
+    return f"{n:,}" if n < 10**12 else f"about {float(n):.0e}" if n < 10**300 else "more than 1e300"

@@ -64,6 +64,10 @@ class Layers:
                 span = definition.name.span
                 self.report(Diagnostic(E025, f"`{name}` is built from itself", span, "a circle", places))
                 return None
+            if len(self._open) >= codes.MAX_DEPTH:
+                message = f"layers are built from one another more than {codes.MAX_DEPTH} deep"
+                self.report(Diagnostic(codes.E047, message, definition.name.span))
+                return None
             self._open.append((*key, definition.name.span))
             self._elements[key] = self._definition(definition, scope)
             self._open.pop()
@@ -96,13 +100,13 @@ class Layers:
         if definition.shared:
             for cut in _cuts((element,)):
                 self.report(Diagnostic(codes.E046, "a shared item is used whole; no `|` in it", cut.span))
-            return Block((element,), shared=name, name=name, span=definition.span)
+            return self._block(definition.span, (element,), shared=name, name=name)
         if isinstance(element, Use):
             recipe = self._recipes[id(element.layer)][0]
             return self._use(replace(recipe, name=name, chain=(*recipe.chain, definition.name.span)), definition.span)
         if isinstance(element, Block) and not element.shared and element.name is None:
             return replace(element, name=name)
-        return Block((element,), name=name, span=definition.span)
+        return self._block(definition.span, (element,), name=name)
 
     # -- patterns
 
@@ -114,9 +118,11 @@ class Layers:
         match node:
             case tree.Group():
                 inner = self.pattern(node.pattern, scope)
+                if len(inner) < len(node.pattern.items):
+                    return None
                 if len(inner) == 1 and isinstance(inner[0], Use):
                     return inner[0]
-                return Block(inner, span=node.span)
+                return self._block(node.span, inner)
             case tree.Repeat():
                 return self._repeat(node, scope)
             case tree.Parallel():
@@ -136,8 +142,24 @@ class Layers:
         if element is None:
             return None
         if isinstance(element, Block) and element.count == 1 and element.shared is None and element.name is None:
-            return replace(element, count=node.count, span=node.span)
-        return Block((element,), count=node.count, span=node.span)
+            return self._block(node.span, element.items, count=node.count)
+        return self._block(node.span, (element,), count=node.count)
+
+    def _block(self, span: Span, items: tuple[Element, ...], **more) -> Block | None:
+        """A block within bounds; so nothing that walks blocks can take long."""
+        block = Block(items, span=span, **more)
+        if block.layers == 0:
+            self.report(Diagnostic(codes.E049, "this block has no layers, only cuts", span))
+            return None
+        if block.layers > codes.MAX_LAYERS:
+            message = f"this lays out {codes.short_count(block.layers)} layers; a model has at most {codes.MAX_LAYERS:,}"
+            self.report(Diagnostic(codes.E047, message, span))
+            return None
+        if block.depth > codes.MAX_DEPTH:
+            message = f"blocks stand inside one another more than {codes.MAX_DEPTH} deep"
+            self.report(Diagnostic(codes.E047, message, span))
+            return None
+        return block
 
     def _kind(self, node: tree.Term, scope: FileScope) -> Element | None:
         name = node.name.text
@@ -158,7 +180,7 @@ class Layers:
         element = self.layer(scope, name, at=node.name.span)
         if element is None:
             for arg in node.args or ():
-                self._try(arg.value, scope)
+                self.value(arg.value, scope)
             return None
         if not node.args:
             return replace(element, span=node.span)
@@ -243,7 +265,8 @@ class Layers:
 
     # -- values
 
-    def _try(self, value: tree.Value, scope: FileScope):
+    def value(self, value: tree.Value, scope: FileScope):
+        """The raw value of an expression; a mark that fits nothing where it has none (reported)."""
         try:
             return evaluate(value, scope)
         except Problem as problem:
@@ -264,12 +287,12 @@ class Layers:
             key = arg.name
             if legal is not None and key.text not in legal:
                 self.report(unknown(E022, key, owner, legal))
-                self._try(arg.value, scope)
+                self.value(arg.value, scope)
             elif key.text in found:
                 first = Label(found[key.text].key, "first here")
                 self.report(Diagnostic(E042, f"`{key.text}` is given twice", key.span, labels=(first,)))
             else:
-                value = self._try(arg.value, scope)
+                value = self.value(arg.value, scope)
                 found[key.text] = Given(value, key.span, arg.value.span)
         return found
 

@@ -93,13 +93,26 @@ class Use:
 @dataclass(frozen=True, slots=True)
 class Block:
     """A group, a repeat or a named block: `items` `count` times. shared: the name of a `shared` item,
-    whose layers have one set of weights for all uses. adapter: per-use fields of a shared item."""
+    whose layers have one set of weights for all uses. layers, depth: how many layers in all, and how
+    many blocks inside one another, known without laying anything out."""
 
     items: tuple[Element, ...]
     count: int = 1
     name: str | None = None
     shared: str | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
+    layers: int = field(init=False, compare=False)
+    depth: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", self.count * count_layers(self.items))
+        inner = max((item.depth for item in self.items if isinstance(item, Block)), default=0)
+        object.__setattr__(self, "depth", inner + 1)
+
+
+def count_layers(elements: tuple[Element, ...]) -> int:
+    """Layers that a row of elements lays out."""
+    return sum(1 if isinstance(e, Use) else e.layers if isinstance(e, Block) else 0 for e in elements)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,12 @@ E048 = declare(
 
 
 def override(file: tree.File, sets: Mapping[str, str]) -> tree.File:
-    """The file with those values instead of its own."""
+    """The file with those values instead of its own, and without its `expect` lines."""
     for name, text in sets.items():
         file = _one(file, name, text)
+    if sets:
+        kept = tuple(s for s in file.statements if not isinstance(s, tree.Expect))
+        file = replace(file, statements=kept)
     return file
 
 

@@ -43,6 +43,8 @@ class _Resolver:
         main = self.settings.scope = scopes.of(self.file)
         model, origins = self._model()
         self.layers = Layers(scopes, model, self.report)
+        for let in main.lets.values():
+            self.layers.value(tree.Term(let.name, span=let.name.span), main)
         for name in main.layers:
             self.layers.layer(main, name)
         pattern, mtp = self._stack(main)

@@ -36,6 +36,10 @@ E025 = declare(
 )
 
 
+#: How far a constant may lie from its numbers; real files need two or three steps.
+MAX_CHAIN = 64
+
+
 class Settings:
     """The model's settings as raw values, computed when asked for. `given`: tree settings by name."""
 
@@ -120,6 +124,9 @@ def _computing(open_: list[tree.Name], name: tree.Name) -> Iterator[None]:
     if any(o.span == name.span for o in open_):
         places = tuple(Label(o.span, f"needs `{o.text}`") for o in open_ if o.span != name.span)
         raise Problem(Diagnostic(E025, f"`{name.text}` is defined by itself", name.span, "a circle", places))
+    if len(open_) >= MAX_CHAIN:
+        message = f"constants are built from one another more than {MAX_CHAIN} deep"
+        raise Problem(Diagnostic(E025, message, name.span))
     open_.append(name)
     try:
         yield

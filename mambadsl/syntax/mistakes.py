@@ -301,7 +301,7 @@ def _empty(p: Stuck) -> Diagnostic | None:
 
 
 _HINTS = (
-    _empty, _megatron, _power, _misspelt_statement, _pattern_beside_statements, _bracket, _loose_setting, _equals,
-    _suffix, _slashes, _round_group, _case, _sum_to_repeat, _missing_comma,
+    _empty, _megatron, _power, _misspelt_statement, _pattern_beside_statements, _bracket, _loose_setting,
+    _equals, _suffix, _slashes, _round_group, _case, _sum_to_repeat, _missing_comma,
     _needless_comma,
 )  # fmt: skip

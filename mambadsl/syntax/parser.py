@@ -12,8 +12,9 @@ from typing import Any, Callable
 from mambadsl.syntax.tables import END, Tables
 from mambadsl.syntax.tokens import MAX_DEPTH, Token
 
-#: keyword -> what may follow, and what may follow that, for it to begin a statement whatever the parser was
-#: in the middle of: `parts = 3` is a setting, `parts h200 {` is not. At the start of a line the first is enough.
+#: keyword -> what may follow, and what may follow that, for it to begin a statement whatever the parser
+#: was in the middle of: `parts = 3` is a setting, `parts h200 {` is not. At the start of a line the first
+#: of them is enough.
 _NAMED = {"NAME", "LAYER_NAME"}
 HEADS: dict[str, tuple[set[str], set[str]]] = {
     "from": ({"STRING"}, {"NAME"}),
@@ -136,7 +137,9 @@ class Parser:
         """A word that is also a keyword: the keyword where a statement may begin or goes on, else a name."""
         text = self.tokens[at].text
         keyword = self.tables.keywords[text]
-        listed = at > 0 and self.tokens[at - 1].type == "COMMA" and text in HEADS  # ... import M, model
+        listed = False
+        if at > 0 and self.tokens[at - 1].type == "COMMA" and text in HEADS:  # ... import M, model
+            listed = self.tokens[at + 1].type in {"COMMA", END} or at + 1 in self._at_head
         if at in self._at_head or (self._accepts(states, keyword) and not listed):
             return keyword
         return "NAME" if self._accepts(states, "NAME") else keyword
@@ -161,7 +164,7 @@ def _children(fates: str, values: list) -> list:
     """The kept values; those of an inner rule in their place. Its list has no other owner, so the first
     one is extended in place: that keeps a long pattern linear."""
     children: list | None = None
-    for fate, value in zip(fates, values):
+    for fate, value in zip(fates, values, strict=True):
         if fate == "s":
             if children is None:
                 children = value

@@ -45,9 +45,10 @@ E014 = declare(
     "E014",
     "a number out of range",
     f"""
-    Whole numbers go up to 2**53 = {MAX_INTEGER:_} (9 quadrillion; the largest model has some 10**13 parameters)
-    and have at most {MAX_DIGITS} digits; an exponent lies within -{MAX_EXPONENT} .. {MAX_EXPONENT}. Numbers are
-    exact, so a slip of the keyboard such as `1e99999999` would otherwise fill the memory.
+    Whole numbers go up to 2**53 = {MAX_INTEGER:_} (9 quadrillion; the largest model has some
+    10**13 parameters) and have at most {MAX_DIGITS} digits; an exponent lies within
+    -{MAX_EXPONENT} .. {MAX_EXPONENT}. Numbers are exact, so a slip of the keyboard such as `1e99999999` would
+    otherwise fill the memory.
     """,
 )
 E015 = declare(
@@ -80,7 +81,8 @@ _QUOTES = {
 }
 _LOOK_ALIKE = {
     "\u2212": "-", "\u2013": "-", "\u2014": "-", "\u2010": "-", "\u2011": "-", "\u00d7": "*", "\u2217": "*",
-    "\u22c5": "*", "\u00b7": "*", "\u00f7": "/", "\u2264": "<=", "\u2265": ">=", "\u2260": "!=", "\u2550": "=",
+    "\u22c5": "*", "\u00b7": "*", "\u00f7": "/", "\u2264": "<=", "\u2265": ">=", "\u2260": "!=",
+    "\u2550": "=",
     "\uff0c": ",", "\u3001": ",", "\uff1d": "=", "\uff08": "(", "\uff09": ")", "\uff3b": "[", "\uff3d": "]",
     "\uff5b": "{", "\uff5d": "}", "\uff0b": "+", "\uff0a": "*", "\uff5c": "|", "\u2223": "|", "\u00a6": "|",
     "\uff1a": ":", "\uff03": "#",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from itertools import pairwise
 from typing import Sequence
 
 from mambadsl.syntax import tree
@@ -197,7 +198,7 @@ class _Writer:
         return False
 
     def _author_breaks(self, pattern: tree.Pattern) -> bool:
-        return any(self._new_line(a, b) for a, b in zip(pattern.items, pattern.items[1:]))
+        return any(self._new_line(a, b) for a, b in pairwise(pattern.items))
 
     def _new_line(self, before: tree.Node, after: tree.Node) -> bool:
         both = self._placed(before) and self._placed(after)

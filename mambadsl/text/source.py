@@ -132,6 +132,13 @@ def read(path: str | Path, *, name: str | None = None) -> Source:
         raise MdlError([Diagnostic(E001, f"`{name}` cannot be read: {reason}")]) from None
     if len(data) > MAX_BYTES:
         raise MdlError([_too_large(name, path.stat().st_size)])
+    return from_bytes(data, name=name, path=path)
+
+
+def from_bytes(data: bytes, *, name: str, path: Path | None = None) -> Source:
+    """A Source from UTF-8 bytes, of a file or of standard input. E002 and E003."""
+    if len(data) > MAX_BYTES:
+        raise MdlError([_too_large(name, len(data))])
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

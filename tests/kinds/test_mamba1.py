@@ -157,7 +157,8 @@ def test_extreme_decays_are_finite(dt, A, packed):
 MAMBA = dict(state_size=8, num_hidden_layers=1)
 JAMBA = dict(
     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8, mamba_d_conv=3, mamba_expand=2,
+    attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1, mamba_d_state=8,
+    mamba_d_conv=3, mamba_expand=2,
 )
 #: name: (model class, layer class, settings there, our fields)
 HF = {

@@ -176,7 +176,8 @@ BAMBA = dict(
 )
 ZAMBA2 = dict(
     intermediate_size=48, num_hidden_layers=2, layers_block_type=["linear_attention", "hybrid"],
-    mamba_d_state=16, n_mamba_heads=8, chunk_size=8, num_attention_heads=4, num_key_value_heads=4, adapter_rank=4,
+    mamba_d_state=16, n_mamba_heads=8, chunk_size=8, num_attention_heads=4, num_key_value_heads=4,
+    adapter_rank=4,
 )
 NEMOTRON = dict(
     intermediate_size=48, layers_block_type=["linear_attention", "mlp"], num_attention_heads=4,

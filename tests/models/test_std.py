@@ -53,3 +53,9 @@ def test_attention_alone_knows_positions():
 def test_prelude_letters_yield_to_the_file():
     program = load(text="layer F = mlp(d_ff=64)\nstack { M F }")
     assert program.layers.layers[1].layer.branches[0].fields.d_ff == 64
+
+
+def test_shipped_layers_scale_with_the_model_that_imports_them():
+    text = 'from "std/jamba_v0_1.mdl" import M, E\nmodel small { d_model = 512 }\nstack { M E }'
+    scan, experts = (node.layer.branches[0].fields for node in load(text=text).layers.layers)
+    assert (scan.d_inner, scan.dt_rank, experts.d_ff) == (1024, 32, 14336)

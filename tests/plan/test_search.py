@@ -24,9 +24,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("schedule, ranks, virtual, microbatches, length, chains", CASES)
-def test_within_half_a_percent_of_the_exhaustive_optimum(schedule, ranks, virtual, microbatches, length, chains):
+def test_within_half_a_percent_of_the_optimum(schedule, ranks, virtual, microbatches, length, chains):
     for seed in range(chains):
-        price = pricing(hybrid(seed, length), schedule, ranks=ranks, virtual=virtual, microbatches=microbatches)
+        chain = hybrid(seed, length)
+        price = pricing(chain, schedule, ranks=ranks, virtual=virtual, microbatches=microbatches)
         found, best = search(price), min(exhaustive(price))
         assert best[0] <= found.step <= 1.005 * best[0], seed
         assert found.step == step_time(price.program, price.durations(found.cuts))
@@ -34,12 +35,12 @@ def test_within_half_a_percent_of_the_exhaustive_optimum(schedule, ranks, virtua
 
 @pytest.mark.parametrize("schedule, virtual", [("1f1b", 1), ("interleaved", 2), ("zbv", 2)])
 def test_memory_limits_are_kept_and_more_memory_never_hurts(schedule, virtual):
-    for seed in range(3):
-        chain = hybrid(seed, 13, static_bytes=10_000, activation_bytes=700, working_bytes=300, out_bytes=50)
+    for seed in range(2):
+        chain = hybrid(seed, 12, static_bytes=10_000, activation_bytes=700, working_bytes=300, out_bytes=50)
         free = pricing(chain, schedule, ranks=3, virtual=virtual, microbatches=6)
         peaks = sorted({max(free.peaks(cuts)) for _, cuts in exhaustive(free)})
         last = float("inf")
-        for limit in [peaks[0] - 1, *peaks[:: max(1, len(peaks) // 6)], peaks[-1]]:
+        for limit in [peaks[0] - 1, *peaks[:: max(1, len(peaks) // 4)], peaks[-1]]:
             price = pricing(chain, schedule, ranks=3, virtual=virtual, microbatches=6, limit=limit)
             best, found = min(exhaustive(price), default=None), search(price)
             assert (found is None) == (best is None)

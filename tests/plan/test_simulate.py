@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import random
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import mul
 
 import pytest
@@ -47,19 +48,20 @@ def test_closed_forms_on_uniform_stages(p, rounds):
 @pytest.mark.parametrize("p", [2, 4, 8])
 @pytest.mark.parametrize("m", [2, 4])
 def test_closed_forms_of_zero_bubble(p, m):
-    """ZB-H1 at f = bi = bw leaves (p - 1)(f + bi - bw) / v; ZB-V only its start, half a forward for each rank."""
+    """ZB-H1 at f = bi = bw leaves (p - 1)(f + bi - bw) / v; ZB-V its start only: half a forward a rank."""
     m *= p
     for virtual in (1, 2):
         run = program("zb", ranks=p, virtual=virtual, microbatches=m)
         time = step_time(run, durations(run, forward=6, inputs=6, weights=6))
         assert time == pytest.approx(18 * m + (p - 1) * 6 / virtual)
     run = program("zbv", ranks=p, virtual=2, microbatches=m)
-    assert step_time(run, durations(run, forward=6, inputs=6, weights=6)) == pytest.approx(18 * m + (p - 1) * 3)
+    time = step_time(run, durations(run, forward=6, inputs=6, weights=6))
+    assert time == pytest.approx(18 * m + (p - 1) * 3)
 
 
 def test_gpipe_and_1f1b_on_unequal_stages():
-    """GPipe: sum of all + (m - 1) times the slowest forward and backward. 1F1B is bounded below by any stage's
-    work and the way to it and back."""
+    """GPipe: sum of all + (m - 1) times the slowest forward and backward. 1F1B is bounded below by any
+    stage's work and the way to it and back."""
     rng = random.Random(5)
     for _ in range(50):
         p, m = rng.randint(1, 6), rng.randint(6, 12)
@@ -81,7 +83,9 @@ def test_a_transfer_delays_each_way_once():
 
 cases = st.sampled_from([
     (name, p, v, m)
-    for name, v in [("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("interleaved", 2), ("zb", 1), ("zb", 3), ("zbv", 2)]
+    for name, v in [
+        ("gpipe", 1), ("gpipe", 2), ("1f1b", 1), ("interleaved", 2), ("zb", 1), ("zb", 3), ("zbv", 2)
+    ]
     for p in (1, 2, 3, 4) for m in (1, 2, 4, 7, 8)
     if not problems(name, ranks=p, virtual=v, microbatches=m)
 ])
@@ -95,9 +99,9 @@ def test_equal_to_a_recursive_definition(case, rng):
     run = program(name, ranks=p, virtual=v, microbatches=m)
     vector = durations(run, transfer=rng.uniform(0, 2), scale=[rng.uniform(0.2, 3) for _ in range(p * v)])
     lists = orders(name, ranks=p, virtual=v, microbatches=m)
-    before = {b: a for order in lists for a, b in zip(order, order[1:])}
+    before = {b: a for order in lists for a, b in itertools.pairwise(order)}
 
-    @lru_cache(maxsize=None)
+    @cache
     def end(action):
         kind, s, mb = action
         start = end(before[action]) if action in before else 0.0
@@ -138,7 +142,7 @@ def test_timeline_has_no_overlap_and_the_bubble_is_what_is_left():
     assert times.step == 11 * 7 and times.busy == (56.0,) * 4
     assert times.bubble == pytest.approx(3 / 11)
     for spans in times.spans:
-        assert all(end <= start for (_, end, _), (start, _, _) in zip(spans, spans[1:]))
+        assert all(end <= start for (_, end, _), (start, _, _) in itertools.pairwise(spans))
 
 
 def test_orders_that_wait_for_each_other_are_refused():

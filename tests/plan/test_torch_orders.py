@@ -45,7 +45,8 @@ def test_same_actions_and_no_slower(ours, theirs, placement, virtuals):
                     with pytest.raises((ValueError, AssertionError)):
                         torch_program(theirs, placement, p, v, m)
                     continue
-                a, b = program(ours, ranks=p, virtual=v, microbatches=m), torch_program(theirs, placement, p, v, m)
+                a = program(ours, ranks=p, virtual=v, microbatches=m)
+                b = torch_program(theirs, placement, p, v, m)
                 assert sorted(a.actions) == sorted(b.actions)
                 assert all(x <= y for x, y in zip(a.in_flight, b.in_flight))
                 for _ in range(3):

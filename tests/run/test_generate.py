@@ -38,7 +38,10 @@ def test_greedy_is_the_uncached_text_in_a_batch_of_unequal_prompts(model):
     assert len({one.tokens for one in found}) > 1
 
 
-@pytest.mark.parametrize("sampling", [dict(temperature=1.0), dict(temperature=0.7, top_k=8), dict(temperature=1.3, top_p=0.8)])
+DRAWS = [dict(temperature=1.0), dict(temperature=0.7, top_k=8), dict(temperature=1.3, top_p=0.8)]
+
+
+@pytest.mark.parametrize("sampling", DRAWS)
 def test_seeded_draws_are_the_uncached_ones(model, sampling):
     found = generate(model, PROMPTS, max_tokens=10, seed=5, **sampling)
     for row, (prompt, one) in enumerate(zip(PROMPTS, found)):
@@ -80,8 +83,10 @@ def test_streams_give_the_same_tokens(model):
         assert tuple(s.token for s in heard if s.row == row) == one.tokens
     assert [s.ended for s in heard[-4:]] == ["length"] * 4
     assert tuple(stream(model, PROMPTS[0], max_tokens=7)) == wanted[0].tokens
-    stop = wanted[0].tokens[3]
-    assert stop not in list(stream(model, PROMPTS[0], max_tokens=7, stop=[stop]))
+    text = wanted[0].tokens
+    for stop in [text[3]], [text[2:5]], [text[2:4] + (text[4] + 1,)], [text[5:] + (0,)], [text[4:6], text[5]]:
+        heard = tuple(stream(model, PROMPTS[0], max_tokens=7, stop=stop))
+        assert heard == generate(model, PROMPTS[:1], max_tokens=7, stop=stop)[0].tokens
 
 
 def test_the_model_is_left_as_it_was(model):

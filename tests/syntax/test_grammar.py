@@ -122,7 +122,8 @@ def test_the_machine_gives_the_verdicts_of_lark(lark, text):
                 at_end = isinstance(error, UnexpectedToken) and error.token.type == "$END"
                 theirs = len(broken) if at_end else error.pos_in_stream
             if not parser.failures:
-                assert theirs is None and value is not None, broken
+                listed = kept and kept[-1].text in tables.load().keywords  # import M, let: a name, E017 later
+                assert (theirs is None or listed) and value is not None, broken
                 continue
             refused += 1
             failure = parser.failures[0]
@@ -137,7 +138,7 @@ def test_the_machine_gives_the_verdicts_of_lark(lark, text):
 def test_a_normal_run_does_not_import_lark():
     program = (
         "import sys; from mambadsl.syntax.read import read; from mambadsl.text.source import from_text;"
-        "read(from_text('M M A')); print(sorted(m for m in sys.modules if m.split('.')[0] in ('lark', 'torch')))"
+        "read(from_text('M M A')); print([m for m in sys.modules if m.split('.')[0] in ('lark', 'torch')])"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -14,20 +14,21 @@ severity is its code's first letter and never depends on facts.
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass
 
 from mambadsl.graph.checks import (
     e101_head_dim, e103_groups, e104_conv_width, e105_projection_width, e106_conv_taps, e107_conv_grid,
-    e108_mamba1_state, e114_norm_width, e120_offsets, e121_mamba1_offsets, e124_norm_groups, e125_dt_limit,
-    e201_heads_tp, e202_groups_tp, e203_context_parallel, e204_attention_heads, e205_kv_heads_tp, e206_vocab_tp,
-    e207_attention_cp, e210_even_stages, e214_shared_stages, e216_head_dim, e217_rope_width, e218_rope_scaling,
-    e220_experts, e304_init_ranges, e310_narrow_products, e502_state_memory, e601_expressible, expects,
-    i702_first_attention, i704_attention_share, i705_last_mixer, i707_small_width, w109_chunk, w110_one_chunk,
-    w112_conv_bias, w122_row_offsets, w211_stage_mix, w305_fp16, w404_left_padding, w501_cache_pages,
-    w504_prefill_chunk, w505_lora_coverage, w602_gated_norm, w701_positions,
+    e108_mamba1_state, e114_norm_width, e120_offsets, e121_mamba1_offsets, e124_norm_groups,
+    e125_dt_limit, e201_heads_tp, e202_groups_tp, e203_context_parallel, e204_attention_heads,
+    e205_kv_heads_tp, e206_vocab_tp, e207_attention_cp, e210_even_stages, e214_shared_stages,
+    e216_head_dim, e217_rope_width, e218_rope_scaling, e220_experts, e304_init_ranges,
+    e310_narrow_products, e502_state_memory, e601_expressible, expects, i702_first_attention,
+    i704_attention_share, i705_last_mixer, i707_small_width, w109_chunk, w110_one_chunk, w112_conv_bias,
+    w122_row_offsets, w211_stage_mix, w305_fp16, w404_left_padding, w501_cache_pages, w504_prefill_chunk,
+    w505_lora_coverage, w602_gated_norm, w701_positions,
 )
 from mambadsl.graph.checks.facts import Facts
-from mambadsl.graph.checks.subject import Problem, Subject, used_note
+from mambadsl.graph.checks.subject import Problem, Subject, with_uses
 from mambadsl.graph.graph import LayerGraph, Node
 from mambadsl.text.diagnostic import Diagnostic, MdlError
 
@@ -39,8 +40,8 @@ MODEL = (
     e201_heads_tp, e202_groups_tp, e203_context_parallel, e205_kv_heads_tp, e206_vocab_tp, e207_attention_cp,
     e210_even_stages, w211_stage_mix, e214_shared_stages,
     # numbers, data, serving
-    w305_fp16, e310_narrow_products, w404_left_padding, w501_cache_pages, e502_state_memory, w504_prefill_chunk,
-    w505_lora_coverage,
+    w305_fp16, e310_narrow_products, w404_left_padding, w501_cache_pages, e502_state_memory,
+    w504_prefill_chunk, w505_lora_coverage,
     # other tools
     e601_expressible, w602_gated_norm, w110_one_chunk, w112_conv_bias,
     # architecture
@@ -53,6 +54,9 @@ KERNEL = (
     e114_norm_width, e120_offsets, e121_mamba1_offsets, w122_row_offsets, i707_small_width,
 )
 CHECKS = MODEL + KERNEL
+
+#: The model alone, on one device, in bf16.
+NO_FACTS = Facts()
 
 _SEVERITIES = ("error", "warning", "info")
 _SEAL = object()
@@ -72,14 +76,14 @@ class CheckedGraph:
             raise TypeError("a CheckedGraph comes from check(graph) only")
 
 
-def check(graph: LayerGraph, facts: Facts = Facts()) -> CheckedGraph:
+def check(graph: LayerGraph, facts: Facts = NO_FACTS) -> CheckedGraph:
     """Runs every rule. Raises MdlError with all errors, then the warnings and infos, if there is an error."""
     subject = Subject(graph, facts)
     found: dict[Diagnostic, list[Node]] = {}
     for rule in CHECKS if subject.kernels else MODEL:
         for problem in rule.check(subject):
             found.setdefault(problem.diagnostic, []).extend(problem.nodes)
-    diagnostics = [replace(d, notes=used_note(nodes) + d.notes) for d, nodes in found.items()]
+    diagnostics = [with_uses(diagnostic, nodes) for diagnostic, nodes in found.items()]
     diagnostics.sort(key=lambda d: _SEVERITIES.index(d.severity))
     if any(d.severity == "error" for d in diagnostics):
         raise MdlError(diagnostics)

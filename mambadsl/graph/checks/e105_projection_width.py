@@ -43,6 +43,6 @@ def check(subject: Subject) -> Iterator[Problem]:
         yield site.problem(
             E105, "the width of in_proj's output must be a multiple of 8 for causal_conv1d",
             ("heads", "head_dim", "d_state", "groups"),
-            label=f"2*{f.heads}*{f.head_dim} + 2*{f.groups}*{f.d_state} + {f.heads} = {d_in_proj(f)} on a device",
+            label=f"2*{f.heads}*{f.head_dim} + 2*{f.groups}*{f.d_state} + {f.heads} is {d_in_proj(f)}",
             help=(f"{settings('heads', [h * tp for h in legal])} makes it one",) if legal else (),
         )

@@ -27,5 +27,6 @@ def check(subject: Subject) -> Iterator[Problem]:
         if site.f.d_conv not in (2, 3, 4):
             yield site.problem(
                 E106, "`d_conv` must be 2, 3 or 4 for causal_conv1d", ("d_conv",),
-                label=f"{site.f.d_conv} taps", help=(f"`d_conv={2 if site.f.d_conv < 2 else 4}` is the nearest",),
+                label=f"{site.f.d_conv} taps",
+                help=(f"`d_conv={2 if site.f.d_conv < 2 else 4}` is the nearest",),
             )

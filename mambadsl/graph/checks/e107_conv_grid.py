@@ -37,5 +37,5 @@ def check(subject: Subject) -> Iterator[Problem]:
             yield site.problem(
                 E107, f"a convolution has fewer than {LIMIT:,} channels on one device", fields,
                 label=f"{channels:,} channels with tp={tp}",
-                help=(f"tensor parallelism over {tp * (channels // (LIMIT - 1) + 1)} devices or more splits them",),
+                help=(f"tensor parallelism over {tp * (channels // (LIMIT - 1) + 1)} devices splits them",),
             )

@@ -34,5 +34,5 @@ def check(subject: Subject) -> Iterator[Problem]:
             yield site.problem(
                 E121, "the Mamba-1 scan saves at most 2^31 - 1 numbers in the kernel", ("d_state", "d_inner"),
                 label=f"{facts.batch} * {channels:,} * {chunks:,} * {site.f.d_state} = {states:,}",
-                help=(f"at batch {facts.batch}, a length of at most {most:,}",) if most else ("a smaller batch",),
+                help=(f"a length of at most {most:,}" if most else "a smaller batch",),
             )

@@ -12,8 +12,8 @@ E201 = declare(
     "E201",
     "the heads of a Mamba layer do not divide among devices",
     """
-    Tensor parallelism over `tp` devices splits Mamba-2 layers by heads and Mamba-1 layers by channels; tp must
-    divide them.
+    Tensor parallelism over `tp` devices splits Mamba-2 layers by heads and Mamba-1 layers by channels; tp
+    must divide them.
 
     Why: a head's state lives on one device.
 

@@ -12,8 +12,8 @@ E202 = declare(
     "E202",
     "the groups of a Mamba-2 layer do not divide among devices",
     """
-    Tensor parallelism over `tp` devices splits Mamba-2 layers by groups, so tp must divide `groups`. vLLM also
-    copies a single group to all devices.
+    Tensor parallelism over `tp` devices splits Mamba-2 layers by groups, so tp must divide `groups`. vLLM
+    also copies a single group to all devices.
 
     Why: heads of one group share B and C, and the gated norm works on whole groups: on two devices they
     would need communication inside the scan.
@@ -32,5 +32,6 @@ def check(subject: Subject) -> Iterator[Problem]:
         if groups % facts.tp and not (groups == 1 and facts.tool.copies_one_group):
             yield site.problem(
                 E202, "`groups` must be a multiple of the tensor-parallel size", ("groups",),
-                label=f"{groups} cannot be split over {facts.tp} devices", help=(f"tp: {divide(groups, facts.tp)}",),
+                label=f"{groups} cannot be split over {facts.tp} devices",
+                help=(f"tp: {divide(groups, facts.tp)}",),
             )

@@ -48,7 +48,8 @@ def check(subject: Subject) -> Iterator[Problem]:
         if facts.tool.copies_kv and facts.tp % kv_heads == 0:
             yield site.problem(
                 W205, f"{kv_heads} key/value heads are copied to {facts.tp} devices", ("kv_heads",),
-                label=f"every head is kept {facts.tp // kv_heads} times", help=(f"tp: {divide(kv_heads, facts.tp)}",),
+                label=f"every head is kept {facts.tp // kv_heads} times",
+                help=(f"tp: {divide(kv_heads, facts.tp)}",),
             )
         else:
             yield site.problem(

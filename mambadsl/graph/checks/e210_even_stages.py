@@ -34,4 +34,5 @@ def check(subject: Subject) -> Iterator[Problem]:
     fitting = [n for n in divisors_near(layers, facts.pp, most=4) if n > 1]
     even = (f"pp={listed(fitting, word='or')} divides {layers}",) if fitting else ()
     message = f"{layers} layers cannot be split evenly into {facts.pp} pipeline stages"
-    yield Problem(Diagnostic(E210, message, subject.graph.layers[0].span, "from here on", help=(after, *even)))
+    first = subject.graph.layers[0].span
+    yield Problem(Diagnostic(E210, message, first, "from here on", help=(after, *even)))

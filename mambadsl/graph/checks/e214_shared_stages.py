@@ -32,6 +32,8 @@ def check(subject: Subject) -> Iterator[Problem]:
             uses.setdefault(node.owner, []).append(node)
     for owner, nodes in uses.items():
         if len(nodes) > 1:
-            message = f"`{owner.split('.')[1]}` is shared, and {subject.facts.tool.doc} cannot use it in several stages"
-            place, help = nodes[0].layer.span or nodes[0].span, ("tensor parallelism, or one stage",)
-            yield Problem(Diagnostic(E214, message, place, f"with {subject.stages} stages", help=help), tuple(nodes))
+            name = owner.split(".")[1]
+            message = f"`{name}` is shared, and `{subject.facts.target}` cannot use it in several stages"
+            place, help = subject.declaration(nodes[0]), ("tensor parallelism, or one stage",)
+            label = f"with {subject.stages} stages"
+            yield Problem(Diagnostic(E214, message, place, label, help=help), tuple(nodes))

@@ -28,7 +28,8 @@ E217 = declare(
 def check(subject: Subject) -> Iterator[Problem]:
     for site in subject.sites("attention"):
         rope = site.f.rope
-        if rope.name != "rope":
+        unfit = site.defaulted("head_dim") and subject.graph.model.d_model % site.f.heads
+        if rope.name != "rope" or unfit:  # E216 speaks about the latter
             continue
         # As written: 0.4 is 2/5 here, not the float nearest to it.
         share = Fraction(str(rope.fraction))

@@ -80,8 +80,8 @@ def check(subject: Subject) -> Iterator[Problem]:
             )
         elif top_groups > groups:
             yield site.problem(
-                E222, "`top_groups` must be at most `groups`", ("router",), label=f"{top_groups} of {groups} groups",
-                help=(f"`top_groups={groups}` is the most",),
+                E222, "`top_groups` must be at most `groups`", ("router",),
+                label=f"{top_groups} of {groups} groups", help=(f"`top_groups={groups}` is the most",),
             )
         elif top_k <= experts and (opened := experts // groups * top_groups) < top_k:
             least = -(-top_k * groups // experts)

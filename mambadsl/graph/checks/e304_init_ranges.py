@@ -11,8 +11,8 @@ E304 = declare(
     "E304",
     "a range of initial values is empty",
     """
-    Initial values of a Mamba layer come from ranges: dt_floor <= dt_min < dt_max, and `a_range=[low, high]` with
-    low <= high.
+    Initial values of a Mamba layer come from ranges: dt_floor <= dt_min < dt_max, and `a_range=[low, high]`
+    with low <= high.
 
     Why: drawn from an empty range, dt or A start as NaN or all equal, and training fails much later.
 

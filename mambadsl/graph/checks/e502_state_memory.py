@@ -31,8 +31,8 @@ def check(subject: Subject) -> Iterator[Problem]:
     needed = each * facts.max_sequences
     if needed > facts.memory_bytes:
         message = (
-            f"{facts.max_sequences} sequences need {_mb(needed)} of state, more than the {_mb(facts.memory_bytes)} "
-            "there are"
+            f"{facts.max_sequences} sequences need {_mb(needed)} of state, more than the "
+            f"{_mb(facts.memory_bytes)} there are"
         )
         notes = (f"{_mb(each)} for one sequence on one device",)
         help = (f"at most {facts.memory_bytes // each} sequences",)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mambadsl.graph.checks.legal import listed
 from mambadsl.graph.checks.subject import Problem, Site, Subject
-from mambadsl.text.diagnostic import Diagnostic, declare
+from mambadsl.text.diagnostic import Diagnostic, Label, declare
 
 E601 = declare(
     "E601",
@@ -31,21 +31,23 @@ def check(subject: Subject) -> Iterator[Problem]:
         kind = site.mixer.kind
         if tool.kinds and kind not in tool.kinds:
             yield site.problem(
-                E601, f"{tool.doc} have no layer of kind `{kind}`", help=(f"there are {listed(tool.kinds)}",)
+                E601, f"`{subject.facts.target}` has no layer of kind `{kind}`",
+                help=(f"there are {listed(tool.kinds)}",),
             )
         elif tool.one_size and site.f != first.setdefault(kind, site).f:
             fields = tuple(name for name in site.f if site.f[name] != first[kind].f[name])
             yield site.problem(
-                E601, f"{tool.doc} have one size for all layers of kind `{kind}`", fields,
+                E601, f"`{subject.facts.target}` has one size for all layers of kind `{kind}`", fields,
                 label=f"{listed(f'`{name}`' for name in fields)} not as in other layers",
+                labels=(Label(first[kind].span, "other layers are this"),) if first[kind].span else (),
             )
     sums = [node for node in subject.graph.layers if len(node.layer.branches) > 1]
     if sums and not tool.sums:
         place, help = sums[0].layer.span or sums[0].span, ("one after the other: `M A`",)
-        message = f"{tool.doc} have no layers in parallel"
+        message = f"`{subject.facts.target}` has no layers in parallel"
         yield Problem(Diagnostic(E601, message, place, "a sum", help=help), tuple(sums))
     shared = [node for node in subject.graph.layers if node.shared]
     if shared and not tool.shared:
-        message, place = f"{tool.doc} have no shared layers", shared[0].layer.span or shared[0].span
+        message, place = f"`{subject.facts.target}` has no shared layers", subject.declaration(shared[0])
         help = ("`layer` instead of `shared` gives every use weights of its own",)
         yield Problem(Diagnostic(E601, message, place, "shared", help=help), tuple(shared))

@@ -21,10 +21,10 @@ E050 = declare(
     "E050",
     "an `expect` line does not hold",
     """
-    `expect LEFT == RIGHT` (or != <= >= < >) compares facts of the compiled model with numbers. Facts: `layers`
-    (sublayers of the stack), `stages` (pipeline stages that the text cuts), `params`, `active_params`
-    (what one token uses), `flops_per_token` (forward, at the model's context), `kv_bytes_per_token`,
-    `state_bytes` (of one sequence), and `count(KIND)` or `count(LAYER)`.
+    `expect LEFT == RIGHT` (or != <= >= < >) compares facts of the compiled model with numbers. Facts:
+    `layers` (sublayers of the stack), `stages` (pipeline stages that the text cuts), `params`,
+    `active_params` (what one token uses), `flops_per_token` (forward, at the model's context),
+    `kv_bytes_per_token`, `state_bytes` (of one sequence), and `count(KIND)` or `count(LAYER)`.
 
     Why: a count from the paper catches most mistakes in a description.
 
@@ -37,8 +37,8 @@ E051 = declare(
     "E051",
     "an unknown fact",
     """
-    An `expect` line names something that is no fact, constant or setting; or `count(...)` something that is no
-    kind and no layer of the model.
+    An `expect` line names something that is no fact, constant or setting; or `count(...)` something that is
+    no kind and no layer of the model.
 
     Why: an expectation that cannot be computed would never fail.
 
@@ -75,17 +75,20 @@ def check(subject: Subject) -> Iterator[Problem]:
 
 def _one(subject: Subject, expect: ExpectSpec) -> Diagnostic | None:
     node = expect.node
-    left, right = (evaluate(_with_facts(side, subject, expect.scope), expect.scope) for side in (node.left, node.right))
+    scope = expect.scope
+    left, right = (evaluate(_with_facts(side, subject, scope), scope) for side in (node.left, node.right))
     numbers = isinstance(left, Fraction) and isinstance(right, Fraction)
     if not numbers and node.op not in ("==", "!="):
         return Diagnostic(E050, f"`{node.op}` compares numbers", node.span, f"{show(left)} and {show(right)}")
     if OPERATORS[node.op](left, right):
         return None
     if not numbers:
-        return Diagnostic(E050, "this does not hold", node.span, f"{show(left)} {node.op} {show(right)} is false")
-    label = f"{_text(left)} {node.op} {_text(right)} is false"
-    notes = (f"the difference is {_text(abs(left - right))}",) if left != right else ()
-    return Diagnostic(E050, "this does not hold", node.span, label, notes=notes)
+        message = f"`{node.left.span.text}` is {show(left)}, expected {node.op} {show(right)}"
+        return Diagnostic(E050, message, node.span)
+    expected = _text(right) if node.op == "==" else f"{node.op} {_text(right)}"
+    message = f"`{node.left.span.text}` is {_text(left)}, expected {expected}"
+    label = f"{_text(abs(left - right))} too {'many' if left > right else 'few'}" if left != right else ""
+    return Diagnostic(E050, message, node.span, label)
 
 
 def _with_facts(node: tree.Value, subject: Subject, scope) -> tree.Value:
@@ -102,7 +105,7 @@ def _with_facts(node: tree.Value, subject: Subject, scope) -> tree.Value:
             return _number(FACTS[node.name.text](subject), node)
         case tree.Term(args=None) if scope.lookup(node.name) is None:
             near = nearest(node.name.text, [*FACTS, "count", *scope.names()])
-            help = (f"did you mean `{near}`?",) if near else (f"facts are {', '.join(FACTS)} and count(KIND)",)
+            help = (f"did you mean `{near}`?" if near else f"facts are {', '.join(FACTS)} and count(KIND)",)
             raise ValueProblem(Diagnostic(E051, f"there is no fact `{node.name.text}`", node.span, help=help))
         case tree.Term() if node.args:
             args = tuple(replace(arg, value=_with_facts(arg.value, subject, scope)) for arg in node.args)
@@ -129,10 +132,6 @@ def _count(node: tree.Term, subject: Subject) -> int:
         sort = "layer of the stack" if isinstance(value, tree.Use) else "kind"
         raise ValueProblem(Diagnostic(E051, f"there is no {sort} `{what}`", value.span, help=help))
     return found
-
-
-def _total(subject: Subject):
-    return total(subject.model_costs)
 
 
 def _number(value: int | Fraction, node: tree.Term) -> tree.Number:

@@ -41,7 +41,9 @@ def check(subject: Subject) -> Iterator[Problem]:
     span, half = mixers[places[0]][1].span, len(mixers) / 2
     if len(places) > len(mixers) / 4:
         message = f"{len(places)} of {len(mixers)} mixers are attention, {len(places) / len(mixers):.0%}"
-        yield Problem(Diagnostic(I704, message, span, "the first of them", notes=("released hybrids have 7 to 13 %",)))
+        note = "released hybrids have 7 to 13 %"
+        yield Problem(Diagnostic(I704, message, span, "the first of them", notes=(note,)))
     elif len(places) > 2 and (places[-1] < half or places[0] >= half):
         message = f"all {len(places)} attention layers are in one half of the depth"
-        yield Problem(Diagnostic(I704, message, span, "the first of them", notes=("released hybrids spread them",)))
+        note = "released hybrids spread them"
+        yield Problem(Diagnostic(I704, message, span, "the first of them", notes=(note,)))

@@ -13,8 +13,8 @@ I707 = declare(
     """
     For kernels: d_model is below 512 and there are recurrent layers.
 
-    Why: a Mamba layer is a dozen small kernels; at this width the GPU computes each in less time than it takes
-    to start the next.
+    Why: a Mamba layer is a dozen small kernels; at this width the GPU computes each in less time than it
+    takes to start the next.
 
     Example: `d_model = 256` with the part set `fused`.
 

@@ -1,13 +1,13 @@
 """What rules look at: a graph with facts, each distinct mixer once, and problems that know their places.
 
-In: LayerGraph, Facts. Out: `Subject`, whose `sites(kind)` are the places of the text that define a mixer, with
-the nodes that use it; rules answer with `Problem`s.
+In: LayerGraph, Facts. Out: `Subject`, whose `sites(kind)` are the places of the text that define a mixer,
+with the nodes that use it; rules answer with `Problem`s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mambadsl.graph.checks.facts import Facts
@@ -75,8 +75,8 @@ class Site:
         span = places[0][1] if places else self.span
         others = tuple(Label(place, f"`{name}` set here") for name, place in places[1:] if place != span)
         values = {**self.mixer.fields, **self.mixer.branch}
-        unset = [name for name in fields if self.defaulted(name)]
-        default = tuple(f"`{name}` is {values[name]} by default" for name in unset)
+        unset = [f"`{name}` is {values[name]}" for name in fields if self.defaulted(name)]
+        default = (f"{listed(unset)} by default",) if unset else ()
         diagnostic = Diagnostic(code, message, span, label, others + labels, default + notes, help)
         return Problem(diagnostic, self.nodes)
 
@@ -142,14 +142,30 @@ class Subject:
                 return next((s.span for s in statement.settings if s.name.text == name), None)
         return None
 
+    def declaration(self, node: Node) -> Span | None:
+        """Where the shared layer that a node uses is declared (where it is used, if in another file)."""
+        name = node.owner.split(".")[1]
+        for statement in self.graph.file.statements if self.graph.file else ():
+            if isinstance(statement, tree.Layer) and statement.name.text == name:
+                return statement.name.span
+        return node.span
+
     def setting_label(self, name: str) -> tuple[Label, ...]:
         span = self.setting(name)
         return (Label(span, f"`{name}` set here"),) if span else ()
 
 
-def used_note(nodes: Iterable[Node]) -> tuple[str, ...]:
-    """`used 6 times: W (stack.3, stack.7, ...) in lines 19-22`; nothing for a single use."""
-    nodes = list(nodes)
+def with_uses(diagnostic: Diagnostic, nodes: list[Node]) -> Diagnostic:
+    """The diagnostic, and where the layers it is about are used: how often, if more than once; and one place,
+    if that is in another file than the caret."""
+    labels = diagnostic.labels
+    if diagnostic.span and nodes and (use := nodes[0].span) and use.source is not diagnostic.span.source:
+        labels += (Label(use, "used here"),)
+    return replace(diagnostic, labels=labels, notes=_used(nodes) + diagnostic.notes)
+
+
+def _used(nodes: list[Node]) -> tuple[str, ...]:
+    """`used 6 times: W (stack.3, stack.7, ...), lines 19-22`; nothing for a single use."""
     if len(nodes) < 2:
         return ()
     names = listed(dict.fromkeys(node.layer.label for node in nodes))

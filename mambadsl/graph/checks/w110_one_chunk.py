@@ -32,6 +32,6 @@ def check(subject: Subject) -> Iterator[Problem]:
             place = first.given("chunk") or first.span
             labels = (Label(place, f"{first.f.chunk} here"),) if place else ()
             yield site.problem(
-                W110, f"`chunk` should be the same in all Mamba-2 layers for {subject.facts.tool.doc}", ("chunk",),
-                label=f"{site.f.chunk} here", labels=labels, help=(f"`chunk={first.f.chunk}`",),
+                W110, f"`chunk` should be the same in all Mamba-2 layers for `{subject.facts.target}`",
+                ("chunk",), label=f"{site.f.chunk} here", labels=labels, help=(f"`chunk={first.f.chunk}`",),
             )

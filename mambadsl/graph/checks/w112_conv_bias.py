@@ -28,6 +28,6 @@ def check(subject: Subject) -> Iterator[Problem]:
     for site in subject.sites("mamba1", "mamba2"):
         if not site.f.conv_bias:
             yield site.problem(
-                W112, f"{subject.facts.tool.doc} need a bias in the convolution", ("conv_bias",),
+                W112, f"`{subject.facts.target}` needs a bias in the convolution", ("conv_bias",),
                 label="no bias here", help=("`conv_bias=true`; a bias of zeros is the same function",),
             )

@@ -27,7 +27,7 @@ def check(subject: Subject) -> Iterator[Problem]:
     if subject.facts.padding != "left" or subject.facts.tool.masks_padding:
         return
     for site in subject.recurrent():
-        message = f"{subject.facts.tool.doc} let padding on the left into recurrent state"
+        message = f"`{subject.facts.target}` lets padding on the left into recurrent state"
         help = ("pad on the right, or pack documents",)
         yield Problem(Diagnostic(W404, message, site.span, "the first recurrent layer", help=help))
         return

@@ -18,7 +18,7 @@ W501 = declare(
     ever shared, and short requests waste most of a page.
 
     Example: `mamba2(heads=128, d_state=128)` (4 MB a layer) with `attention(kv_heads=1, head_dim=64)` (256
-    bytes a token): 16,624 tokens a page.
+    bytes a token): 16,592 tokens a page.
 
     Instead: a smaller `d_state` or fewer heads, or more key/value heads.
     """,

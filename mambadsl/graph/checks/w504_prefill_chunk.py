@@ -34,5 +34,6 @@ def check(subject: Subject) -> Iterator[Problem]:
             near = listed(multiples_near(piece, site.f.chunk), word="or")
             yield site.problem(
                 W504, "pieces of a prompt should be multiples of `chunk`", ("chunk",),
-                label=f"{piece} tokens are not whole chunks of {site.f.chunk}", help=(f"pieces of {near} tokens",),
+                label=f"{piece} tokens are not whole chunks of {site.f.chunk}",
+                help=(f"pieces of {near} tokens",),
             )

@@ -40,6 +40,12 @@ W505 = declare(
     """,
 )
 
+#: Projections of other libraries that are part of a wider one here.
+_ELSEWHERE = {
+    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
+}
+
 
 def check(subject: Subject) -> Iterator[Problem]:
     targets, layers = subject.facts.lora_targets, subject.graph.layers
@@ -50,7 +56,7 @@ def check(subject: Subject) -> Iterator[Problem]:
     known = dict.fromkeys(name for found in names.values() for name in sorted(found))
     for target in targets:
         if target not in known:
-            near = nearest(target, known)
+            near = _ELSEWHERE.get(target) if _ELSEWHERE.get(target) in known else nearest(target, known)
             help = (f"did you mean `{near}`?",) if near else ()
             message = f"no layer has a projection `{target}`"
             yield Problem(Diagnostic(E505, message, help=(*help, f"there are {', '.join(known)}")))

@@ -11,8 +11,8 @@ W602 = declare(
     "W602",
     "the target's gated norm differs",
     """
-    For a target: the gated norm of Mamba-2 must gate and normalise in the same order, and over the same groups
-    of channels, as the target does.
+    For a target: the gated norm of Mamba-2 must gate and normalise in the same order, and over the same
+    groups of channels, as the target does.
 
     Why: weights load without an error and give other numbers.
 
@@ -31,12 +31,12 @@ def check(subject: Subject) -> Iterator[Problem]:
         f = site.f
         if f.gated_norm == "before_gate" and not facts.tool.norm_before_gate:
             yield site.problem(
-                W602, f"{facts.tool.doc} normalise after the gate", ("gated_norm",), label="before the gate here",
-                help=("`gated_norm=after_gate`",),
+                W602, f"`{facts.target}` normalises after the gate", ("gated_norm",),
+                label="before the gate here", help=("`gated_norm=after_gate`",),
             )
         elif f.gated_norm != "none" and f.norm_groups != f.groups and facts.target in SAME_GROUPS:
             yield site.problem(
-                W602, f"{facts.tool.doc} normalise over as many groups as B and C have", ("norm_groups", "groups"),
-                label=f"{f.norm_groups} groups in the norm, {f.groups} of B and C",
+                W602, f"`{facts.target}` normalises over as many groups as B and C have",
+                ("norm_groups", "groups"), label=f"{f.norm_groups} groups in the norm, {f.groups} of B and C",
                 help=(f"`norm_groups={f.groups}`",),
             )

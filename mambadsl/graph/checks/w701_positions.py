@@ -27,7 +27,8 @@ def check(subject: Subject) -> Iterator[Problem]:
     sites = list(subject.sites("attention"))
     if not sites or any(site.f.rope.name != "none" for site in sites) or any(subject.recurrent()):
         return
-    message, label = "no layer knows the order of tokens", "no position embedding, and no recurrent layer in the model"
+    message = "no layer knows the order of tokens"
+    label = "no position embedding, and no recurrent layer in the model"
     place = sites[0].given("rope") or sites[0].span
     nodes = tuple(node for site in sites for node in site.nodes)
     yield Problem(Diagnostic(W701, message, place, label, help=("`rope=rope(theta=10_000)`",)), nodes)

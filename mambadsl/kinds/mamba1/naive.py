@@ -26,11 +26,12 @@ def naive(
     is not 0, "segment" [B]. Returns y_BTD (zeros at padding) and the state after it. All in float32."""
     w = {name: tensor.float() for name, tensor in weights.items()}
     B, T, _ = x_BTD.shape
-    segments_BT = torch.zeros(B, T) if tokens.segments_BT is None else tokens.segments_BT
+    zeros = x_BTD.float().new_zeros
+    segments_BT = zeros(B, T) if tokens.segments_BT is None else tokens.segments_BT
     outputs, after = [], []
     for b in range(B):
         if state is None:
-            conv_IJ, ssm_IN = torch.zeros(f.d_inner, f.d_conv - 1), torch.zeros(f.d_inner, f.d_state)
+            conv_IJ, ssm_IN = zeros(f.d_inner, f.d_conv - 1), zeros(f.d_inner, f.d_state)
             document = 0
         else:
             conv_IJ, ssm_IN = state["conv"][b].float(), state["ssm"][b].float()
@@ -39,14 +40,14 @@ def naive(
         for t in range(T):
             segment = int(segments_BT[b, t])
             if segment == PADDING:
-                row.append(torch.zeros(dims.d_model))
+                row.append(zeros(dims.d_model))
                 continue
             if segment != document:
                 conv_IJ, ssm_IN, document = torch.zeros_like(conv_IJ), torch.zeros_like(ssm_IN), segment
             y_D, conv_IJ, ssm_IN = one_token(w, f, x_BTD[b, t].float(), conv_IJ, ssm_IN)
             row.append(y_D)
         outputs.append(torch.stack(row))
-        after.append((conv_IJ, ssm_IN, torch.tensor(document, dtype=torch.int32)))
+        after.append((conv_IJ, ssm_IN, zeros((), dtype=torch.int32) + document))
     conv, ssm, segment = (torch.stack(tensors) for tensors in zip(*after))
     return torch.stack(outputs).to(x_BTD.dtype), {"conv": conv, "ssm": ssm, "segment": segment}
 

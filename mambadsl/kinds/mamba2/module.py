@@ -99,7 +99,7 @@ def ssd(
     y_BcQHP = (weight_BcHQQ @ x_BcQHP.transpose(2, 3)).transpose(2, 3)
 
     # What each chunk adds to the state at its end; heads of a group are columns of one product.
-    to_end_BcHQ = (total_BcH1 - log_decay_BcHQ).exp()
+    to_end_BcHQ = (total_BcH1 - log_decay_BcHQ).clamp_max(0).exp()
     to_end_BcHQ = to_end_BcHQ if last_BcQ is None else to_end_BcHQ * last_BcQ[:, :, None]
     late_BcQHP = x_BcQHP * to_end_BcHQ.transpose(2, 3)[..., None]
     late_BcGQK = late_BcQHP.unflatten(3, (G, R)).flatten(4).transpose(2, 3)
@@ -129,14 +129,14 @@ def ssd(
 def _documents(
     starts_BcQ: Tensor | None, Q: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Masks of ones and zeros for each chunk: which tokens up to it a token sees [B or 1, c or 1, Q, Q]; which
-    are of the document that the chunk begins in; of the one that it ends in [B, c, Q] (None: all)."""
+    """Masks of ones and zeros for each chunk: which tokens up to itself a token sees [B or 1, c or 1, Q, Q];
+    which are of the document that the chunk begins in; of the one that it ends in [B, c, Q] (None: all)."""
     causal_QQ = torch.ones(Q, Q, device=device).tril()
     if starts_BcQ is None:
         return causal_QQ[None, None], None, None
     count_BcQ = starts_BcQ.cumsum(2)
-    same_BcQQ = count_BcQ[..., :, None] == count_BcQ[..., None, :]
-    return same_BcQQ * causal_QQ, (count_BcQ == 0).float(), (count_BcQ == count_BcQ[..., -1:]).float()
+    sees_BcQQ = causal_QQ * (count_BcQ[..., :, None] == count_BcQ[..., None, :])
+    return sees_BcQQ, (count_BcQ == 0).float(), (count_BcQ == count_BcQ[..., -1:]).float()
 
 
 def gate_norm(

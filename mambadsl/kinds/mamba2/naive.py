@@ -26,12 +26,13 @@ def naive(
     it is not 0, "segment" [B]. Returns y_BTD (zeros at padding) and the state after it. All in float32."""
     w = {name: tensor.float() for name, tensor in weights.items()}
     B, T, _ = x_BTD.shape
-    segments_BT = torch.zeros(B, T) if tokens.segments_BT is None else tokens.segments_BT
+    zeros = x_BTD.float().new_zeros
+    segments_BT = zeros(B, T) if tokens.segments_BT is None else tokens.segments_BT
     outputs, after = [], []
     for b in range(B):
         if state is None:
-            conv_CJ = torch.zeros(w["conv.weight"].shape[0], f.d_conv - 1)
-            ssm_HPN = torch.zeros(f.heads, f.head_dim, f.d_state)
+            conv_CJ = zeros(w["conv.weight"].shape[0], f.d_conv - 1)
+            ssm_HPN = zeros(f.heads, f.head_dim, f.d_state)
             document = 0
         else:
             conv_CJ, ssm_HPN = state["conv"][b].float(), state["ssm"][b].float()
@@ -40,14 +41,14 @@ def naive(
         for t in range(T):
             segment = int(segments_BT[b, t])
             if segment == PADDING:
-                row.append(torch.zeros(dims.d_model))
+                row.append(zeros(dims.d_model))
                 continue
             if segment != document:
                 conv_CJ, ssm_HPN, document = torch.zeros_like(conv_CJ), torch.zeros_like(ssm_HPN), segment
             y_D, conv_CJ, ssm_HPN = one_token(w, f, x_BTD[b, t].float(), conv_CJ, ssm_HPN)
             row.append(y_D)
         outputs.append(torch.stack(row))
-        after.append((conv_CJ, ssm_HPN, torch.tensor(document, dtype=torch.int32)))
+        after.append((conv_CJ, ssm_HPN, zeros((), dtype=torch.int32) + document))
     conv, ssm, segment = (torch.stack(tensors) for tensors in zip(*after))
     return torch.stack(outputs).to(x_BTD.dtype), {"conv": conv, "ssm": ssm, "segment": segment}
 

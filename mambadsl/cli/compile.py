@@ -1,0 +1,49 @@
+"""`mambadsl compile`: checks, plans, and writes what a run needs into a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mambadsl.cli import output
+from mambadsl.cli.command import command
+from mambadsl.cli.source import Given, takes_model
+from mambadsl.cli.types import COUNT
+
+
+@command("compile", examples=(
+    "mambadsl compile models/tiny.mdl -o tiny_compiled",
+    "mambadsl compile models/nemotron_h_8b.mdl --stages 4 -o nemotron_compiled",
+    'mambadsl compile -e "[M F]*6 A F" --set d_model=512',
+))
+@takes_model
+@click.option("--stages", type=COUNT, metavar="N", help="Pipeline stages (default: as the text cuts).")
+@click.option("--parts", default="reference", metavar="SET", help="The part set that will run it.")
+@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Write graph.json, plan.json and summary.txt here.")
+def run(model: Given, stages: int | None, parts: str, out: Path | None, as_json: bool) -> None:
+    """Check and plan a model, and write the result into a folder.
+
+    The folder needs no model file any more: `mambadsl.load_compiled(DIR)` builds the model, or any stage of
+    it. The same input gives the same bytes.
+    """
+    program = model.program()
+    plan = program.plan(stages=stages)
+    paths = ()
+    if out is not None:
+        from mambadsl.run.compiled import save
+
+        try:
+            paths = save(program, plan, out, parts=parts)
+        except OSError as error:
+            raise click.ClickException(f"`{out}` cannot be written: {error.strerror or error}") from None
+    if as_json:
+        output.json(name=program.spec.name, files=[str(path) for path in paths], plan=plan.to_json())
+        return
+    from mambadsl.show.plan import plan_text
+
+    output.problems(program.diagnostics)
+    output.text(plan_text(plan))
+    for path in paths:
+        output.text(f"wrote {path}")

@@ -1,0 +1,99 @@
+"""Where a command's model comes from: FILE, `-`, or `-e TEXT`, with `--set NAME=VALUE`.
+
+`@takes_model` gives a command one argument, a `Given`; `@takes_models` a list of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mambadsl.compile import Program
+    from mambadsl.text.source import Source
+
+
+#: Not checked here: what is wrong with a file is a diagnostic. (The type completes file names in a shell.)
+_FILE = click.Path(allow_dash=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """path: a file's, or "-"; None where `text` is given."""
+
+    path: str | None
+    text: str | None
+    sets: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        return {None: "<text>", "-": "<stdin>"}.get(self.path, self.path or "")
+
+    def source(self) -> Source:
+        """Reads it. Raises MdlError."""
+        from mambadsl.text.source import MAX_BYTES, from_bytes, from_text, read
+
+        if self.text is not None:
+            return from_text(self.text, name=self.name)
+        if self.path == "-":
+            return from_bytes(click.get_binary_stream("stdin").read(MAX_BYTES + 1), name=self.name)
+        return read(self.path)
+
+    def program(self) -> Program:
+        """Compiled and checked; its warnings are on standard error."""
+        from mambadsl.compile import compile_source
+
+        return compile_source(self.source(), set=self.sets)
+
+
+def takes_model(function: Callable) -> Callable:
+    """One model; handed over as the first argument."""
+
+    @click.argument("file", required=False, metavar="FILE", type=_FILE)
+    @functools.wraps(function)
+    def inner(file: str | None, expression: str | None, sets: Mapping[str, str], **rest: Any) -> Any:
+        if (file is None) == (expression is None):
+            raise click.UsageError("give a FILE or -e TEXT, and not both")
+        return function(Given(file, expression, sets), **rest)
+
+    return _options(inner)
+
+
+def takes_models(function: Callable) -> Callable:
+    """Several models; handed over as a tuple, the first argument."""
+
+    @click.argument("files", nargs=-1, metavar="FILE...", type=_FILE)
+    @functools.wraps(function)
+    def inner(files: tuple[str, ...], expression: str | None, sets: Mapping[str, str], **rest: Any) -> Any:
+        if bool(files) == (expression is not None):
+            raise click.UsageError("give FILEs or -e TEXT, and not both")
+        if expression is not None:
+            return function((Given(None, expression, sets),), **rest)
+        return function(tuple(Given(file, None, sets) for file in dict.fromkeys(files)), **rest)
+
+    return _options(inner)
+
+
+def _options(function: Callable) -> Callable:
+    text = click.option("-e", "--expression", metavar="TEXT", help='The model itself: -e "M M M A".')
+    sets = click.option(
+        "--set", "sets", multiple=True, metavar="NAME=VALUE", callback=_pairs,
+        help="Another value for a setting, a constant or a layer's field (d_model=512, M.heads=8).",
+    )
+    return text(sets(function))
+
+
+def _pairs(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        name, equals, given = (part.strip() for part in value.partition("="))
+        if not (name and equals and given):
+            raise click.BadParameter(f"`{value}` is not NAME=VALUE, as in `d_model=512`", ctx, param)
+        if name in found:
+            raise click.BadParameter(f"`{name}` is set twice", ctx, param)
+        found[name] = given
+    return found
