@@ -77,9 +77,9 @@ class _Checked:
               help="github: annotations for a pull request.")
 @_fact_options
 def run(models: tuple[Given, ...], form: str, as_json: bool, **facts: Any) -> int:
-    """Say everything that is wrong with models, and what is doubtful.
+    """Say everything that is wrong with models.
 
-    Without options: what is wrong anywhere. Options add what is wrong there. A file without a stack is a
+    And what is doubtful. Without options: what is so anywhere. Options add what is so there. A file without a stack is a
     library; its layers are checked.
     """
     given = {name: value for name, value in facts.items() if value is not None}

@@ -17,9 +17,9 @@ from mambadsl.cli.source import Given, takes_model
 @takes_model
 @click.option("--origin", is_flag=True, help="Say behind each value where it came from.")
 def run(model: Given, origin: bool, as_json: bool) -> None:
-    """Write a model out in full: every default, every name looked up.
+    """Write a model out in full.
 
-    The result is a model file that compiles to the same model.
+    With every default, and every name looked up. The result is a model file that compiles to the same model.
     """
     program = model.program()
     text = program.expand(origin=origin)

@@ -33,7 +33,7 @@ _FORMS = {
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it here.")
 @click.option("--stages", type=COUNT, metavar="N", help="Plan for N pipeline stages and show them.")
 def run(model: Given, form: str, out: Path | None, stages: int | None, as_json: bool) -> None:
-    """Draw a model: a text tree, DOT, Mermaid, SVG or JSON for Model Explorer."""
+    """Draw a model: text tree, DOT, Mermaid, SVG, Model Explorer."""
     from importlib import import_module
 
     program = model.program()

@@ -41,9 +41,9 @@ def _devices() -> tuple[str, ...]:
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a sequence (default: the model's context).")
 @click.option("--batch", "sequences", type=COUNT, default=1, metavar="N", help="Sequences of a microbatch (default 1).")
 def run(model: Given, device: str | None, measured: str | None, as_json: bool, **how: Any) -> None:
-    """Cut a model into pipeline stages for the shortest predicted step.
+    """Cut a model into pipeline stages.
 
-    Without --stages, the text's `|` marks say how many; they are kept.
+    The cuts are those with the shortest predicted step that fit into memory. Without --stages, the text's `|` marks say how many; they are kept.
     """
     if device and measured:
         raise click.UsageError("--device and --measured do not go together; the file names its base device")

@@ -19,9 +19,9 @@ from mambadsl.cli.types import COUNT
 @click.option("--all", "every", is_flag=True, help="A row for every layer, nothing folded.")
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a sequence (default: the model's context).")
 def run(model: Given, every: bool, length: int | None, as_json: bool) -> None:
-    """Show a model as a table: layers, parameters, FLOPs, decoding state.
+    """Show layers and what they cost as a table.
 
-    Repeats are folded as the file groups them; a shared weight counts once.
+    Parameters, FLOPs, keys and values, fixed decoding state. Repeats are folded as the file groups them; a shared weight counts once.
     """
     from mambadsl.show.summary import summary_data, summary_text
 

@@ -73,13 +73,18 @@ def units(
     table = costs(graph, length=length)
     sent = _sent_bytes_per_token(graph)
     cuttable = True
+    # A repeated layer is one LayerSpec: what it weighs and takes is counted once.
+    weights_of: dict[tuple, tuple[int, int, str | None]] = {}
     times: dict[tuple, tuple[float, float, float]] = {}
     found = []
     for node in graph.nodes:
         cost = table[node.path]
         cuttable = cuttable and node.role not in LOGITS
-        own, shared, owner = _params(graph, node)
-        key = (node.role, id(node.layer), own + shared)
+        what = node.role, id(node.layer), node.owner if node.shared else None
+        if what not in weights_of or node.layer is None:
+            weights_of[what] = _params(graph, node)
+        own, shared, owner = weights_of[what]
+        key = node.role, id(node.layer), own + shared
         if key not in times:
             times[key] = _times(graph, node, cost, params=own + shared, tokens=tokens, device=device)
         forward, inputs, weights = times[key]

@@ -205,11 +205,13 @@ class _Search:
                 (cuts, vector), step = candidate, found
 
     def look_around(self) -> None:
-        """Every single shift of the best split that could be the next best."""
+        """Every single shift of the best split that could be the next best; on long chains, some of them."""
         _, _, cuts = self.best
         vector = self.pricing.durations(cuts)
         for run in self.runs:
             for by in (-1, 1):
+                if self.work >= 2 * self.effort.work:
+                    return
                 if candidate := self.moved(cuts, vector, run, by):
                     self.below(*candidate, self.second[0])
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mambadsl.kinds.fields import REQUIRED, Field, OneForm, OrWord
+from mambadsl.kinds.fields import REQUIRED, Field, Flag, Int, OneForm, OrWord
 from mambadsl.kinds.registry import all_kinds, get, names
 
 WIDTH = 100
@@ -139,7 +139,8 @@ def _fields(fields: tuple[Field, ...]) -> list[str]:
     lines = []
     for f, head in zip(fields, heads):
         unit = f", in {f.unit}" if f.unit else ""
-        words = f"{f.doc}{unit} [{_says(f)}]"
+        plain = isinstance(f.type, (Int, Flag)) and f.default is not REQUIRED
+        words = f"{f.doc}{unit}" if plain else f"{f.doc}{unit} [{_says(f)}]"
         if len(head) > wide:
             lines.append(head)
             head = ""

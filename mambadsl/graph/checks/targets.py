@@ -14,7 +14,8 @@ class Target:
     mamba_kernels: it runs mamba-ssm's and causal-conv1d's kernels, whatever the machine offers.
     copies_kv: more devices than kv_heads share copies of them. copies_one_group: B and C of a single
     group are copied to every device. copies_groups: groups are copied under context parallelism.
-    pads_vocab: it pads the vocabulary for tensor parallelism by itself, to a multiple of so many rows a device.
+    pads_vocab: it pads the vocabulary for tensor parallelism by itself, to a multiple of so many rows a
+    device.
     norm_before_gate, conv_without_bias: it has these variants of Mamba-2. masks_padding: padding on the left
     does not reach recurrent state. cuts_evenly: pipeline stages have equally many layers unless told.
     shared_across_stages: a shared layer may be used in several stages.

@@ -9,6 +9,7 @@ from mambadsl.graph.graph import Node
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.sublayer import adapter_weights
 from mambadsl.text.diagnostic import Diagnostic, declare
+from mambadsl.text.source import Span
 from mambadsl.text.spell import nearest
 
 E505 = declare(
@@ -48,11 +49,10 @@ _ELSEWHERE = {
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    targets, layers = subject.facts.lora_targets, subject.graph.layers
-    names: dict[int, set[str]] = {}
-    for node in layers:
-        if id(node.layer) not in names:
-            names[id(node.layer)] = _projections(node, subject.graph.model.d_model)
+    targets, layers, d_model = subject.facts.lora_targets, subject.graph.layers, subject.graph.model.d_model
+    distinct = {id(node.layer): node for node in layers}
+    names = {key: _projections(node, d_model) for key, node in distinct.items()}
+    adapted = {key for key, node in distinct.items() if _adapted(node, d_model)}
     known = dict.fromkeys(name for found in names.values() for name in sorted(found))
     for target in targets:
         if target not in known:
@@ -60,10 +60,8 @@ def check(subject: Subject) -> Iterator[Problem]:
             help = (f"did you mean `{near}`?",) if near else ()
             message = f"no layer has a projection `{target}`"
             yield Problem(Diagnostic(E505, message, help=(*help, f"there are {', '.join(known)}")))
-    covered = sum(
-        not names[id(node.layer)].isdisjoint(targets) or _adapted(node, subject.graph.model.d_model)
-        for node in layers
-    )
+    named = {key for key, found in names.items() if not found.isdisjoint(targets)}
+    covered = sum(id(n.layer) in named or (id(n.layer) in adapted and not n.shared) for n in layers)
     if 0 < covered < len(layers) / 2:
         message = f"adapters reach {covered} of {len(layers)} layers, {covered / len(layers):.1%}"
         help = (f"projections of this model: {', '.join(known)}",)
@@ -81,16 +79,13 @@ def _projections(node: Node, d_model: int) -> set[str]:
 
 
 def _adapted(node: Node, d_model: int) -> bool:
-    if node.shared:
-        return False
     dims = node.dims(d_model)
     return any(
-        mixer.branch.adapter.name != "none"
-        and adapter_weights(mixer.branch, get(mixer.kind).weights(mixer.fields, dims), dims)
+        adapter_weights(mixer.branch, get(mixer.kind).weights(mixer.fields, dims), dims)
         for _, _, mixer in node.branches()
     )
 
 
-def _place(subject: Subject):
+def _place(subject: Subject) -> Span | None:
     """Where the text asks for an adapter, if it does."""
     return next((site.given("adapter") for site in subject.sites() if site.given("adapter")), None)

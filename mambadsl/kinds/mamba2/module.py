@@ -81,11 +81,10 @@ def ssd(
         t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)) if missing else t
         return t.unflatten(1, (-1, Q))
 
-    starts_BcQ = None if segments_BT is None else in_chunks(starts(segments_BT))
-    sees_BcQQ, whole_BcQ, last_BcQ = _documents(starts_BcQ, Q, x_BTHP.device)
-    # Summed by a product, not by cumsum, so that no other document has a part in the rounding.
-    log_decay_BcQH = sees_BcQQ @ in_chunks((dt_BTH * A_H).clamp_min(LOWEST_LOG_DECAY))
-    log_decay_BcHQ = log_decay_BcQH.transpose(2, 3)
+    document_BcQ = None if segments_BT is None else in_chunks(starts(segments_BT)).cumsum(2)
+    sees_BcQQ, whole_BcQ, last_BcQ = _masks(document_BcQ, Q, x_BTHP.device)
+    log_decay_BcQH = in_chunks((dt_BTH * A_H).clamp_min(LOWEST_LOG_DECAY))
+    log_decay_BcHQ = _running_sums(log_decay_BcQH, document_BcQ).transpose(2, 3)
     x_BcQHP = in_chunks(x_BTHP * dt_BTH[..., None])
     B_BcGQN = in_chunks(B_BTGN.float()).transpose(2, 3)
     C_BcGQN = in_chunks(C_BTGN.float()).transpose(2, 3)
@@ -126,17 +125,29 @@ def ssd(
     return y_BTHP.to(dtype), state_BGNK.transpose(2, 3).reshape(B, H, P, N)
 
 
-def _documents(
-    starts_BcQ: Tensor | None, Q: int, device: torch.device
+def _masks(
+    document_BcQ: Tensor | None, Q: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Masks of ones and zeros for each chunk: which tokens up to itself a token sees [B or 1, c or 1, Q, Q];
     which are of the document that the chunk begins in; of the one that it ends in [B, c, Q] (None: all)."""
     causal_QQ = torch.ones(Q, Q, device=device).tril()
-    if starts_BcQ is None:
+    if document_BcQ is None:
         return causal_QQ[None, None], None, None
-    count_BcQ = starts_BcQ.cumsum(2)
-    sees_BcQQ = causal_QQ * (count_BcQ[..., :, None] == count_BcQ[..., None, :])
-    return sees_BcQQ, (count_BcQ == 0).float(), (count_BcQ == count_BcQ[..., -1:]).float()
+    sees_BcQQ = causal_QQ * (document_BcQ[..., :, None] == document_BcQ[..., None, :])
+    return sees_BcQQ, (document_BcQ == 0).float(), (document_BcQ == document_BcQ[..., -1:]).float()
+
+
+def _running_sums(a_BcQH: Tensor, document_BcQ: Tensor | None) -> Tensor:
+    """Sums of each document's tokens of a chunk up to each token: by doubling spans, where a cumsum would
+    let other documents into the rounding."""
+    if document_BcQ is None:
+        return a_BcQH.cumsum(2)
+    span = 1
+    while span < a_BcQH.shape[2]:
+        same_BcQ = document_BcQ[..., span:] == document_BcQ[..., :-span]
+        a_BcQH = a_BcQH + F.pad(a_BcQH[:, :, :-span] * same_BcQ[..., None], (0, 0, span, 0))
+        span *= 2
+    return a_BcQH
 
 
 def gate_norm(
