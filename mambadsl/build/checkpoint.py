@@ -56,16 +56,20 @@ def save_weights(
     for name, shard in zip(names, shards):
         kept = {path: tensor.detach().contiguous().cpu() for path, tensor in shard.items()}
         save_file(kept, folder / f"{name}.part", metadata=about)
-    for old in _own_files(folder, stem):
-        old.unlink()
-    for name in names:
-        os.replace(folder / f"{name}.part", folder / name)
+    written = list(names)
     if len(shards) > 1:
+        written.append(f"{stem}.index.json")
         places = {path: name for name, shard in zip(names, shards) for path in shard}
-        total = sum(t.numel() * t.element_size() for t in model.tensors().values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        size = sum(tensor.nbytes for tensor in model.tensors().values())
+        index = {"metadata": {"total_size": size}, "weight_map": places}
         text = json.dumps(index, indent=1, sort_keys=True)
-        (folder / f"{stem}.index.json").write_text(text, encoding="utf-8")
+        (folder / f"{written[-1]}.part").write_text(text, encoding="utf-8")
+    # New files first: a crash here leaves old and new side by side, which loading refuses.
+    for name in written:
+        os.replace(folder / f"{name}.part", folder / name)
+    for old in _own_files(folder, stem):
+        if old.name not in written:
+            old.unlink()
     return tuple(folder / name for name in names)
 
 

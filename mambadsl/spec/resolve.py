@@ -5,6 +5,7 @@ Raises MdlError with every problem of names and values. Layers and patterns are 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mambadsl.spec.model import (
 from mambadsl.spec.scope import FileScope, Settings
 from mambadsl.spec.scopes import Scopes
 from mambadsl.spec.values import E042, Problem
-from mambadsl.syntax import tree
+from mambadsl.syntax import tables, tree
 from mambadsl.text.diagnostic import Diagnostic, Label, MdlError
 from mambadsl.text.spell import nearest
 
@@ -52,8 +53,7 @@ class _Resolver:
         expects = tuple(ExpectSpec(s, main) for s in self.file.statements if isinstance(s, tree.Expect))
         if self.problems:
             raise MdlError(self.problems.values())
-        name = blocks[0].name.text if blocks else Path(self.file.source.name).stem
-        name = name if name.isidentifier() else "model"
+        name = blocks[0].name.text if blocks else _name_of(self.file.source.name)
         return ModelSpec(name, model, pattern, mtp, parts, expects, origins, self.file)
 
     def report(self, diagnostic: Diagnostic) -> None:
@@ -151,3 +151,11 @@ class _Resolver:
             near = nearest(slot, slots)
             help = (f"did you mean `{owner}.{near}`?",) if near else (f"slots of {owner}: " + ", ".join(slots),)
             self.report(Diagnostic(codes.E028, f"`{owner}` has no slot `{slot}`", path.span, help=help))
+
+
+def _name_of(source: str) -> str:
+    """A model's name from its file's: `Tiny-2.mdl` -> tiny_2; a legal name, whatever the file is called."""
+    stem = re.sub(r"[^a-z0-9]+", "_", Path(source).stem.lower()).strip("_")
+    if not stem or stem[0].isdigit() or stem in tables.load().keywords:
+        stem = f"model_{stem}".rstrip("_")
+    return stem if stem != "model" else "a_model"
