@@ -174,6 +174,8 @@ def other_document_forgets(module: KindModule) -> None:
     state = some_state(module, 1)
     same(module(x, tokens, state), fresh)
     assert state["segment"].tolist() == [4]
+    same(module(x, Tokens.plain(1, 6), state), fresh)
+    assert last_segment(state).tolist() == [0]
     state = some_state(module, 1)
     one = torch.full((1, 1), 4, dtype=torch.int32)
     steps = [module(x[:, t : t + 1], Tokens(torch.full((1, 1), t), one), state) for t in range(6)]

@@ -1,0 +1,105 @@
+"""The program as the shell runs it: exit codes, pipes, and what it must not load."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mambadsl.files import MODELS
+
+PROGRAM = [sys.executable, "-c", "from mambadsl.cli import main; main()"]
+TINY = str(MODELS / "tiny.mdl")
+
+
+def run(*args: str, **more) -> subprocess.CompletedProcess:
+    return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=60, **more)
+
+
+@pytest.mark.parametrize("args, code", [(("check", TINY), 0), (("check", "-e", "Q"), 1), (("check",), 2), ((), 2)])
+def test_exit_codes(args, code):
+    done = run(*args)
+    assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_standard_input():
+    done = run("check", "-", input="M M M A")
+    assert done.returncode == 0 and done.stdout.startswith("<stdin>: 4 layers")
+
+
+def test_standard_input_that_is_closed():
+    done = run("check", "-", stdin=subprocess.DEVNULL)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away():
+    script = " ".join(f"'{word}'" for word in PROGRAM)
+    done = subprocess.run(
+        ["bash", "-c", f"{script} summary '{MODELS / 'nemotron_h_8b.mdl'}' --all --json | head -n 1; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, timeout=60,
+    )
+    assert done.stdout.split() == ["{", "141"] and not done.stderr
+
+
+def test_ctrl_c_without_a_traceback():
+    with subprocess.Popen(
+        [*PROGRAM, "check", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write("M ")
+        process.stdin.flush()
+        # The command waits for the end of its input; wait until it does.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        import time
+
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in error
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    file = tmp_path / "secret.mdl"
+    file.write_text("M")
+    file.chmod(0)
+    done = run("check", str(file))
+    assert done.returncode == 1 and "E001" in done.stderr
+
+
+def test_a_terminal_without_unicode():
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = run("fmt", "-e", "M A  # \u00e9", env=env)
+    assert done.returncode == 0 and "\\xe9" in done.stdout
+
+
+@pytest.mark.parametrize("args", [
+    ["check", TINY], ["plan", TINY, "--stages", "2"], ["expand", TINY], ["fmt", "--check", TINY], ["summary", TINY],
+    ["graph", TINY, "--as", "svg"], ["explain", "mamba2"], ["explain", "codes"],
+], ids=lambda a: a[0])
+def test_nothing_slow_is_loaded(args):
+    script = (
+        "import sys, click\n"
+        "from mambadsl.cli.commands import cli\n"
+        f"try: cli({args!r})\n"
+        "except SystemExit as e: print(e.code)\n"
+        "print([m for m in ('torch', 'numpy', 'networkx', 'rich', 'lark') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-2:] == ["0", "[]"], done.stderr
+
+
+def test_import_is_bare():
+    script = "import sys, mambadsl; print(sorted(m for m in sys.modules if m.startswith('mambadsl')))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "['mambadsl']"
+
+
+def test_help_and_version():
+    from mambadsl import __version__
+
+    assert run("--version").stdout == f"mambadsl {__version__}\n"
+    assert run("--help").returncode == 0
