@@ -60,3 +60,11 @@ def test_commands_named_exist():
     names = set(cli.list_commands(None))
     for command in re.findall(r"mambadsl (compile|check|plan|expand|fmt|summary|graph|explain|generate)\b", README.read_text()):
         assert command in names
+
+
+def test_the_language_page_compiles():
+    import mambadsl
+
+    text = (ROOT / "docs" / "language.md").read_text()
+    program = mambadsl.load(text=re.search(r"```\n((?:.*\n)*?)```\n", text)[1])
+    assert program.layers.mtp is not None

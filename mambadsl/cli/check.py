@@ -69,8 +69,8 @@ class _Checked:
 @command("check", examples=(
     "mambadsl check models/nemotron_h_8b.mdl",
     "mambadsl check models/*.mdl",
-    'mambadsl check -e "M M M A" --set d_model=512 --tp 4',
-    "mambadsl check models/falcon_h1_0_5b.mdl --target vllm --format github",
+    'mambadsl check -e "M M M A" --set d_model=512 --batch 8 --length 8192',
+    "mambadsl check models/nemotron_h_8b.mdl --target vllm --format github",
 ))
 @takes_models
 @click.option("--format", "form", type=click.Choice(("text", "json", "github")), default="text",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,9 @@ class Given:
         if self.text is not None:
             return from_text(self.text, name=self.name)
         if self.path == "-":
-            return from_bytes(click.get_binary_stream("stdin").read(MAX_BYTES + 1), name=self.name)
+            if sys.stdin is None:
+                raise click.UsageError("there is no standard input")
+            return from_bytes(sys.stdin.buffer.read(MAX_BYTES + 1), name=self.name)
         return read(self.path)
 
     def program(self) -> Program:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from mambadsl.spec.model import MODEL_FIELDS
+from mambadsl.spec.resolve import name_of
 from mambadsl.syntax import tree
 from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
@@ -64,7 +65,7 @@ def _one(file: tree.File, name: str, text: str) -> tree.File:
             kept = tuple(t for t in s.settings if t.name.text != name)
             statements[i] = replace(s, settings=(*kept, setting))
             return replace(file, statements=tuple(statements))
-    model = tree.Model(tree.Name("model", span=whole), (setting,), span=whole)
+    model = tree.Model(tree.Name(name_of(file.source.name), span=whole), (setting,), span=whole)
     if file.pattern is not None:
         statements = [tree.Stack(file.pattern, span=file.pattern.span)]
     return replace(file, statements=(model, *statements), pattern=None)

@@ -53,7 +53,7 @@ class _Resolver:
         expects = tuple(ExpectSpec(s, main) for s in self.file.statements if isinstance(s, tree.Expect))
         if self.problems:
             raise MdlError(self.problems.values())
-        name = blocks[0].name.text if blocks else _name_of(self.file.source.name)
+        name = blocks[0].name.text if blocks else name_of(self.file.source.name)
         return ModelSpec(name, model, pattern, mtp, parts, expects, origins, self.file)
 
     def report(self, diagnostic: Diagnostic) -> None:
@@ -153,7 +153,7 @@ class _Resolver:
             self.report(Diagnostic(codes.E028, f"`{owner}` has no slot `{slot}`", path.span, help=help))
 
 
-def _name_of(source: str) -> str:
+def name_of(source: str) -> str:
     """A model's name from its file's: `Tiny-2.mdl` -> tiny_2; a legal name, whatever the file is called."""
     stem = re.sub(r"[^a-z0-9]+", "_", Path(source).stem.lower()).strip("_")
     if not stem or stem[0].isdigit() or stem in tables.load().keywords:

@@ -29,7 +29,7 @@ def test_overview_names_all_commands_in_whole_sentences():
     result = CliRunner().invoke(cli, ["--help"], terminal_width=80)
     listed = result.stdout.partition("Commands:")[2].split("\n")
     assert [line.split()[0] for line in listed if line.strip()] == list(COMMANDS)
-    assert "..." not in result.stdout
+    assert "..." not in result.stdout.partition("Commands:")[2]
 
 
 @pytest.mark.parametrize("name, line", EXAMPLES, ids=[line for _, line in EXAMPLES])
@@ -45,4 +45,4 @@ def test_examples_run(name, line, tmp_path, monkeypatch):
     args = [found for word in words[1:] for found in (sorted(glob.glob(word)) if "*" in word and " " not in word else [word])]
     result = CliRunner().invoke(cli, args, input=shlex.split(said)[1] if said else None)
     assert result.exit_code == 0, result.output
-    assert result.stdout or name == "fmt"
+    assert result.stdout or name == "fmt" or {"-o", "github"} & set(args)

@@ -54,7 +54,8 @@ def test_is_naive(fields, tokens):
 )
 def test_is_naive_for_any_fields(heads_of_groups, length, **fields):
     heads, groups = heads_of_groups
-    layer = made(d_model=6, heads=heads, groups=groups, norm_groups=heads, **fields)
+    # A small eps makes norms of so few channels ill-conditioned: float32 naive is 1e-5 off float64 itself.
+    layer = made(d_model=6, heads=heads, groups=groups, norm_groups=heads, norm_eps=0.1, **fields)
     laws.is_naive(layer, Tokens.plain(2, length))
 
 
