@@ -66,15 +66,23 @@ class _Checked:
         return not any(d.severity == "error" for d in self.diagnostics)
 
 
-@command("check", examples=(
-    "mambadsl check models/nemotron_h_8b.mdl",
-    "mambadsl check models/*.mdl",
-    'mambadsl check -e "M M M A" --set d_model=512 --batch 8 --length 8192',
-    "mambadsl check models/nemotron_h_8b.mdl --target vllm --format github",
-))
+@command(
+    "check",
+    examples=(
+        "mambadsl check models/nemotron_h_8b.mdl",
+        "mambadsl check models/*.mdl",
+        'mambadsl check -e "M M M A" --set d_model=512 --batch 8 --length 8192',
+        "mambadsl check models/nemotron_h_8b.mdl --target vllm --format github",
+    ),
+)
 @takes_models
-@click.option("--format", "form", type=click.Choice(("text", "json", "github")), default="text",
-              help="github: annotations for a pull request.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("text", "json", "github")),
+    default="text",
+    help="github: annotations for a pull request.",
+)
 @_fact_options
 def run(models: tuple[Given, ...], form: str, as_json: bool, **facts: Any) -> int:
     """Say everything that is wrong with models.
@@ -86,7 +94,9 @@ def run(models: tuple[Given, ...], form: str, as_json: bool, **facts: Any) -> in
     found = [_one(model, _facts(given)) for model in models]
     fine = all(one.fine for one in found)
     if as_json or form == "json":
-        files = [{"file": o.name, "ok": o.fine, **(o.data or {}), "diagnostics": output.plain(o.diagnostics)} for o in found]
+        files = [
+            {"file": o.name, "ok": o.fine, **(o.data or {}), "diagnostics": output.plain(o.diagnostics)} for o in found
+        ]
         output.json(ok=fine, files=files)
     elif form == "github":
         from mambadsl.text.render import to_github
@@ -118,7 +128,11 @@ def _one(model: Given, facts: Facts) -> _Checked:
     try:
         file = read(model.source())
         layers = sum(isinstance(s, tree.Layer) for s in file.statements)
-        if layers and file.pattern is None and not any(isinstance(s, (tree.Stack, tree.Model)) for s in file.statements):
+        if (
+            layers
+            and file.pattern is None
+            and not any(isinstance(s, (tree.Stack, tree.Model)) for s in file.statements)
+        ):
             resolve(override(file, model.sets))
             return _Checked(model.name, (), f"a library of {layers} layer{'s' * (layers > 1)}", {"library": layers})
         program = compile_file(file, set=model.sets, facts=facts)

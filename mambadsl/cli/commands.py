@@ -69,7 +69,9 @@ def _no_command(word: str) -> str:
     return f"there is no command `{word}`; commands: {', '.join(COMMANDS)}"
 
 
-@click.group("mambadsl", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    "mambadsl", cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, message="mambadsl %(version)s")
 def cli() -> None:
     """A compiler for hybrid state-space / attention language models.

@@ -12,16 +12,24 @@ from mambadsl.cli.source import Given, takes_model
 from mambadsl.cli.types import COUNT
 
 
-@command("compile", examples=(
-    "mambadsl compile models/tiny.mdl -o tiny_compiled",
-    "mambadsl compile models/nemotron_h_8b.mdl --stages 4 -o nemotron_compiled",
-    'mambadsl compile -e "[M F]*6 A F" --set d_model=512',
-))
+@command(
+    "compile",
+    examples=(
+        "mambadsl compile models/tiny.mdl -o tiny_compiled",
+        "mambadsl compile models/nemotron_h_8b.mdl --stages 4 -o nemotron_compiled",
+        'mambadsl compile -e "[M F]*6 A F" --set d_model=512',
+    ),
+)
 @takes_model
 @click.option("--stages", type=COUNT, metavar="N", help="Pipeline stages (default: as the text cuts).")
 @click.option("--parts", default="reference", metavar="SET", help="The part set that will run it.")
-@click.option("-o", "--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
-              help="Write graph.json, plan.json and summary.txt here.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Write graph.json, plan.json and summary.txt here.",
+)
 def run(model: Given, stages: int | None, parts: str, out: Path | None, as_json: bool) -> None:
     """Check and plan a model, and write the result into a folder.
 

@@ -8,11 +8,14 @@ from mambadsl.cli import output
 from mambadsl.cli.command import command
 
 
-@command("completion", examples=(
-    "mambadsl completion bash",
-    "mambadsl completion zsh",
-    "mambadsl completion fish",
-))
+@command(
+    "completion",
+    examples=(
+        "mambadsl completion bash",
+        "mambadsl completion zsh",
+        "mambadsl completion fish",
+    ),
+)
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 def run(shell: str, as_json: bool) -> None:
     """Print the completion script of a shell.

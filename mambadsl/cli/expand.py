@@ -9,11 +9,14 @@ from mambadsl.cli.command import command
 from mambadsl.cli.source import Given, takes_model
 
 
-@command("expand", examples=(
-    "mambadsl expand models/tiny.mdl",
-    "mambadsl expand models/tiny.mdl --origin",
-    'mambadsl expand -e "M M M A" --set d_model=512',
-))
+@command(
+    "expand",
+    examples=(
+        "mambadsl expand models/tiny.mdl",
+        "mambadsl expand models/tiny.mdl --origin",
+        'mambadsl expand -e "M M M A" --set d_model=512',
+    ),
+)
 @takes_model
 @click.option("--origin", is_flag=True, help="Say behind each value where it came from.")
 def run(model: Given, origin: bool, as_json: bool) -> None:

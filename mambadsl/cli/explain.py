@@ -23,12 +23,15 @@ class _Topic(click.ParamType):
         return [CompletionItem(word) for word in (*topics(), *homes()) if word.startswith(incomplete)]
 
 
-@command("explain", examples=(
-    "mambadsl explain E204",
-    "mambadsl explain mamba2",
-    "mambadsl explain model",
-    "mambadsl explain codes",
-))
+@command(
+    "explain",
+    examples=(
+        "mambadsl explain E204",
+        "mambadsl explain mamba2",
+        "mambadsl explain model",
+        "mambadsl explain codes",
+    ),
+)
 @click.argument("topic", type=_Topic())
 def run(topic: str, as_json: bool) -> None:
     """Explain a diagnostic code, a kind of layer, or a list.

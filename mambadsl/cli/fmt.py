@@ -11,11 +11,14 @@ from mambadsl.cli.command import command
 from mambadsl.cli.source import Given
 
 
-@command("fmt", examples=(
-    "mambadsl fmt models/tiny.mdl",
-    "mambadsl fmt --check models/*.mdl",
-    "echo 'M   M A' | mambadsl fmt -",
-))
+@command(
+    "fmt",
+    examples=(
+        "mambadsl fmt models/tiny.mdl",
+        "mambadsl fmt --check models/*.mdl",
+        "echo 'M   M A' | mambadsl fmt -",
+    ),
+)
 @click.argument("files", nargs=-1, metavar="FILE...", type=click.Path(allow_dash=True))
 @click.option("-e", "--expression", metavar="TEXT", help="The text itself; prints the result.")
 @click.option("--check", is_flag=True, help="Change nothing; exit 1 if a file would change.")
@@ -33,9 +36,11 @@ def run(files: tuple[str, ...], expression: str | None, check: bool, stdout: boo
         raise click.UsageError("give FILEs or -e TEXT, and not both")
     if check and stdout:
         raise click.UsageError("--check and --stdout do not go together")
-    models = [Given(None, expression, {})] if expression is not None else [
-        Given(file, None, {}) for file in dict.fromkeys(files)
-    ]
+    models = (
+        [Given(None, expression, {})]
+        if expression is not None
+        else [Given(file, None, {}) for file in dict.fromkeys(files)]
+    )
     rows: list[dict] = []
     failures: list[Diagnostic] = []
     for model in models:

@@ -14,26 +14,44 @@ from mambadsl.cli.source import Given, takes_model
 from mambadsl.cli.types import COUNT, Numbers
 
 
-@command("generate", examples=(
-    'mambadsl generate models/tiny.mdl --prompt "Once upon" --max-tokens 16',
-    "mambadsl generate models/tiny.mdl --tokens 1,2,3 --max-tokens 8 --temperature 0.8 --top-k 20 --seed 7",
-))
+@command(
+    "generate",
+    examples=(
+        'mambadsl generate models/tiny.mdl --prompt "Once upon" --max-tokens 16',
+        "mambadsl generate models/tiny.mdl --tokens 1,2,3 --max-tokens 8 --temperature 0.8 --top-k 20 --seed 7",
+    ),
+)
 @takes_model
 @click.option("--prompt", metavar="TEXT", help="Text to go on from.")
 @click.option("--tokens", type=Numbers(), metavar="N,N,...", help="Token ids to go on from; prints ids.")
 @click.option("--tokenizer", type=click.Path(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
 @click.option("--max-tokens", type=COUNT, default=64, show_default=True, metavar="N")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, metavar="T", help="0, the default: the likeliest.")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), default=0.0, metavar="T", help="0, the default: the likeliest."
+)
 @click.option("--top-k", type=COUNT, metavar="N", help="Draw from the N likeliest.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P", help="Draw from the likeliest that make up P.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), metavar="P", help="Draw from the likeliest that make up P."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of the draws, and of random weights.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End here: text, or with --tokens ids (1,2); repeatable.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="A checkpoint (default: random weights).")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), metavar="DIR", help="A checkpoint (default: random weights)."
+)
 @click.option("--dtype", type=click.Choice(("fp32", "bf16")), default="fp32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, ...")
 def run(
-    model: Given, prompt: str | None, tokens: tuple[int, ...] | None, tokenizer: str | None, stop: tuple[str, ...],
-    weights: Path | None, dtype: str, device: str, seed: int, as_json: bool, **how: Any,
+    model: Given,
+    prompt: str | None,
+    tokens: tuple[int, ...] | None,
+    tokenizer: str | None,
+    stop: tuple[str, ...],
+    weights: Path | None,
+    dtype: str,
+    device: str,
+    seed: int,
+    as_json: bool,
+    **how: Any,
 ) -> None:
     """Let a model write, streaming to standard output.
 
@@ -42,24 +60,31 @@ def run(
     if (prompt is None) == (tokens is None):
         raise click.UsageError("give --prompt or --tokens, and not both")
     program = model.program()
-    _need_torch(device)
-    from mambadsl.run.generate import generate, stream
-
     try:
+        from mambadsl.run.device import device as usable
+        from mambadsl.run.generate import generate, stream
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise click.ClickException("generate needs PyTorch: pip install 'mambadsl[torch]'") from None
+    try:
+        place = usable(device)
         words = _tokenizer(tokenizer, program.spec.settings.vocab) if prompt is not None else None
         ids = tuple(words.encode(prompt)) if words else tokens
         stops = [tuple(words.encode(text)) if words else Numbers().convert(text, None, None) for text in stop]
-        built = program.build(dtype=dtype, device=device, seed=seed)
+        built = program.build(dtype=dtype, device=place, seed=seed)
         if weights is not None:
             from mambadsl.build.checkpoint import load_weights
 
-            load_weights(built, weights, device=device)
+            load_weights(built, weights, device=place)
         else:
             output.note("no --weights: they are random, and so is the text")
         if as_json:
             found = generate(built, [ids], seed=seed, stop=stops, **how)[0]
             text = words.decode(found.tokens) if words else None
-            output.json(tokens=list(found.tokens), text=text, ended=found.ended, weights=str(weights) if weights else None)
+            output.json(
+                tokens=list(found.tokens), text=text, ended=found.ended, weights=str(weights) if weights else None
+            )
             return
         written = stream(built, ids, seed=seed, stop=stops, **how)
         for piece in words.pieces(written) if words else (f"{token} " for token in written):
@@ -74,16 +99,3 @@ def _tokenizer(path: str | None, vocab: int) -> Any:
     from mambadsl.run.text import tokenizer
 
     return tokenizer(path, vocab=vocab)
-
-
-def _need_torch(device: str) -> None:
-    try:
-        import torch
-    except ImportError:
-        raise click.ClickException("generate needs PyTorch: pip install 'mambadsl[torch]'") from None
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise click.BadParameter(f"there is no device `{device}`", param_hint="--device") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("this machine has no CUDA device", param_hint="--device")

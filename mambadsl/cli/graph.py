@@ -21,15 +21,23 @@ _FORMS = {
 }
 
 
-@command("graph", examples=(
-    "mambadsl graph models/tiny.mdl",
-    "mambadsl graph models/nemotron_h_8b.mdl --as svg --stages 4 -o nemotron.svg",
-    "mambadsl graph models/falcon_h1_0_5b.mdl --as mermaid",
-    'mambadsl graph -e "[M F]*3 A F" --as dot',
-))
+@command(
+    "graph",
+    examples=(
+        "mambadsl graph models/tiny.mdl",
+        "mambadsl graph models/nemotron_h_8b.mdl --as svg --stages 4 -o nemotron.svg",
+        "mambadsl graph models/falcon_h1_0_5b.mdl --as mermaid",
+        'mambadsl graph -e "[M F]*3 A F" --as dot',
+    ),
+)
 @takes_model
-@click.option("--as", "form", type=click.Choice(tuple(_FORMS)), default="text",
-              help="text: a tree. dot: Graphviz. explorer: JSON for Google's Model Explorer.")
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(tuple(_FORMS)),
+    default="text",
+    help="text: a tree. dot: Graphviz. explorer: JSON for Google's Model Explorer.",
+)
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it here.")
 @click.option("--stages", type=COUNT, metavar="N", help="Plan for N pipeline stages and show them.")
 def run(model: Given, form: str, out: Path | None, stages: int | None, as_json: bool) -> None:

@@ -24,20 +24,32 @@ def _devices() -> tuple[str, ...]:
     return tuple(DEVICES)
 
 
-@command("plan", examples=(
-    "mambadsl plan models/nemotron_h_8b.mdl --stages 8",
-    "mambadsl plan models/nemotron_h_8b.mdl --stages 4 --schedule zbv --microbatches 16 --device h100",
-    "mambadsl plan models/tiny.mdl --stages 2 --memory 1GiB --length 128 --batch 4",
-))
+@command(
+    "plan",
+    examples=(
+        "mambadsl plan models/nemotron_h_8b.mdl --stages 8",
+        "mambadsl plan models/nemotron_h_8b.mdl --stages 4 --schedule zbv --microbatches 16 --device h100",
+        "mambadsl plan models/tiny.mdl --stages 2 --memory 1GiB --length 128 --batch 4",
+    ),
+)
 @takes_model
 @click.option("--stages", type=COUNT, metavar="N", help="Ranks of the pipeline (default: as the text cuts).")
-@click.option("--schedule", type=Words(_schedules), default="1f1b", metavar="NAME",
-              help="gpipe, 1f1b (default), interleaved, zb or zbv.")
+@click.option(
+    "--schedule",
+    type=Words(_schedules),
+    default="1f1b",
+    metavar="NAME",
+    help="gpipe, 1f1b (default), interleaved, zb or zbv.",
+)
 @click.option("--microbatches", type=COUNT, metavar="N", help="Of a batch (default: 4 a rank).")
 @click.option("--virtual", type=COUNT, metavar="N", help="Stages a rank (default: the schedule's least).")
-@click.option("--memory", "memory_limit", type=Size(), metavar="SIZE", help="Of a rank, as in 80GiB (default: the device's).")
+@click.option(
+    "--memory", "memory_limit", type=Size(), metavar="SIZE", help="Of a rank, as in 80GiB (default: the device's)."
+)
 @click.option("--device", type=Words(_devices), metavar="NAME", help="h200 (default), h100, a100 or cpu.")
-@click.option("--measured", type=click.Path(dir_okay=False), metavar="FILE", help="A .json file of measured layer times.")
+@click.option(
+    "--measured", type=click.Path(dir_okay=False), metavar="FILE", help="A .json file of measured layer times."
+)
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a sequence (default: the model's context).")
 @click.option("--batch", "sequences", type=COUNT, default=1, metavar="N", help="Sequences of a microbatch (default 1).")
 def run(model: Given, device: str | None, measured: str | None, as_json: bool, **how: Any) -> None:

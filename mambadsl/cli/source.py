@@ -84,7 +84,11 @@ def takes_models(function: Callable) -> Callable:
 def _options(function: Callable) -> Callable:
     text = click.option("-e", "--expression", metavar="TEXT", help='The model itself: -e "M M M A".')
     sets = click.option(
-        "--set", "sets", multiple=True, metavar="NAME=VALUE", callback=_pairs,
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_pairs,
         help="Another value for a setting, a constant or a layer's field (d_model=512, M.heads=8).",
     )
     return text(sets(function))

@@ -10,11 +10,14 @@ from mambadsl.cli.source import Given, takes_model
 from mambadsl.cli.types import COUNT
 
 
-@command("summary", examples=(
-    "mambadsl summary models/nemotron_h_8b.mdl",
-    "mambadsl summary models/tiny.mdl --all --length 1024",
-    'mambadsl summary -e "[M F]*12 A F" --set d_model=2048 --json',
-))
+@command(
+    "summary",
+    examples=(
+        "mambadsl summary models/nemotron_h_8b.mdl",
+        "mambadsl summary models/tiny.mdl --all --length 1024",
+        'mambadsl summary -e "[M F]*12 A F" --set d_model=2048 --json',
+    ),
+)
 @takes_model
 @click.option("--all", "every", is_flag=True, help="A row for every layer, nothing folded.")
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a sequence (default: the model's context).")

@@ -8,10 +8,15 @@ from typing import Any
 
 import click
 
-_UNITS = {"": 1, "B": 1, **{
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGT", 1) for suffix, base in (("iB", 1024), ("B", 1000), ("", 1024))
-}}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{
+        f"{letter}{suffix}": base**power
+        for power, letter in enumerate("KMGT", 1)
+        for suffix, base in (("iB", 1024), ("B", 1000), ("", 1024))
+    },
+}
 
 
 class Words(click.ParamType):

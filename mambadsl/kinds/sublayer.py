@@ -19,7 +19,7 @@ NORM = OneForm(
         _WEIGHT,
         Field("zero_centered", Flag(), False, "the scale is 1 + weight (Gemma, Qwen3-Next)"),
     ),
-    layernorm=(_EPS, _WEIGHT, Field("bias", Flag(), True, "has a learned shift per channel")),
+    layernorm=(_EPS, _WEIGHT, Field("bias", Flag(), True, "has a learned shift per channel (where it has a scale)")),
     none=(),
 )
 

@@ -40,7 +40,11 @@ def explorer_text(graph: LayerGraph, *, plan: Plan | None = None) -> str:
 
 
 def _nodes(
-    graph: LayerGraph, node: Node, edges: list[Edge], cost: Cost, place: tuple[str, str],
+    graph: LayerGraph,
+    node: Node,
+    edges: list[Edge],
+    cost: Cost,
+    place: tuple[str, str],
     stages: dict[str, int] | None,
 ) -> list[dict[str, Any]]:
     space, label = place

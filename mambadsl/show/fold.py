@@ -91,7 +91,9 @@ class _Folded:
 def _fold(placed: Sequence[_Placed], depth: int) -> list[_Folded]:
     found = []
     for start, end, frame in passes([p.frames for p in placed], depth):
-        found.append(_leaf(placed[start]) if frame is None else _group(frame.label, _fold(placed[start:end], depth + 1)))
+        found.append(
+            _leaf(placed[start]) if frame is None else _group(frame.label, _fold(placed[start:end], depth + 1))
+        )
     return _merged(found)
 
 

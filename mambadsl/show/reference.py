@@ -1,4 +1,4 @@
-"""Reference text from the tables: fields of a kind, of every layer, of the model; lists of kinds, sets, codes.
+"""Reference text from the tables: fields of a kind, of every layer, of the model; lists of kinds and codes.
 
 In: a topic, as `mambadsl explain` takes it. Out: `Page`s. The codes' own stories are in explain.py.
 """
@@ -53,8 +53,13 @@ def _layer() -> Page:
     from mambadsl.kinds.sublayer import BRANCH_FIELDS, SUBLAYER_FIELDS
 
     lines = [
-        "Fields of every layer, whatever its kind.", "", *_fields(SUBLAYER_FIELDS), "",
-        "And of each branch of a sum (`M + A`):", "", *_fields(BRANCH_FIELDS),
+        "Fields of every layer, whatever its kind.",
+        "",
+        *_fields(SUBLAYER_FIELDS),
+        "",
+        "And of each branch of a sum (`M + A`):",
+        "",
+        *_fields(BRANCH_FIELDS),
     ]
     return Page("layer", "\n".join(lines) + "\n", tuple(map(_row, (*SUBLAYER_FIELDS, *BRANCH_FIELDS))))
 
@@ -74,7 +79,9 @@ def _mtp() -> Page:
 
 
 def _kinds() -> Page:
-    return _list("kinds", "Kinds of layers; `mambadsl explain KIND` has the fields.", ((k.name, k.doc) for k in all_kinds()))
+    return _list(
+        "kinds", "Kinds of layers; `mambadsl explain KIND` has the fields.", ((k.name, k.doc) for k in all_kinds())
+    )
 
 
 def _sets() -> Page:
@@ -101,7 +108,12 @@ def _codes() -> Page:
 
 
 TOPICS: dict[str, Callable[[], Page]] = {
-    "model": _model, "layer": _layer, "mtp": _mtp, "kinds": _kinds, "sets": _sets, "targets": _targets,
+    "model": _model,
+    "layer": _layer,
+    "mtp": _mtp,
+    "kinds": _kinds,
+    "sets": _sets,
+    "targets": _targets,
     "codes": _codes,
 }
 

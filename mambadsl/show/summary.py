@@ -58,8 +58,18 @@ def summary_text(graph: LayerGraph, *, length: int | None = None, folded: bool =
     mixed = whole.active_params != whole.params
     header = ["layer", "n", "kind", "shape", "params", *["active"] * mixed, "FLOPs/tok", "KV/tok", "state/seq", "share"]
     cells = [_cells(row, whole, mixed) for row in found]
-    last = ["total", "", "", "", count(whole.params), *[count(whole.active_params)] * mixed,
-            flops(float(whole.flops.forward)), size(whole.kv_bytes_per_token), size(whole.state_bytes), ""]
+    last = [
+        "total",
+        "",
+        "",
+        "",
+        count(whole.params),
+        *[count(whole.active_params)] * mixed,
+        flops(float(whole.flops.forward)),
+        size(whole.kv_bytes_per_token),
+        size(whole.state_bytes),
+        "",
+    ]
     return "\n".join([*_head(graph, whole, length), "", *_table(header, cells, last)]) + "\n"
 
 
@@ -143,9 +153,14 @@ def _head(graph: LayerGraph, whole: Cost, length: int | None) -> list[str]:
     tail = [f"mtp {graph.mtp.settings.depths} deep"] if graph.mtp else []
     cuts = sum(node.cut_after for node in graph.nodes)
     stages = [f"{cuts + 1} stages by `|`"] if cuts else []
-    first = [f"{len(graph.layers)} layers", *tail, *stages, f"{count(whole.params)} params",
-             *[f"{count(whole.active_params)} active"] * (whole.active_params != whole.params),
-             f"{size(_bytes(graph))} in bf16"]
+    first = [
+        f"{len(graph.layers)} layers",
+        *tail,
+        *stages,
+        f"{count(whole.params)} params",
+        *[f"{count(whole.active_params)} active"] * (whole.active_params != whole.params),
+        f"{size(_bytes(graph))} in bf16",
+    ]
     settings = textwrap.wrap("   ".join(t.replace(" ", "\0") for t in model_texts(graph)), WIDTH)
     costs_at = length or graph.model.context
     note = f"numbers are for all uses of a row; forward FLOPs, a mean over {costs_at:,} tokens"
@@ -163,8 +178,15 @@ def _cells(row: Row, whole: Cost, mixed: bool) -> list[str]:
     kind = f"{row.kind} *" if row.shared and not again else row.kind
     n = str(len(row.nodes)) if row.nodes[0].role is Role.LAYER else ""
     return [
-        row.name, n, kind, row.shape, params, *[active] * mixed, flops(float(cost.flops.forward)),
-        _or_dash(cost.kv_bytes_per_token), _or_dash(cost.state_bytes),
+        row.name,
+        n,
+        kind,
+        row.shape,
+        params,
+        *[active] * mixed,
+        flops(float(cost.flops.forward)),
+        _or_dash(cost.kv_bytes_per_token),
+        _or_dash(cost.state_bytes),
         "-" if again else percent(cost.params, whole.params),
     ]
 
@@ -182,9 +204,11 @@ def _table(header: list[str], cells: list[list[str]], last: list[str]) -> list[s
     rest = sum(widths) + 2 * (len(widths) - 1) - WIDTH
     widths[0] -= max(rest, 0)
     left = {0, header.index("kind"), shape}
-    line = lambda values: "  ".join(  # noqa: E731
-        _cut(v, w).ljust(w) if i in left else v.rjust(w) for i, (v, w) in enumerate(zip(values, widths))
-    ).rstrip()
+
+    def line(values: list[str]) -> str:
+        pairs = enumerate(zip(values, widths))
+        return "  ".join(_cut(v, w).ljust(w) if i in left else v.rjust(w) for i, (v, w) in pairs).rstrip()
+
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     starred = any(c[2].endswith(" *") for c in cells)
     notes = ["* shared: one set of weights for all uses, counted here"] if starred else []

@@ -1,5 +1,5 @@
-"""The model as an SVG picture: a flow from top to bottom, groups as nested boxes with their counts, colours by
-kind, pipeline stages as bars on the left, carried tensors and common weights as lines on the right.
+"""The model as an SVG picture: a flow from top to bottom, groups as nested boxes with their counts, colours
+by kind, pipeline stages as bars on the left, carried tensors and common weights as lines on the right.
 
 In: a graph, and maybe a plan. Out: SVG text, the same for the same model. Needs no other program.
 """
@@ -191,8 +191,16 @@ def _stage_bars(picture: Flow, layout: _Layout) -> Iterator[str]:
     for stage, (top, bottom) in extent.items():
         yield rect(MARGIN, top, BAR, bottom - top, fill=of_stage(stage), radius=5)
         words = f"stage {stage}" if bottom - top > 60 else str(stage)
-        yield text(MARGIN + BAR / 2 + 4, (top + bottom) / 2, words, size=12, fill="#ffffff", anchor="middle", bold=True,
-                   turn=True)
+        yield text(
+            MARGIN + BAR / 2 + 4,
+            (top + bottom) / 2,
+            words,
+            size=12,
+            fill="#ffffff",
+            anchor="middle",
+            bold=True,
+            turn=True,
+        )
 
 
 # ---- lines on the right

@@ -86,7 +86,7 @@ class _Resolver:
         given = {}
         for name, setting in self.settings.given.items():
             try:
-                given[name] = Given(self.settings.raw(name), setting.name.span, setting.value.span)
+                given[name] = Given(self.settings.written(name), setting.name.span, setting.value.span)
             except Problem as problem:
                 self.report(problem.diagnostic)
         names = self.settings.scope.names()

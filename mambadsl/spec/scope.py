@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from mambadsl.kinds.fields import Call, Field, Word
+from mambadsl.kinds.fields import Call, Field, Mismatch, Word
 from mambadsl.kinds.values import Variant
 from mambadsl.spec.values import Problem, evaluate
 from mambadsl.syntax import tree
@@ -47,19 +47,28 @@ class Settings:
         self.fields = {f.name: f for f in fields}
         self.given = given
         self.scope: FileScope | None = None
-        self._raw: dict[str, Any] = {}
+        self._written: dict[str, Any] = {}
         self._open: list[tree.Name] = []
 
+    def written(self, name: str) -> Any:
+        """The value as it was given, which need not fit its field."""
+        if name not in self._written:
+            setting = self.given[name]
+            with _computing(self._open, setting.name):
+                self._written[name] = evaluate(setting.value, self.scope)
+        return self._written[name]
+
     def raw(self, name: str) -> Any:
-        if name not in self._raw:
-            setting = self.given.get(name)
-            if setting is None:
-                default = self.fields[name].default
-                self._raw[name] = raw(default)
-            else:
-                with _computing(self._open, setting.name):
-                    self._raw[name] = evaluate(setting.value, self.scope)
-        return self._raw[name]
+        """What the name means in expressions: the given value, or the default where none was given or it
+        does not fit. (That is one problem, reported with the model block, not one in every use.)"""
+        field = self.fields[name]
+        if name not in self.given:
+            return raw(field.default)
+        try:
+            field.type.convert(self.written(name))
+        except Mismatch:
+            return raw(field.default)
+        return self.written(name)
 
 
 @dataclass

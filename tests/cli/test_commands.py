@@ -59,28 +59,57 @@ def test_both_or_neither_of_file_and_text_is_bad_usage(command):
     assert result.exit_code == 2 and "not both" in result.stderr and not result.stdout
 
 
-@pytest.mark.parametrize("args", [
-    ("check", TINY, "--tp", "0"), ("check", TINY, "--target", "vlm"), ("check", TINY, "--format", "xml"),
-    ("check", TINY, "--memory", "80 apples"), ("check", TINY, "--dtype", "fp8"), ("plan", TINY, "--stages", "x"),
-    ("plan", TINY, "--device", "h20"), ("plan", TINY, "--schedule", "2f2b"), ("plan", TINY, "--memory", "0GiB"),
-    ("plan", TINY, "--device", "h100", "--measured", "t.json"), ("plan", TINY, "--measured", "times.txt"),
-    ("expand", TINY, "--all"), ("summary", TINY, "--length", "-1"), ("graph", TINY, "--as", "png"),
-    ("graph", TINY, "--stages", "0"), ("fmt", TINY, "--check", "--stdout"), ("compile", TINY, "--stages", "0"),
-    ("explain", "E998"), ("explain", "mamba9000"), ("explain",), ("completion", "tcsh"),
-    ("generate", TINY, "--tokens", "1,b"), ("generate", TINY), ("generate", TINY, "--prompt", "a", "--tokens", "1"),
-    ("generate", TINY, "--prompt", "a", "--top-p", "2"), ("summary", TINY, "--set", "d_model"),
-    ("summary", TINY, "--set", "d_model=8", "--set", "d_model=16"), ("chek", TINY), (TINY,), ("--no-such-flag",),
-])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("check", TINY, "--tp", "0"),
+        ("check", TINY, "--target", "vlm"),
+        ("check", TINY, "--format", "xml"),
+        ("check", TINY, "--memory", "80 apples"),
+        ("check", TINY, "--dtype", "fp8"),
+        ("plan", TINY, "--stages", "x"),
+        ("plan", TINY, "--device", "h20"),
+        ("plan", TINY, "--schedule", "2f2b"),
+        ("plan", TINY, "--memory", "0GiB"),
+        ("plan", TINY, "--device", "h100", "--measured", "t.json"),
+        ("plan", TINY, "--measured", "times.txt"),
+        ("expand", TINY, "--all"),
+        ("summary", TINY, "--length", "-1"),
+        ("graph", TINY, "--as", "png"),
+        ("graph", TINY, "--stages", "0"),
+        ("fmt", TINY, "--check", "--stdout"),
+        ("compile", TINY, "--stages", "0"),
+        ("explain", "E998"),
+        ("explain", "mamba9000"),
+        ("explain",),
+        ("completion", "tcsh"),
+        ("generate", TINY, "--tokens", "1,b"),
+        ("generate", TINY),
+        ("generate", TINY, "--prompt", "a", "--tokens", "1"),
+        ("generate", TINY, "--prompt", "a", "--top-p", "2"),
+        ("summary", TINY, "--set", "d_model"),
+        ("summary", TINY, "--set", "d_model=8", "--set", "d_model=16"),
+        ("chek", TINY),
+        (TINY,),
+        ("--no-such-flag",),
+    ],
+)
 def test_bad_usage_is_exit_2(args):
     result = call(*args)
     assert result.exit_code == 2, result.output
     assert "Error:" in result.stderr and not result.stdout
 
 
-@pytest.mark.parametrize("args, words", [
-    (("chek", TINY), "did you mean `check`"), ((TINY,), "mambadsl check"), (("plan", TINY, "--device", "h20"), "`h200`"),
-    (("explain", "mamba"), "mamba2"), (("explain", "E998"), "there is no code E998"),
-])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("chek", TINY), "did you mean `check`"),
+        ((TINY,), "mambadsl check"),
+        (("plan", TINY, "--device", "h20"), "`h200`"),
+        (("explain", "mamba"), "mamba2"),
+        (("explain", "E998"), "there is no code E998"),
+    ],
+)
 def test_bad_usage_says_what_was_meant(args, words):
     assert words in call(*args).stderr
 
@@ -226,10 +255,16 @@ def test_summary_text_and_json():
     assert len(data("summary", TINY, "--all")["rows"]) > len(data("summary", TINY)["rows"])
 
 
-@pytest.mark.parametrize("form, start", [
-    ("text", "tiny\n|- embed"), ("dot", 'digraph "tiny" {'), ("mermaid", "flowchart TD"), ("svg", "<svg "),
-    ("explorer", "{"),
-])
+@pytest.mark.parametrize(
+    "form, start",
+    [
+        ("text", "tiny\n|- embed"),
+        ("dot", 'digraph "tiny" {'),
+        ("mermaid", "flowchart TD"),
+        ("svg", "<svg "),
+        ("explorer", "{"),
+    ],
+)
 def test_graph(form, start, tmp_path):
     printed = call("graph", TINY, "--as", form).stdout
     assert printed.startswith(start)
@@ -267,10 +302,16 @@ def test_completion_scripts(shell):
     assert "_MAMBADSL_COMPLETE" in call("completion", shell).stdout
 
 
-@pytest.mark.parametrize("words, found", [
-    ("mambadsl ", list(COMMANDS)), ("mambadsl su", ["summary"]), ("mambadsl plan --schedule z", ["zb", "zbv"]),
-    ("mambadsl explain kin", ["kinds"]), ("mambadsl check --target v", ["vllm"]),
-])
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        ("mambadsl ", list(COMMANDS)),
+        ("mambadsl su", ["summary"]),
+        ("mambadsl plan --schedule z", ["zb", "zbv"]),
+        ("mambadsl explain kin", ["kinds"]),
+        ("mambadsl check --target v", ["vllm"]),
+    ],
+)
 def test_completion_answers(words, found):
     count = len(words.split()) - (0 if words.endswith(" ") else 1)
     env = {"_MAMBADSL_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(count)}

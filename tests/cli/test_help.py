@@ -42,7 +42,11 @@ def test_examples_run(name, line, tmp_path, monkeypatch):
     said, _, rest = line.rpartition(" | ")
     words = shlex.split(rest)
     assert words[:2] == ["mambadsl", name]
-    args = [found for word in words[1:] for found in (sorted(glob.glob(word)) if "*" in word and " " not in word else [word])]
+    args = [
+        found
+        for word in words[1:]
+        for found in (sorted(glob.glob(word)) if "*" in word and " " not in word else [word])
+    ]
     result = CliRunner().invoke(cli, args, input=shlex.split(said)[1] if said else None)
     assert result.exit_code == 0, result.output
     assert result.stdout or name == "fmt" or {"-o", "github"} & set(args)

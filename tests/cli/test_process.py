@@ -17,7 +17,7 @@ TINY = str(MODELS / "tiny.mdl")
 
 
 def run(*args: str, **more) -> subprocess.CompletedProcess:
-    return subprocess.run([*PROGRAM, *args], capture_output=True, text=True, timeout=60, **more)
+    return subprocess.run([*PROGRAM, *args], check=False, capture_output=True, text=True, timeout=60, **more)
 
 
 @pytest.mark.parametrize("args, code", [(("check", TINY), 0), (("check", "-e", "Q"), 1), (("check",), 2), ((), 2)])
@@ -38,7 +38,10 @@ def test_standard_input_that_is_closed():
 
 def test_a_reader_that_goes_away():
     with subprocess.Popen(
-        [*PROGRAM, "summary", TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*PROGRAM, "summary", TINY],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
@@ -48,7 +51,11 @@ def test_a_reader_that_goes_away():
 
 def test_ctrl_c_without_a_traceback():
     with subprocess.Popen(
-        [*PROGRAM, "check", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*PROGRAM, "check", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdin is not None
         process.stdin.write("M ")
@@ -75,10 +82,20 @@ def test_a_terminal_without_unicode():
     assert done.returncode == 0 and done.stdout == "M A  # \\u0101\n"
 
 
-@pytest.mark.parametrize("args", [
-    ["check", TINY], ["plan", TINY, "--stages", "2"], ["expand", TINY], ["fmt", "--check", TINY], ["summary", TINY],
-    ["graph", TINY, "--as", "svg"], ["explain", "mamba2"], ["explain", "codes"],
-], ids=lambda a: a[0])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["check", TINY],
+        ["plan", TINY, "--stages", "2"],
+        ["expand", TINY],
+        ["fmt", "--check", TINY],
+        ["summary", TINY],
+        ["graph", TINY, "--as", "svg"],
+        ["explain", "mamba2"],
+        ["explain", "codes"],
+    ],
+    ids=lambda a: a[0],
+)
 def test_nothing_slow_is_loaded(args):
     script = (
         "import sys, click\n"
@@ -87,13 +104,13 @@ def test_nothing_slow_is_loaded(args):
         "except SystemExit as e: print(e.code)\n"
         "print([m for m in ('torch', 'numpy', 'networkx', 'rich', 'lark') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-2:] == ["0", "[]"], done.stderr
 
 
 def test_import_is_bare():
     script = "import sys, mambadsl; print(sorted(m for m in sys.modules if m.startswith('mambadsl')))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "['mambadsl']"
 
 

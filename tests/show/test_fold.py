@@ -66,7 +66,11 @@ def test_groups_are_the_source_s():
     one = [("M", 1, None), ("F", 1, None)]
     tail = [("M", 1, None), ("A", 1, None), ("F", 1, None)]
     assert shape(items) == [
-        ("embed", 1, None), ("M F", 3, one), *tail, ("[M F]*4 M A F", 3, [("M F", 4, one), *tail]), ("M F", 5, one),
+        ("embed", 1, None),
+        ("M F", 3, one),
+        *tail,
+        ("[M F]*4 M A F", 3, [("M F", 4, one), *tail]),
+        ("M F", 5, one),
         ("head", 1, None),
     ]
 
@@ -74,7 +78,16 @@ def test_groups_are_the_source_s():
 def test_named_blocks_and_shared_layers():
     items = fold(program("shared").layers)
     assert [(label, count) for label, count, _ in shape(items)] == [
-        ("embed", 1), ("M", 4), ("S", 1), ("M", 1), ("T", 2), ("Local", 3), ("M S", 3), ("M T", 2), ("S", 1), ("mtp", 2),
+        ("embed", 1),
+        ("M", 4),
+        ("S", 1),
+        ("M", 1),
+        ("T", 2),
+        ("Local", 3),
+        ("M S", 3),
+        ("M T", 2),
+        ("S", 1),
+        ("mtp", 2),
         ("head", 1),
     ]
     owners = {leaf.label: leaf.shared for leaf in leaves(items) if leaf.shared}
@@ -90,4 +103,7 @@ def test_a_pass_that_differs_stays_apart():
     graph = load(text="stack { M F | [M F]*4 }").layers
     first = {n.path for n in graph.nodes[:5]}
     items = fold(graph, tag=lambda node: node.path in first)
-    assert shape(items)[3:5] == [("M F", 1, [("M", 1, None), ("F", 1, None)]), ("M F", 3, [("M", 1, None), ("F", 1, None)])]
+    assert shape(items)[3:5] == [
+        ("M F", 1, [("M", 1, None), ("F", 1, None)]),
+        ("M F", 3, [("M", 1, None), ("F", 1, None)]),
+    ]

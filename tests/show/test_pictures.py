@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -23,10 +24,13 @@ FORMS = {"tree.txt": tree_text, "dot": dot_text, "mmd": mermaid_text, "svg": svg
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-@pytest.mark.parametrize("name, form", [
-    *((name, form) for name in ("falcon_h1_0_5b", "tiny", "shared") for form in FORMS if form != "explorer.json"),
-    ("tiny", "explorer.json"),
-])
+@pytest.mark.parametrize(
+    "name, form",
+    [
+        *((name, form) for name in ("falcon_h1_0_5b", "tiny", "shared") for form in FORMS if form != "explorer.json"),
+        ("tiny", "explorer.json"),
+    ],
+)
 def test_golden(name, form, golden):
     graph = program(name).layers
     picture = FORMS[form](graph)
@@ -39,7 +43,7 @@ def test_golden_with_a_plan(form, golden):
     """Cuts by hand, so that this is about the picture and not about the planner."""
     graph = program("nemotron_h_8b").layers
     paths, cuts = [node.path for node in graph.nodes], (0, 14, 28, 41, 54)
-    stages = [SimpleNamespace(index=i, paths=paths[a:b]) for i, (a, b) in enumerate(zip(cuts, cuts[1:]))]
+    stages = [SimpleNamespace(index=i, paths=paths[a:b]) for i, (a, b) in enumerate(pairwise(cuts))]
     golden(f"show/nemotron_h_8b_4_stages.{form}", FORMS[form](graph, plan=SimpleNamespace(stages=stages)))
 
 
@@ -108,10 +112,10 @@ def test_dot_and_mermaid_name_what_they_link(name):
     graph = program(name).layers
     dot, mermaid = dot_text(graph), mermaid_text(graph)
     assert dot.count("{") == dot.count("}")
-    assert mermaid.count("subgraph") == len(re.findall(r"^\s*end$", mermaid, re.M)) == dot.count("subgraph")
+    assert mermaid.count("subgraph") == len(re.findall(r"^\s*end$", mermaid, re.MULTILINE)) == dot.count("subgraph")
     for text, arrow in ((dot, r"^\s*(n\d+) -> (n\d+)"), (mermaid, r"^\s*(n\d+) -.*?(n\d+)$")):
-        declared = set(re.findall(r"^\s*(n\d+)\s?\[", text, re.M))
-        linked = re.findall(arrow, text, re.M)
+        declared = set(re.findall(r"^\s*(n\d+)\s?\[", text, re.MULTILINE))
+        linked = re.findall(arrow, text, re.MULTILINE)
         assert len(linked) == len(flow(graph).links)
         assert {end for link in linked for end in link} == declared
 

@@ -25,7 +25,9 @@ def test_pages_fit_and_have_rows(topic):
 def test_a_kind_s_page_has_its_fields_and_slots(name):
     kind, found = get(name), page(name)
     assert [row["name"] for row in found.rows] == [f.name for f in kind.fields]
-    assert [row["name"] for row in found.rows if row["required"]] == [f.name for f in kind.fields if f.default is REQUIRED]
+    assert [row["name"] for row in found.rows if row["required"]] == [
+        f.name for f in kind.fields if f.default is REQUIRED
+    ]
     assert all(f"{name}.{slot.name}" in found.text for slot in kind.slots)
 
 

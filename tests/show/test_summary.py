@@ -41,7 +41,8 @@ def test_a_published_count():
     data = summary_data(program("nemotron_h_8b").layers)
     assert data["total"]["params"] == 8_100_852_736
     assert {row["label"]: row["count"] for row in data["rows"] if row["sort"] == "group" and not row["depth"]} == {
-        "[M F]": 5, "[[M F]*4 M A F]": 3,
+        "[M F]": 5,
+        "[[M F]*4 M A F]": 3,
     }
 
 
@@ -58,7 +59,11 @@ def test_a_shared_weight_counts_once():
 def test_a_longer_sequence_costs_attention_only():
     graph = program("tiny").layers
     short, long = (summary_data(graph, length=n)["rows"] for n in (256, 4096))
-    dearer = {a["kind"] for a, b in zip(short, long) if a["cost"] and b["cost"]["flops_per_token"] > a["cost"]["flops_per_token"]}
+    dearer = {
+        a["kind"]
+        for a, b in zip(short, long)
+        if a["cost"] and b["cost"]["flops_per_token"] > a["cost"]["flops_per_token"]
+    }
     assert dearer == {"attention", "sum"}
 
 
@@ -67,16 +72,37 @@ def test_plain_data():
     assert json.loads(json.dumps(data)) == data
     assert set(data) == {"name", "length", "model", "layers", "total", "rows"}
     assert set(data["rows"][1]) == {
-        "depth", "label", "sort", "count", "kind", "shape", "shared", "paths", "fields", "cost",
+        "depth",
+        "label",
+        "sort",
+        "count",
+        "kind",
+        "shape",
+        "shared",
+        "paths",
+        "fields",
+        "cost",
     }
     assert {row["sort"] for row in data["rows"]} == {"embed", "layer", "group", "head", "mtp_in", "mtp_out"}
 
 
-@pytest.mark.parametrize("function, value, text", [
-    (count, 0, "0"), (count, 999, "999"), (count, 1000, "1.00 K"), (count, 999_499, "999 K"), (count, 999_999, "1.00 M"),
-    (count, 8_100_852_736, "8.10 B"), (count, 98_765_432, "98.8 M"), (flops, 1.5e12, "1.50 T"), (size, 4096, "4 KiB"),
-    (size, 4097, "4.00 KiB"), (size, 96, "96 B"), (size, 3 * 2**29, "1.50 GiB"),
-])
+@pytest.mark.parametrize(
+    "function, value, text",
+    [
+        (count, 0, "0"),
+        (count, 999, "999"),
+        (count, 1000, "1.00 K"),
+        (count, 999_499, "999 K"),
+        (count, 999_999, "1.00 M"),
+        (count, 8_100_852_736, "8.10 B"),
+        (count, 98_765_432, "98.8 M"),
+        (flops, 1.5e12, "1.50 T"),
+        (size, 4096, "4 KiB"),
+        (size, 4097, "4.00 KiB"),
+        (size, 96, "96 B"),
+        (size, 3 * 2**29, "1.50 GiB"),
+    ],
+)
 def test_numbers_have_three_digits(function, value, text):
     assert function(value) == text
 

@@ -1,0 +1,72 @@
+"""`mambadsl generate` with random weights: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mambadsl.cli.commands import cli
+from mambadsl.files import MODELS
+
+pytest.importorskip("torch")
+TINY = str(MODELS / "tiny.mdl")
+
+
+def call(*args: str):
+    return CliRunner().invoke(cli, ["generate", TINY, *args])
+
+
+def test_ids_stream_and_come_as_json():
+    printed = call("--tokens", "1,2,3", "--max-tokens", "5")
+    assert printed.exit_code == 0 and "random" in printed.stderr
+    ids = [int(word) for word in printed.stdout.split()]
+    assert len(ids) == 5
+    found = json.loads(call("--tokens", "1,2,3", "--max-tokens", "5", "--json").stdout)
+    assert found == {"ok": True, "tokens": ids, "text": None, "ended": "length", "weights": None}
+
+
+def test_text_is_that_of_the_ids():
+    found = json.loads(call("--prompt", "hi", "--max-tokens", "4", "--json").stdout)
+    assert call("--prompt", "hi", "--max-tokens", "4").stdout == found["text"] + "\n"
+    same = json.loads(call("--tokens", "104,105", "--max-tokens", "4", "--json").stdout)
+    assert same["tokens"] == found["tokens"]
+
+
+def test_the_seed_decides_and_a_stop_ends():
+    draws = [call("--tokens", "1", "--max-tokens", "6", "--temperature", "1", "--seed", s).stdout for s in "112"]
+    assert draws[0] == draws[1] != draws[2]
+    first = call("--tokens", "1", "--max-tokens", "3").stdout.split()[0]
+    stopped = json.loads(call("--tokens", "1", "--max-tokens", "3", "--stop", first, "--json").stdout)
+    assert stopped["tokens"] == [] and stopped["ended"] == "stop"
+
+
+def test_weights_of_a_checkpoint(tmp_path):
+    from mambadsl import load
+    from mambadsl.build.checkpoint import save_weights
+
+    save_weights(load(TINY).build(seed=5), tmp_path)
+    result = call("--tokens", "1,2", "--max-tokens", "4", "--weights", str(tmp_path))
+    assert result.exit_code == 0 and not result.stderr
+    assert result.stdout == call("--tokens", "1,2", "--max-tokens", "4", "--seed", "5").stdout
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("--tokens", "999"), "999"),
+        (("--prompt", "a", "--device", "abacus"), "abacus"),
+        (("--prompt", ""), "empty"),
+        (("--prompt", "a", "--tokenizer", "nope.json"), "nope.json"),
+        (("--tokens", "1", "--stop", "x"), "token ids"),
+    ],
+)
+def test_refusals_are_bad_usage(args, words):
+    result = call(*args)
+    assert result.exit_code == 2 and words in result.stderr, result.output
+
+
+def test_a_folder_without_a_checkpoint(tmp_path):
+    result = call("--tokens", "1", "--weights", str(tmp_path))
+    assert result.exit_code == 1 and "error[E9" in result.stderr
