@@ -87,8 +87,8 @@ class _Checked:
 def run(models: tuple[Given, ...], form: str, as_json: bool, **facts: Any) -> int:
     """Say everything that is wrong with models.
 
-    And what is doubtful. Without options: what is so anywhere. Options add what is so there. A file without a stack is a
-    library; its layers are checked.
+    And what is doubtful. Without options: what is so anywhere. Options add what is so there.
+    A file without a stack is a library; its layers are checked.
     """
     given = {name: value for name, value in facts.items() if value is not None}
     found = [_one(model, _facts(given)) for model in models]

@@ -55,7 +55,8 @@ def _devices() -> tuple[str, ...]:
 def run(model: Given, device: str | None, measured: str | None, as_json: bool, **how: Any) -> None:
     """Cut a model into pipeline stages.
 
-    The cuts are those with the shortest predicted step that fit into memory. Without --stages, the text's `|` marks say how many; they are kept.
+    The cuts are those with the shortest predicted step that fit into memory. Without --stages, the text's `|`
+    marks say how many; they are kept.
     """
     if device and measured:
         raise click.UsageError("--device and --measured do not go together; the file names its base device")

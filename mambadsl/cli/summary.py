@@ -24,7 +24,8 @@ from mambadsl.cli.types import COUNT
 def run(model: Given, every: bool, length: int | None, as_json: bool) -> None:
     """Show layers and what they cost as a table.
 
-    Parameters, FLOPs, keys and values, fixed decoding state. Repeats are folded as the file groups them; a shared weight counts once.
+    Parameters, FLOPs, keys and values, fixed decoding state. Repeats are folded as the file groups them; a
+    shared weight counts once.
     """
     from mambadsl.show.summary import summary_data, summary_text
 
