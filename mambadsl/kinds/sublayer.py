@@ -62,7 +62,7 @@ SUBLAYER_FIELDS: tuple[Field, ...] = (
 #: Fields that each branch of a sum has for itself.
 BRANCH_FIELDS: tuple[Field, ...] = (
     Field("in_multiplier", Real(), 1, "scale of the normed input"),
-    Field("out_multiplier", Real(), 1, "scale of the output before it is added (residual multiplier)"),
+    Field("out_multiplier", Real(), 1, "scale of the output, before the sum and, in post and sandwich, the outer norm"),
     Field("dropout", Real(0, 0.99), 0, "share of outputs dropped in training"),
     Field("adapter", ADAPTER, ADAPTER.convert_word("none"), "per-use low-rank weights, for shared layers"),
 )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from mambadsl.plan.explain import Alternative
 from mambadsl.plan.plan import Plan, Stage
 from mambadsl.show.units import count, size
+from mambadsl.syntax.fold import fold
 
 WIDTH = 110
 HEADER = ("stage", "layers", "pattern", "params", "memory", "forward", "backward", "share", "")
@@ -47,7 +48,7 @@ def _row(plan: Plan, stage: Stage) -> tuple[str, ...]:
     memory = stage.static_bytes + stage.in_flight * stage.activation_bytes + stage.buffer_bytes
     mark = "<- slowest" if stage.index == plan.slowest and len(plan.stages) > 1 else ""
     return (
-        name, layers(stage.paths), pattern(stage.labels), count(stage.params), size(memory),
+        name, layers(stage.paths), fold(list(stage.labels)), count(stage.params), size(memory),
         time(stage.forward_s), time(stage.backward_s), f"{stage.share:.0%}", mark,
     )
 
@@ -99,29 +100,6 @@ def layers(paths: Sequence[str]) -> str:
         stem if low is None else f"{stem}.{low}" if low == high else f"{stem}.{low}-{high}"
         for stem, low, high in runs
     )
-
-
-def pattern(labels: Sequence[str]) -> str:
-    """The labels with repeats folded, the largest saving first found from the left: `[M F]*3 M A F`."""
-    out, at = [], 0
-    while at < len(labels):
-        period, times = _repeat(labels, at)
-        block = " ".join(labels[at : at + period])
-        out.append(block if times == 1 else f"{block}*{times}" if period == 1 else f"[{block}]*{times}")
-        at += period * times
-    return " ".join(out)
-
-
-def _repeat(labels: Sequence[str], at: int) -> tuple[int, int]:
-    """The period and count of the repeat from `at` that covers most; (1, 1) if none does."""
-    best = 1, 1
-    for period in range(1, min(24, (len(labels) - at) // 2) + 1):
-        block, times = labels[at : at + period], 1
-        while labels[at + period * times : at + period * (times + 1)] == block:
-            times += 1
-        if times > 1 and (period * times, -period) > (best[0] * best[1], -best[0]):
-            best = period, times
-    return best
 
 
 def _short(text: str, width: int) -> str:

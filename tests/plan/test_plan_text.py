@@ -6,7 +6,7 @@ import pytest
 from chains import hybrid, unit
 
 from mambadsl.plan.plan import plan_units
-from mambadsl.show.plan import WIDTH, layers, pattern, plan_text, time
+from mambadsl.show.plan import WIDTH, layers, plan_text, time
 
 GIB = 2**30
 
@@ -39,32 +39,9 @@ def test_never_wider_than_the_page():
         assert max(map(len, text.splitlines())) <= WIDTH
 
 
-def test_layers_and_patterns_fold():
+def test_layers_fold():
     assert layers(["embed", "stack.0", "stack.1", "stack.2", "head"]) == "embed stack.0-2 head"
     assert layers(["stack.9", "mtp.0.0", "mtp.0.1", "mtp.1.0"]) == "stack.9 mtp.0.0-1 mtp.1.0"
-    assert pattern("M F M F M F M A F".split()) == "[M F]*3 M A F"
-    assert pattern(["M"] * 24) == "M*24" and pattern(list("MAF")) == "M A F" and pattern([]) == ""
-
-
-def unfolded(text):
-    """A pattern back as its labels."""
-    out, tokens = [], text.replace("[", " [ ").replace("]", " ] ").split()
-    start = None
-    for token in tokens:
-        if token == "[":
-            start = len(out)
-        elif token.startswith("*"):
-            out.extend(out[start:] * (int(token[1:]) - 1))
-        elif token != "]":
-            label, _, times = token.partition("*")
-            out.extend([label] * int(times or 1))
-    return out
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_a_pattern_loses_nothing(seed):
-    labels = [u.label for u in hybrid(seed, 40)][1:-1]
-    assert unfolded(pattern(labels)) == labels
 
 
 def test_times():
