@@ -7,6 +7,11 @@ from __future__ import annotations
 
 
 def main() -> None:
+    import gc
+
+    # A short life: collecting often would take a tenth of it.
+    gc.set_threshold(100_000, 20, 20)
+
     from mambadsl.cli.commands import cli
     from mambadsl.cli.output import harden
 

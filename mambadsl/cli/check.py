@@ -10,7 +10,7 @@ import click
 
 from mambadsl.cli import output
 from mambadsl.cli.command import command
-from mambadsl.cli.source import Given, takes_models
+from mambadsl.cli.source import Given, part_set, takes_models
 from mambadsl.cli.types import COUNT, Size, Words
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def _one(model: Given, facts: Facts) -> _Checked:
             resolve(override(file, model.sets))
             return _Checked(model.name, (), f"a library of {layers} layer{'s' * (layers > 1)}", {"library": layers})
         program = compile_file(file, set=model.sets, facts=facts)
+        part_set(facts.parts, program)
     except MdlError as error:
         return _Checked(model.name, error.diagnostics)
     from mambadsl.show.units import count

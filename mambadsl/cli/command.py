@@ -1,7 +1,7 @@
 """What all commands have: `--json`, examples in the help, and problems printed the same way.
 
 `@command("check", examples=...)` makes a function with `as_json` a click command; it returns an exit code or
-None. With `--json`, standard output is one JSON object whatever happens: `{"ok": ..., ...}`.
+None. With `--json`, standard output is one JSON object whatever happens, bad usage apart: `{"ok": ..., ...}`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ class Command(click.Command):
         except MdlError as error:
             output.failed(error.diagnostics, as_json=ctx.params["as_json"])
             return 1
+        except click.ClickException as error:
+            if isinstance(error, click.UsageError) or not ctx.params["as_json"]:
+                raise
+            output.refused(error.message)
+            return error.exit_code
 
 
 def command(name: str, *, examples: tuple[str, ...]) -> Callable[[Callable], Command]:

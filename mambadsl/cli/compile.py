@@ -8,7 +8,7 @@ import click
 
 from mambadsl.cli import output
 from mambadsl.cli.command import command
-from mambadsl.cli.source import Given, takes_model
+from mambadsl.cli.source import Given, part_set, takes_model
 from mambadsl.cli.types import COUNT
 
 
@@ -37,6 +37,7 @@ def run(model: Given, stages: int | None, parts: str, out: Path | None, as_json:
     it. The same input gives the same bytes.
     """
     program = model.program()
+    part_set(parts, program)
     plan = program.plan(stages=stages)
     paths = ()
     if out is not None:

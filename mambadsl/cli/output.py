@@ -47,6 +47,11 @@ def failed(diagnostics: Iterable[Diagnostic], *, as_json: bool) -> None:
         problems(diagnostics)
 
 
+def refused(message: str) -> None:
+    """What is neither a diagnostic nor bad usage, as JSON."""
+    json(ok=False, diagnostics=[], error=message)
+
+
 def plain(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
     from mambadsl.text.render import to_json
 
@@ -75,23 +80,31 @@ def colored(stream: Any) -> bool:
 
 def write(path: Path, words: str) -> None:
     """The whole file or nothing: beside it first, then in its place, with the mode it had. A link stays one."""
+    target = path.resolve()
+    data = words.encode("utf-8")
+    try:
+        if target.exists() and not target.is_file():
+            path.write_bytes(data)
+        else:
+            _replace(target, data)
+    except OSError as error:
+        raise click.ClickException(f"`{path}` cannot be written: {error.strerror or error}") from None
+
+
+def _replace(target: Path, data: bytes) -> None:
     import stat
     import tempfile
 
-    target = path.resolve()
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
-        with tempfile.NamedTemporaryFile("wb", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            beside = Path(file.name)
-            file.write(words.encode("utf-8"))
-        try:
-            beside.chmod(mode if mode is not None else 0o666 & ~_umask())
-            beside.replace(target)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise click.ClickException(f"`{path}` cannot be written: {error.strerror or error}") from None
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, mode)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _umask() -> int:

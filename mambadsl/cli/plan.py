@@ -65,7 +65,7 @@ def run(model: Given, device: str | None, measured: str | None, as_json: bool, *
     program = model.program()
     plan = program.plan(device=measured or device or "h200", **how)
     if as_json:
-        output.json(name=program.spec.name, plan=plan.to_json())
+        output.json(name=program.spec.name, plan=plan.to_json(), diagnostics=output.plain(program.diagnostics))
     else:
         from mambadsl.show.plan import plan_text
 

@@ -47,10 +47,23 @@ class Given:
         return read(self.path)
 
     def program(self) -> Program:
-        """Compiled and checked; its warnings are on standard error."""
+        """Compiled and checked. Raises MdlError."""
         from mambadsl.compile import compile_source
 
         return compile_source(self.source(), set=self.sets)
+
+
+def part_set(name: str, program: Program) -> str:
+    """The name of a part set: a shipped one, or a `parts` block of the text."""
+    from mambadsl.parts.sets import SETS
+    from mambadsl.text.spell import nearest
+
+    known = (*SETS, *(block.name for block in program.spec.parts))
+    if name in known:
+        return name
+    near = nearest(name, known)
+    meant = f"did you mean `{near}`?" if near else f"there are {', '.join(known)}"
+    raise click.BadParameter(f"there is no part set `{name}`; {meant}", param_hint="--parts")
 
 
 def takes_model(function: Callable) -> Callable:

@@ -63,6 +63,8 @@ def test_both_or_neither_of_file_and_text_is_bad_usage(command):
     "args",
     [
         ("check", TINY, "--tp", "0"),
+        ("check", TINY, "--parts", "fusd"),
+        ("compile", TINY, "--parts", "fusd"),
         ("check", TINY, "--target", "vlm"),
         ("check", TINY, "--format", "xml"),
         ("check", TINY, "--memory", "80 apples"),
@@ -280,6 +282,21 @@ def test_a_place_that_cannot_be_written(tmp_path):
     assert result.exit_code == 1 and "cannot be written" in result.stderr
     (tmp_path / "file").write_text("")
     assert call("compile", TINY, "-o", tmp_path / "file" / "deep").exit_code == 1
+
+
+def test_a_place_that_cannot_be_written_in_json(tmp_path):
+    found = data("graph", TINY, "-o", tmp_path / "no" / "where.txt", code=1)
+    assert found["ok"] is False and "cannot be written" in found["error"]
+
+
+def test_a_picture_goes_to_a_device_too():
+    assert call("graph", TINY, "-o", "/dev/null").exit_code == 0
+    assert Path("/dev/null").exists() and not Path("/dev/null").is_file()
+
+
+def test_a_part_set_of_the_text_is_known(tmp_path):
+    text = "stack { M A }\nparts mine : reference { }"
+    assert call("compile", "-e", text, "--parts", "mine").exit_code == 0
 
 
 def test_compile_writes_a_folder(tmp_path):

@@ -1,0 +1,294 @@
+"""Whole models against Hugging Face's classes: tiny configurations, random weights mapped name by name.
+
+Protocol: float32, eager experts, every parameter moved off its initial value, one full forward pass without
+cache. Two quirks of those classes are met here: Nemotron-H clamps dt at 0.001 from below whatever its
+configuration says, and Bamba rotates half of each head unless told otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from mambadsl.build.model import build
+from mambadsl.graph.graph import Role
+from mambadsl.graph.unroll import unroll
+from mambadsl.spec.resolve import resolve
+from mambadsl.syntax.read import read
+from mambadsl.text.source import from_text
+
+transformers = pytest.importorskip("transformers")
+
+COMMON = dict(vocab_size=61, hidden_size=32, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+EPS = "norm = rmsnorm(eps=1e-5)"
+LIMIT = 5e-5
+
+
+@dataclass(frozen=True)
+class Family:
+    """config: of `<name>Config`. text: the same model in our language. layers: for each of our layers,
+    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes."""
+
+    name: str
+    config: dict
+    text: str
+    layers: list[tuple[str, ...]]
+    embed: str = "model.embed_tokens"
+    final: str = "model.final_layernorm"
+    base: str = "model.layers"
+    model: str = ""
+    tied: bool = field(default=False)
+
+    def program(self) -> str:
+        tied = "true" if self.tied else "false"
+        fixed = f"model them {{ vocab = 61\n d_model = 32\n tie_embeddings = {tied}\n {self.model} }}\n"
+        return fixed + self.text
+
+
+def each(count: int, *pairs: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The same places in `count` layers."""
+    return [tuple(f"{i}.{name}" for name in pair) for i in range(count) for pair in pairs]
+
+
+def pairs(mixers: list[str], before: str, feed_forward: str) -> list[tuple[str, ...]]:
+    """Layers of a mixer and a feed-forward sublayer, each with its norm."""
+    return [
+        pair for i, mixer in enumerate(mixers)
+        for pair in ((f"{i}.input_layernorm", f"{i}.{mixer}"), (f"{i}.{before}", f"{i}{feed_forward}"))
+    ]
+
+
+GROUPED = dict(
+    mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
+    mamba_chunk_size=8,
+)
+NEMOTRON = dict(
+    head_dim=16, intermediate_size=48, ssm_state_size=16, mamba_num_heads=4, mamba_head_dim=12, n_groups=2,
+    conv_kernel=4, chunk_size=8, layer_norm_epsilon=1e-5, tie_word_embeddings=False,
+)
+NEMOTRON_LAYERS = """
+layer M = mamba2(heads=4, head_dim=12, d_state=16, groups=2, dt_limit=[0.001, inf], chunk=8)
+layer A = attention(heads=4, kv_heads=2, head_dim=16, rope=none)
+layer F = mlp(d_ff=48, act=relu2)
+layer E = moe(experts=8, top_k=3, d_ff=24, shared_d_ff=40, act=relu2, router=sigmoid(groups=2, scale=2.5))
+"""
+ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2)
+BACKBONE = dict(embed="backbone.embeddings", final="backbone.norm_f", base="backbone.layers")
+
+FAMILIES = {
+    "mamba": Family(
+        "Mamba",
+        dict(num_hidden_layers=3, state_size=8, expand=2, time_step_rank=3, tie_word_embeddings=True),
+        "layer R = mamba1(d_inner=64, d_state=8, dt_rank=3)\nstack { R R R }",
+        each(3, ("norm", "mixer")), **BACKBONE, model=f"{EPS}\n residual_dtype = fp32", tied=True,
+    ),
+    "falcon_mamba": Family(
+        "FalconMamba",
+        dict(
+            num_hidden_layers=2, state_size=8, expand=2, time_step_rank=3, use_bias=True, mixer_rms_eps=1e-6,
+            tie_word_embeddings=False,
+        ),
+        """
+        layer R = mamba1(d_inner=64, d_state=8, dt_rank=3, bias=true, dt_bc_norm=weightless(eps=1e-6))
+        stack { R R }
+        """,
+        each(2, ("norm", "mixer")), **BACKBONE, model=EPS,
+    ),
+    "mamba2": Family(
+        "Mamba2",
+        dict(
+            num_hidden_layers=3, num_heads=8, head_dim=8, state_size=16, n_groups=4, use_bias=True, expand=2,
+            conv_kernel=4, chunk_size=8, tie_word_embeddings=False,
+        ),
+        "layer M = mamba2(heads=8, head_dim=8, d_state=16, groups=4, bias=true, chunk=8)\nstack { M*3 }",
+        each(3, ("norm", "mixer")), **BACKBONE, model=EPS,
+    ),
+    "nemotron_h": Family(
+        "NemotronH",
+        dict(
+            layers_block_type=["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"],
+            **NEMOTRON, **ATTENTION,
+        ),
+        NEMOTRON_LAYERS + "stack { [M F] M A F }",
+        each(5, ("norm", "mixer")), embed="model.embeddings", final="model.norm_f", model=EPS,
+    ),
+    "nemotron_h with experts": Family(
+        "NemotronH",
+        dict(
+            layers_block_type=["linear_attention", "moe", "full_attention", "moe"], n_routed_experts=8,
+            num_experts_per_tok=3, n_shared_experts=1, moe_intermediate_size=24, routed_scaling_factor=2.5,
+            moe_shared_expert_intermediate_size=40, n_group=2, topk_group=1, norm_topk_prob=True,
+            **NEMOTRON, **ATTENTION,
+        ),
+        NEMOTRON_LAYERS + "stack { M E A E }",
+        each(4, ("norm", "mixer")), embed="model.embeddings", final="model.norm_f", model=EPS,
+    ),
+    "jamba": Family(
+        "Jamba",
+        dict(
+            intermediate_size=48, num_hidden_layers=4, attn_layer_period=4, attn_layer_offset=2,
+            expert_layer_period=2, expert_layer_offset=1, num_experts=4, num_experts_per_tok=2,
+            mamba_d_state=8, mamba_dt_rank=3, rms_norm_eps=1e-6, tie_word_embeddings=False, **ATTENTION,
+        ),
+        """
+        layer R = mamba1(d_inner=64, d_state=8, dt_rank=3, dt_bc_norm=learned(eps=1e-6))
+        layer A = attention(heads=4, kv_heads=2)
+        layer F = mlp(d_ff=48, gated=true)
+        layer E = moe(experts=4, top_k=2, d_ff=48, gated=true)
+        stack { R F R E A F R E }
+        """,
+        pairs(["mamba", "mamba", "self_attn", "mamba"], "pre_ff_layernorm", ".feed_forward"),
+        model="norm = rmsnorm(eps=1e-6)",
+    ),
+    "bamba": Family(
+        "Bamba",
+        dict(
+            intermediate_size=48, num_hidden_layers=3, attn_layer_indices=[1], tie_word_embeddings=False,
+            **ATTENTION, **GROUPED,
+        ),
+        """
+        layer M = mamba2(heads=8, head_dim=8, d_state=16, groups=2, chunk=8)
+        layer A = attention(heads=4, kv_heads=2, rope=rope(theta=10000, fraction=0.5))
+        layer F = mlp(d_ff=48, gated=true)
+        stack { M F A F M F }
+        """,
+        pairs(["mamba", "self_attn", "mamba"], "pre_ff_layernorm", ".feed_forward"),
+        model=EPS,
+    ),
+    "falcon_h1": Family(
+        "FalconH1",
+        dict(
+            intermediate_size=48, num_hidden_layers=2, head_dim=16, mamba_d_ssm=48, mamba_n_heads=6,
+            mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8, mamba_rms_norm=False,
+            rms_norm_eps=1e-5,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6), key_multiplier=0.35,
+            attention_in_multiplier=1.1, attention_out_multiplier=0.9, embedding_multiplier=5.5,
+            lm_head_multiplier=0.25, mlp_multipliers=[0.875, 0.5], ssm_in_multiplier=1.25,
+            ssm_out_multiplier=0.75, ssm_multipliers=[0.35, 0.25, 0.75, 0.5, 0.375],
+            tie_word_embeddings=False, **ATTENTION,
+        ),
+        """
+        layer M = mamba2(
+          heads=6, head_dim=8, d_state=16, chunk=8, gated_norm=none,
+          proj_multipliers=[0.35, 0.25, 0.75, 0.5, 0.375], in_multiplier=1.25, out_multiplier=0.75)
+        layer A = attention(
+          heads=4, kv_heads=2, head_dim=16, rope=rope(theta=1000000), key_multiplier=0.35,
+          in_multiplier=1.1, out_multiplier=0.9)
+        layer F = mlp(d_ff=48, gated=true, gate_multiplier=0.875, out_multiplier=0.5)
+        stack { [M+A F]*2 }
+        """,
+        each(2, ("input_layernorm", "mamba", "self_attn"), ("pre_ff_layernorm", "feed_forward")),
+        model=f"{EPS}\n embedding_multiplier = 5.5\n logits_multiplier = 0.25",
+    ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybrid",
+        dict(
+            intermediate_size=24, shared_intermediate_size=40, num_hidden_layers=3, num_local_experts=6,
+            num_experts_per_tok=3, layer_types=["linear_attention", "full_attention", "linear_attention"],
+            position_embedding_type=None, embedding_multiplier=12.0, attention_multiplier=0.125,
+            residual_multiplier=0.22, logits_scaling=8.0, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            **ATTENTION, **GROUPED,
+        ),
+        """
+        layer M = mamba2(
+          heads=8, head_dim=8, d_state=16, groups=2, chunk=8, out_multiplier=0.22, norm_eps=1e-6)
+        layer A = attention(heads=4, kv_heads=2, rope=none, scale=0.125, out_multiplier=0.22)
+        layer E = moe(
+          experts=6, top_k=3, d_ff=24, gated=true, shared_d_ff=40, router=softmax(order=after_top_k),
+          out_multiplier=0.22)
+        stack { M E A E M E }
+        """,
+        pairs(["mamba", "self_attn", "mamba"], "post_attention_layernorm", ""),
+        final="model.norm", tied=True,
+        model="norm = rmsnorm(eps=1e-6)\n embedding_multiplier = 12\n logits_multiplier = 1 / 8",
+    ),
+}
+
+#: Our name below a mixer -> theirs, joined along axis 0; the first list whose names are all there is taken.
+NAMES: dict[str, list[list[str]]] = {
+    "qkv_proj.weight": [["q_proj.weight", "k_proj.weight", "v_proj.weight"]],
+    "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"]],
+    "conv.weight": [["conv1d.weight"]],
+    "conv.bias": [["conv1d.bias"]],
+    "gate_norm.weight": [["norm.weight"]],
+    "dt_norm.weight": [["dt_layernorm.weight"]],
+    "b_norm.weight": [["b_layernorm.weight"]],
+    "c_norm.weight": [["c_layernorm.weight"]],
+    "router.weight": [["router.weight"], ["gate.weight"], ["block_sparse_moe.router.weight"]],
+    "router.bias": [["gate.e_score_correction_bias"]],
+    "experts.gate_up_proj": [["experts.gate_up_proj"], ["block_sparse_moe.experts.gate_up_proj"]],
+    "experts.down_proj": [["experts.down_proj"], ["block_sparse_moe.experts.down_proj"]],
+    "shared.gate_up_proj.weight": [["shared_mlp.input_linear.weight"]],
+    "shared.up_proj.weight": [["shared_experts.up_proj.weight"]],
+    "shared.down_proj.weight": [["shared_mlp.output_linear.weight"], ["shared_experts.down_proj.weight"]],
+}
+
+
+def theirs(family: Family):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family.name}Config")(**{**COMMON, **family.config})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{family.name}ForCausalLM")(config).eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if tensor.dim() < 2 or "A_log" in name or "norm" in name:
+                tensor.add_(0.2 * noise)
+            else:
+                tensor.copy_(noise * (0.5 if "embed" in name else tensor.shape[-1] ** -0.5))
+    return model
+
+
+def moved(family: Family, graph, weights: dict) -> dict:
+    """Their weights under our names. Every one of theirs must be used."""
+    used: set[str] = set()
+
+    def take(name: str) -> torch.Tensor:
+        used.add(name)
+        return weights[name]
+
+    found = {"embed.weight": take(f"{family.embed}.weight")}
+    found["final_norm.weight"] = take(f"{family.final}.weight")
+    head = take("lm_head.weight")
+    if not family.tied:
+        found["head.weight"] = head
+    model = build(graph, device="meta")
+    layers = [n for n in graph.nodes if n.role is Role.LAYER]
+    assert len(layers) == len(family.layers)
+    for node, (norm, *mixers) in zip(layers, family.layers):
+        found[f"{node.path}.norm.weight"] = take(f"{family.base}.{norm}.weight")
+        for (_, prefix, _), mixer in zip(node.branches(), mixers, strict=True):
+            for path in model.weights:
+                if not path.startswith(f"{prefix}."):
+                    continue
+                name = path.removeprefix(f"{prefix}.")
+                spellings = [[name], *NAMES.get(name, [])]
+                choices = [[f"{family.base}.{mixer}.{n}" for n in names] for names in spellings]
+                names = next(names for names in choices if all(n in weights for n in names))
+                value = torch.cat([take(n) for n in names])
+                found[path] = value.squeeze(1) if name == "conv.weight" else value
+    left = set(weights) - used
+    assert not left, left
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_hugging_face(name):
+    family = FAMILIES[name]
+    their_model = theirs(family)
+    graph = unroll(resolve(read(from_text(family.program(), name=f"{name}.mdl"))))
+    ours = build(graph)
+    ours.load_state_dict(moved(family, graph, their_model.state_dict()), strict=True)
+    tokens = torch.randint(3, 61, (2, 21), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(21).expand(2, -1)
+    with torch.no_grad():
+        extra = {} if "backbone" in family.base else dict(position_ids=positions)
+        wanted = their_model(input_ids=tokens, use_cache=False, **extra).logits.float()
+        logits = ours.eval()(tokens)
+    assert wanted.std() > 0.1, "a model whose logits say something"
+    torch.testing.assert_close(logits, wanted, atol=LIMIT, rtol=0)

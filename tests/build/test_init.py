@@ -1,0 +1,122 @@
+"""Initial values: the laws, measured; the same bits whatever was built, where, and in which order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mambadsl.build.init import LAWS, draw, initialise, materialise, param_groups
+from mambadsl.build.model import build
+from mambadsl.kinds.kind import Init, Weight
+from mambadsl.kinds.registry import all_kinds
+from small_models import EVERYTHING, graph
+
+
+def values(init: Init, *shape: int, stack: str = "M A F A", seed: int = 0, **settings) -> torch.Tensor:
+    return draw(Weight("w", shape, init), graph(stack, **settings), path="some.path", seed=seed)
+
+
+def test_every_law_that_a_kind_declares_exists():
+    model = build(graph(EVERYTHING), device="meta")
+    assert {w.init.law for w in model.weights.values()} <= set(LAWS)
+    assert len(all_kinds()) >= 5
+
+
+def test_normal_has_the_models_std_and_residual_projections_less():
+    std = 0.02
+    options = dict(init_std=std)
+    assert values(Init("normal"), 400, 300, **options).std().item() == pytest.approx(std, rel=0.02)
+    assert abs(values(Init("normal"), 400, 300, **options).mean().item()) < 2e-4
+    own = Init.of("normal", std=0.5)
+    assert values(own, 400, 300, **options).std().item() == pytest.approx(0.5, rel=0.02)
+    residual = Init("normal", residual=True)
+    assert values(residual, 400, 300, **options).std().item() == pytest.approx(std / math.sqrt(4), rel=0.02)
+    off = dict(**options, scale_residual_init="false")
+    assert values(residual, 400, 300, **off).std().item() == pytest.approx(std, rel=0.02)
+
+
+def test_residual_additions_are_counted_not_layers_of_weights():
+    model = build(graph("S M S S M+A F", d_model=48, init_std=0.02))
+    out = model.tensors()["stack.1.mixer.out_proj.weight"]
+    assert out.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.06)
+    assert model.tensors()["stack.1.mixer.in_proj.weight"].std().item() == pytest.approx(0.02, rel=0.04)
+
+
+def test_uniform_and_constants():
+    u = values(Init.of("uniform", bound=0.5), 1000, 20)
+    assert u.min() >= -0.5 and u.max() <= 0.5
+    assert u.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.02)
+    assert (values(Init("zeros"), 7) == 0).all() and (values(Init("ones"), 7) == 1).all()
+    assert (values(Init.of("const", value=2.5), 7) == 2.5).all()
+
+
+def test_a_log_of_both_mambas():
+    a = values(Init.of("a_uniform", low=1, high=16), 20_000).exp()
+    assert a.min() >= 1 - 1e-5 and a.max() <= 16 + 1e-4
+    assert a.mean().item() == pytest.approx(8.5, rel=0.02)
+    rows = values(Init("a_arange"), 3, 5).exp()
+    torch.testing.assert_close(rows, torch.arange(1.0, 6).expand(3, 5))
+
+
+def test_dt_bias_gives_dt_in_its_range():
+    dt = F.softplus(values(Init.of("dt_bias", low=0.001, high=0.1, floor=1e-4), 20_000).double())
+    assert dt.min() >= 0.001 * (1 - 1e-4) and dt.max() <= 0.1 * (1 + 1e-4)
+    # Log-uniform: a half of it below the geometric mean.
+    assert (dt < 0.01).double().mean().item() == pytest.approx(0.5, abs=0.02)
+    floored = F.softplus(values(Init.of("dt_bias", low=1e-6, high=1e-5, floor=1e-4), 100).double())
+    torch.testing.assert_close(floored, torch.full_like(floored, 1e-4), rtol=1e-3, atol=0)
+
+
+def test_built_mambas_have_these_values():
+    tensors = build(graph("M R")).tensors()
+    for name in "stack.0.mixer.dt_bias", "stack.1.mixer.dt_proj.bias":
+        dt = F.softplus(tensors[name])
+        assert dt.min() >= 0.00099 and dt.max() <= 0.101
+    torch.testing.assert_close(tensors["stack.1.mixer.A_log"][5].exp(), torch.arange(1.0, 5))
+    assert (tensors["stack.0.mixer.D"] == 1).all()
+
+
+def same(a: dict, b: dict) -> None:
+    assert set(a) <= set(b)
+    for path in a:
+        assert a[path].dtype == b[path].dtype and torch.equal(a[path], b[path]), path
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_meta_then_materialise_is_a_direct_build(dtype):
+    direct = build(graph(EVERYTHING), dtype=dtype, seed=3)
+    later = materialise(build(graph(EVERYTHING), dtype=dtype, device="meta"), device="cpu", seed=3)
+    same(direct.tensors(), later.tensors())
+    other = build(graph(EVERYTHING), dtype=dtype, seed=4)
+    assert not torch.equal(direct.embed.weight, other.embed.weight)
+
+
+def test_values_depend_on_seed_and_path_only():
+    """Not on other layers, on torch's own generator, or on what was there before."""
+    torch.manual_seed(1)
+    options = dict(scale_residual_init="false")
+    short, long = build(graph("M A", **options)), build(graph("M A F F", **options))
+    same(short.tensors(), long.tensors())
+    before = torch.random.get_rng_state()
+    again = initialise(build(graph("M A", **options), seed=9), seed=0)
+    assert torch.equal(before, torch.random.get_rng_state())
+    same(short.tensors(), again.tensors())
+    third, fourth = (long.tensors()[f"stack.{i}.mixer.up_proj.weight"] for i in (2, 3))
+    assert not torch.equal(third, fourth)
+
+
+def test_parameter_groups_are_the_declared_ones():
+    model = build(graph(EVERYTHING, tie_embeddings="true"), device="meta")
+    decay, rest = param_groups(model, weight_decay=0.1)
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert len({id(p) for g in (decay, rest) for p in g["params"]}) == len(list(model.parameters()))
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    for path in rest["names"]:
+        assert path.split(".")[-1] in ("A_log", "D", "dt_bias", "bias") or "norm" in path, path
+    for path in decay["names"]:
+        assert not path.endswith(("A_log", "D", "bias")) and "norm" not in path, path
+    assert "embed.weight" in decay["names"] and "stack.0.mixer.A_log" in rest["names"]
+    torch.optim.AdamW(param_groups(build(graph("M A"))))
