@@ -1,4 +1,4 @@
-"""`python -m mambadsl` is the `mambadsl` command."""
+"""`python -m mambadsl`: the program, where its script is not on the path."""
 
 from mambadsl.cli import main
 

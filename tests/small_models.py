@@ -59,7 +59,7 @@ def shaken(model: Model, *, size: float = 0.1) -> Model:
     with torch.no_grad():
         for path, tensor in model.tensors().items():
             noise = torch.randn(tensor.shape, generator=generator_of(path, seed=99))
-            tensor.add_((size * noise).to(tensor.dtype))
+            tensor.add_((size * noise).to(tensor))
     return model
 
 

@@ -48,7 +48,8 @@ def run(model: Given, stages: int | None, parts: str, out: Path | None, as_json:
         except OSError as error:
             raise click.ClickException(f"`{out}` cannot be written: {error.strerror or error}") from None
     if as_json:
-        output.json(name=program.spec.name, files=[str(path) for path in paths], plan=plan.to_json())
+        written, doubts = [str(path) for path in paths], output.plain(program.diagnostics)
+        output.json(name=program.spec.name, files=written, plan=plan.to_json(), diagnostics=doubts)
         return
     from mambadsl.show.plan import plan_text
 

@@ -59,12 +59,13 @@ def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
     tables: dict = {}
     shapes: dict = {}
     found: dict[str, Cost] = {}
+    used_again = {node.owner for node in graph.nodes if node.shared}
     for node in graph.nodes:
         key = (node.role, node.layer)
         if key not in tables:
             tables[key] = _running(graph, node, length)
-        # A node whose weights are its own has new paths only: its counts depend on the layer alone.
-        own = node.role is Role.LAYER and not node.shared
+        # A node whose weights no other uses has new paths only: its counts depend on the layer alone.
+        own = node.role is Role.LAYER and node.owner not in used_again
         if own and key in shapes:
             counts = shapes[key]
         else:

@@ -30,12 +30,14 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One block around a node: `[M F]*3`, or a named block. index: which repeat, of `count`."""
+    """One block around a node: `[M F]*3`, or a named block. index: which repeat, of `count`. span: where it
+    stands; chain: where its name is declared, and then imported."""
 
     label: str
     index: int
     count: int
     span: Span | None = field(default=None, compare=False, repr=False)
+    chain: tuple[Span, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class LayerGraph:
         return len(self.layers)
 
     def content(self) -> dict[str, Any]:
-        """What the graph is, as hashable plain data; equal graphs have equal content."""
+        """What the graph is; equal graphs have equal content."""
         return {
             "name": self.name,
             "model": self.model,

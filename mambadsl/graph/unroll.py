@@ -15,18 +15,8 @@ from mambadsl.text.source import Span
 
 def unroll(spec: ModelSpec) -> LayerGraph:
     """Lays the stack out. Raises MdlError for a missing stack, too many layers, misplaced cuts."""
-    if not spec.stack:
-        span = None
-        raise MdlError([Diagnostic(E029, f"`{spec.name}` has no stack, so there is no model to build", span)])
-    layers = count_layers(spec.stack)
-    if layers > MAX_LAYERS:
-        message = f"the stack has {short_count(layers)} layers; a model has at most {MAX_LAYERS:,}"
-        raise MdlError([Diagnostic(E047, message, _largest(spec.stack))])
-    if layers == 0:
-        raise MdlError([Diagnostic(E029, "the stack has no layers", spec.stack[0].span)])
-    depths = spec.mtp.settings.depths if spec.mtp else 0
-    if depths and depths * count_layers(spec.mtp.items) > MAX_LAYERS:
-        raise MdlError([Diagnostic(E047, f"the `mtp` tail has more than {MAX_LAYERS:,} layers", spec.mtp.span)])
+    if problems := _bounds(spec):
+        raise MdlError(problems)
     walk = _Walk("stack")
     walk.elements(spec.stack, ())
     if walk.problems:
@@ -38,6 +28,24 @@ def unroll(spec: ModelSpec) -> LayerGraph:
         spec.name, spec.settings, tuple(nodes), connect(nodes, spec.settings), spec.mtp, spec.parts, spec.expects,
         spec.file,
     )
+
+
+def _bounds(spec: ModelSpec) -> list[Diagnostic]:
+    if not spec.stack:
+        message = f"`{spec.name}` has no stack, so there is no model to build"
+        return [Diagnostic(E029, message, help=("write `stack { ... }`, or only layers: `M M M A`",))]
+    found = []
+    layers = count_layers(spec.stack)
+    if layers == 0:
+        found.append(Diagnostic(E029, "the stack has no layers", spec.stack[0].span, "only cuts"))
+    if layers > MAX_LAYERS:
+        message = f"the stack has {short_count(layers)} layers; a model has at most {MAX_LAYERS:,}"
+        found.append(Diagnostic(E047, message, _largest(spec.stack)))
+    tail = spec.mtp.settings.depths * count_layers(spec.mtp.items) if spec.mtp else 0
+    if tail > MAX_LAYERS:
+        message = f"the `mtp` tail has {tail:,} layers; a model has at most {MAX_LAYERS:,}"
+        found.append(Diagnostic(E047, message, spec.mtp.span))
+    return found
 
 
 def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, ...]:
@@ -115,7 +123,7 @@ class _Walk:
                 return
             inner = trail
             if block.count > 1 or block.name:
-                inner = (*trail, Frame(label, i, block.count, block.span))
+                inner = (*trail, Frame(label, i, block.count, block.span, block.chain))
             self.elements(block.items, inner, _owners(block) if block.shared else shared)
 
 

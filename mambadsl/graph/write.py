@@ -10,7 +10,7 @@ from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.spec.emit import Emitter, adapter_text, settings
 from mambadsl.spec.model import MODEL_FIELDS, MTP_FIELDS
-from mambadsl.spec.parts_text import parts_text
+from mambadsl.spec.parts import parts_text
 from mambadsl.syntax.fold import fold
 from mambadsl.syntax.read import read
 from mambadsl.syntax.write import write as write_file

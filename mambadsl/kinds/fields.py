@@ -7,6 +7,7 @@ Fraction (every number), bool, str, `Word` (a bare lower-case word), `Call`, and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -33,6 +34,10 @@ class Call:
     places: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
+#: Whole numbers up to _EXACT are the same as floats; there are no floats beyond MAX_REAL.
+_EXACT, MAX_REAL = 2**53, Fraction(sys.float_info.max)
+
+
 class Mismatch(Exception):
     """A value does not fit: `rule` completes "`heads` ...". at: the place inside the value, if any."""
 
@@ -55,7 +60,9 @@ def show(raw: Any) -> str:
         case Call():
             return f"{raw.name}(...)"
         case list() | tuple():
-            return "[" + ", ".join(show(item) for item in raw) + "]"
+            return "[" + ", ".join(show(item) for item in raw[:6]) + (", ...]" if len(raw) > 6 else "]")
+        case None:
+            return "none"
     return str(raw)
 
 
@@ -63,8 +70,10 @@ def number_text(value: Fraction | int | float) -> str:
     """Canonical text of a number: whole numbers plain, others as the shortest exact-to-float decimal.
     Reading it back gives the same float."""
     if isinstance(value, Fraction):
-        if value.denominator == 1:
+        if value.denominator == 1 and abs(value) <= _EXACT:
             return str(value.numerator)
+        if abs(value) > MAX_REAL:
+            return "a number beyond 1e308"
         value = float(value)
     if isinstance(value, int):
         return str(value)
@@ -99,15 +108,15 @@ class Int(Type):
             raise Mismatch(f"must be {self.says}, not `{show(raw)}`")
         if raw.denominator != 1:
             near = sorted({max(self.low, raw.__floor__()), max(self.low, raw.__ceil__())})
-            raise Mismatch(
-                f"must be a whole number; {raw.numerator}/{raw.denominator} is not",
-                help=("the nearest whole numbers are " + " and ".join(map(str, near)),),
-            )
+            exact = f"{raw.numerator}/{raw.denominator}" if max(abs(raw), raw.denominator) < 10**6 else show(raw)
+            nearest = "s are " if len(near) > 1 else " is "
+            help = (f"the nearest whole number{nearest}" + " and ".join(map(str, near)),) if near[-1] <= _EXACT else ()
+            raise Mismatch(f"must be a whole number; {exact} is not", help=help)
         value = int(raw)
         if value < self.low:
-            raise Mismatch(f"must be at least {self.low}, not {value}", help=(f"the least is {self.low}",))
+            raise Mismatch(f"must be at least {self.low}, not {show(raw)}", help=(f"the least is {self.low}",))
         if value > self.high:
-            raise Mismatch(f"must be at most {self.high:,}, not {value:,}")
+            raise Mismatch(f"must be at most {self.high:,}, not {show(raw)}")
         return value
 
     def text(self, value: int, *, full: bool = True) -> str:
@@ -129,13 +138,16 @@ class Real(Type):
     def convert(self, raw: Any) -> int | float:
         if not isinstance(raw, Fraction):
             raise Mismatch(f"must be {self.says}, not `{show(raw)}`")
-        if self.low is not None and raw < Fraction(self.low):
+        if abs(raw) > MAX_REAL:
+            raise Mismatch("must be at most 1.8e308, the largest that computers reckon with")
+        value = int(raw) if raw.denominator == 1 and abs(raw) <= _EXACT else float(raw)
+        if (
+            (self.low is not None and value < self.low)
+            or (self.above is not None and value <= self.above)
+            or (self.high is not None and value > self.high)
+        ):
             raise Mismatch(f"must be {self.says}, not {show(raw)}")
-        if self.above is not None and raw <= Fraction(self.above):
-            raise Mismatch(f"must be {self.says}, not {show(raw)}")
-        if self.high is not None and raw > Fraction(self.high):
-            raise Mismatch(f"must be {self.says}, not {show(raw)}")
-        return int(raw) if raw.denominator == 1 else float(raw)
+        return value
 
     def text(self, value: int | float, *, full: bool = True) -> str:
         return number_text(value)
@@ -177,7 +189,7 @@ class OrWord(Type):
         self.says = f"{type.says}, or `{word}`"
 
     def convert(self, raw: Any) -> Any:
-        if raw == Word(self.word):
+        if raw is None or raw == Word(self.word):
             return None
         if isinstance(raw, Word):
             raise Mismatch(f"must be {self.says}, not `{raw.text}`", help=_spelled(raw, (self.word,)))

@@ -58,7 +58,8 @@ def _nodes(
     branches = node.branches()
     if len(branches) < 2:
         return [_node(node.path, label, space, sources, attrs, width, edges)]
-    inner = f"{space}/{label}" if space else label
+    level = f"{label}[{node.path.rpartition('.')[2]}]"
+    inner = f"{space}/{level}" if space else level
     found = [
         _node(path, mixer.name or mixer.kind, inner, sources, {"kind": mixer.kind}, width, edges)
         for path, _, mixer in branches

@@ -7,7 +7,7 @@ once, in the first row that uses it; later rows say "(shared)".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,10 +161,15 @@ def _head(graph: LayerGraph, whole: Cost, length: int | None) -> list[str]:
         *[f"{count(whole.active_params)} active"] * (whole.active_params != whole.params),
         f"{size(_bytes(graph))} in bf16",
     ]
-    settings = textwrap.wrap("   ".join(t.replace(" ", "\0") for t in model_texts(graph)), WIDTH)
-    costs_at = length or graph.model.context
-    note = f"numbers are for all uses of a row; forward FLOPs, a mean over {costs_at:,} tokens"
-    return [f"{graph.name}   " + "   ".join(first), *(line.replace("\0", " ") for line in settings), note]
+    tokens = length or graph.model.context
+    note = f"numbers are for all uses of a row; forward FLOPs, a mean over {tokens:,} tokens"
+
+    def wrapped(words: Iterable[str]) -> list[str]:
+        """Lines of words; spaces inside one do not break it."""
+        joined = "   ".join(word.replace(" ", "\0") for word in words)
+        return [line.replace("\0", " ") for line in textwrap.wrap(joined, WIDTH, break_on_hyphens=False)]
+
+    return [*wrapped([graph.name, *first]), *wrapped(model_texts(graph)), note]
 
 
 def _cells(row: Row, whole: Cost, mixed: bool) -> list[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
-from mambadsl.kinds.fields import number_text
 from mambadsl.spec.emit import Emitter, adapter_text, settings
 from mambadsl.spec.model import MODEL_FIELDS, MTP_FIELDS, Block, Cut, Element, ExpectSpec, ModelSpec, Origin, Use
-from mambadsl.spec.parts_text import parts_text
+from mambadsl.spec.exact import number
+from mambadsl.spec.parts import parts_text
 from mambadsl.spec.values import Problem
 from mambadsl.syntax import tree
 from mambadsl.syntax.fold import single

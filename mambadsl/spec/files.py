@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from mambadsl.files import MODELS
 from mambadsl.syntax import tree
 from mambadsl.syntax.read import read as read_tree
 from mambadsl.text import source as sources
-from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
-from mambadsl.text.source import Span
+from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
+from mambadsl.text.source import Source, Span
 from mambadsl.text.spell import nearest
 
 MAX_FILES = 64
@@ -46,76 +47,71 @@ class Files:
     """Reads model files by import, each once. `main` has been read already."""
 
     def __init__(self, main: tree.File):
-        self.main = main
         path = main.source.path
-        self.root = _project_folder(path) if path else None
-        self.read: dict[Path, tree.File] = {path.resolve(): main} if path else {}
+        self.main = main
+        #: The folder that imports of a file stay in, by the file's source.
+        self._roots: dict[Source, Path] = {main.source: _project_folder(path)} if path else {}
+        self._read: dict[Path, tree.File] = {path.resolve(): main} if path else {}
 
     def std(self) -> tree.File:
         """The prelude: models/std.mdl."""
-        return self._load(MODELS / "std.mdl", name="std.mdl")
+        return self._load(MODELS / "std.mdl", name="std.mdl", root=MODELS)
 
     def follow(self, statement: tree.Import, importer: tree.File) -> tree.File:
-        """The file that an import names. Raises MdlError at the import for every reason it cannot."""
+        """The file that an import names. Raises MdlError: places are the import, or inside that file."""
         text, span = statement.path.value, statement.path.span
-        if text.startswith("std/"):
-            folder, rest = MODELS, text.removeprefix("std/")
-            root = folder
-        elif importer.source.path is None:
+        shipped = text.startswith("std/")
+        root = MODELS if shipped else self._roots.get(importer.source)
+        if root is None:
             raise MdlError([Diagnostic(
                 E030, "text without a file has nothing to import from", span, "no folder to look in",
                 help=("`std/...` files can be imported from anywhere",),
             )])
-        else:
-            folder, rest = importer.source.path.resolve().parent, text
-            root = MODELS if self._shipped(importer) else self.root
-        path = (folder / rest).resolve()
+        folder = MODELS if shipped else importer.source.path.resolve().parent
+        rest = text.removeprefix("std/") if shipped else text
+        path = _resolved(folder / rest, text, span)
         if Path(rest).is_absolute() or not path.is_relative_to(root.resolve()):
+            where = "the folder of shipped models" if shipped else f"the project's folder, {root}"
             raise MdlError([Diagnostic(
-                E031, "an import must stay inside the project's folder", span, f"this leads to {path.parent}",
-                notes=(f"the project's folder is {root}",),
+                E031, "an import stays inside the project's folder", span, f"this leads to {path}",
+                notes=(f"imports from here stay in {where}",),
             )])
+        if path.is_dir():
+            raise MdlError([Diagnostic(E030, f"`{text}` is a folder, not a model file", span)])
         if not path.is_file():
-            near = nearest(path.name, (p.name for p in path.parent.glob("*.mdl"))) if path.parent.is_dir() else None
-            help = (f'did you mean "{text[: -len(Path(rest).name)]}{near}"?',) if near else ()
-            raise MdlError([Diagnostic(E030, f"there is no file `{text}`", span, help=help)])
-        if path not in self.read and len(self.read) >= MAX_FILES:
-            raise MdlError([Diagnostic(E033, f"more than {MAX_FILES} files", span)])
-        return self._load(path, name=self._name(path, text), span=span)
+            near = nearest(path.name, [p.name for p in path.parent.glob("*.mdl")]) if path.parent.is_dir() else None
+            help = (f'did you mean "{text.removesuffix(path.name)}{near}"?',) if near else ()
+            raise MdlError([Diagnostic(E030, f"there is no file `{text}`", span, "not there", help=help)])
+        if path not in self._read and len(self._read) >= MAX_FILES:
+            raise MdlError([Diagnostic(E033, f"a model takes part in at most {MAX_FILES} files", span)])
+        return self._load(path, name=text if shipped else self._name(path), root=root)
 
-    def _load(self, path: Path, *, name: str, span: Span | None = None) -> tree.File:
+    def _load(self, path: Path, *, name: str, root: Path) -> tree.File:
         path = path.resolve()
-        if path not in self.read:
-            try:
-                self.read[path] = read_tree(sources.read(path, name=name))
-            except MdlError as error:
-                raise MdlError([_imported(d, span) for d in error.diagnostics]) from None
-        return self.read[path]
+        if path not in self._read:
+            source = sources.read(path, name=name)
+            self._roots[source] = root
+            self._read[path] = read_tree(source)
+        return self._read[path]
 
-    def _name(self, path: Path, text: str) -> str:
-        if text.startswith("std/"):
-            return text
-        base = self.main.source.path.resolve().parent
-        try:
-            inside = path.relative_to(base)
-        except ValueError:
+    def _name(self, path: Path) -> str:
+        """As seen from where the main file was called by its name."""
+        if self.main.source.path is None:
             return str(path)
-        return str(Path(self.main.source.name).parent / inside)
-
-    def _shipped(self, file: tree.File) -> bool:
-        return file.source.name.startswith("std/") or file.source.name == "std.mdl"
+        base = self.main.source.path.resolve().parent
+        return str(Path(self.main.source.name).parent / os.path.relpath(path, base))
 
 
-def _imported(diagnostic: Diagnostic, span: Span | None) -> Diagnostic:
-    """A problem of an imported file, with the import as a second place (or the first, if it has none)."""
-    if span is None:
-        return diagnostic
-    if diagnostic.span is None:
-        return Diagnostic(diagnostic.code, diagnostic.message, span, help=diagnostic.help)
-    return Diagnostic(
-        diagnostic.code, diagnostic.message, diagnostic.span, diagnostic.label,
-        (*diagnostic.labels, Label(span, "imported here")), diagnostic.notes, diagnostic.help,
-    )
+def _resolved(path: Path, text: str, span: Span) -> Path:
+    try:
+        path = path.resolve()
+        path.stat()
+    except FileNotFoundError:
+        pass  # gets a message of its own, with the files that are there
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "links that lead in a circle"
+        raise MdlError([Diagnostic(E030, f"`{text}` cannot be followed: {reason}", span)]) from None
+    return path
 
 
 def _project_folder(path: Path) -> Path:

@@ -13,7 +13,8 @@ from typing import Any
 from mambadsl.kinds.fields import REQUIRED, Field, Mismatch, Word
 from mambadsl.kinds.values import Values
 from mambadsl.spec.model import Origin
-from mambadsl.spec.values import E040
+from mambadsl.spec.overrides import is_outside
+from mambadsl.spec.values import E040, Scope
 from mambadsl.syntax import tree
 from mambadsl.text.diagnostic import Code, Diagnostic, declare
 from mambadsl.text.source import Span
@@ -57,18 +58,19 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Given:
-    """One argument: the raw value, and where its name and value stand."""
+    """One argument: the raw value, where its name and value stand, and the names of that file."""
 
     value: Any
     key: Span
     place: Span
+    scope: Scope
 
 
 def fill(
     fields: tuple[Field, ...], given: Mapping[str, Given], *, model: Values | None,
-    report: Callable[[Diagnostic], None], names: list[str],
+    report: Callable[[Diagnostic], None],
 ) -> tuple[Values, dict[str, Origin], bool]:
-    """(values, where each came from, whether all fitted). `names`: what a bare word may have meant."""
+    """(values, where each came from, whether all fitted)."""
     done: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     fine = True
@@ -77,11 +79,11 @@ def fill(
             g = given[field.name]
             try:
                 done[field.name] = field.type.convert(g.value)
-                how = "set" if g.key.source.name.startswith("--set") else "given"
+                how = "set" if is_outside(g.key) else "given"
                 origins[field.name] = Origin(how, g.key.to(g.place) if g.key.source is g.place.source else g.place)
                 continue
             except Mismatch as mismatch:
-                report(_mismatch(field, g, mismatch, names))
+                report(_mismatch(field, g, mismatch))
                 fine = False
         elif field.default is REQUIRED:
             fine = False
@@ -112,11 +114,11 @@ def _default(field: Field, done: dict[str, Any], model: Values | None) -> Any:
         return None
 
 
-def _mismatch(field: Field, given: Given, mismatch: Mismatch, names: list[str]) -> Diagnostic:
+def _mismatch(field: Field, given: Given, mismatch: Mismatch) -> Diagnostic:
     place = mismatch.at.span if isinstance(mismatch.at, tree.Node) else given.place
     message = mismatch.rule if mismatch.name_problem else f"`{field.name}` {mismatch.rule}"
     help = mismatch.help
     if isinstance(given.value, Word) and not help:
-        near = nearest(given.value.text, names)
+        near = nearest(given.value.text, given.scope.names())
         help = (f"did you mean `{near}`?",) if near else ()
     return Diagnostic(E040, message, place, field.doc if not mismatch.name_problem else "", help=help)

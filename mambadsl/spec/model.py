@@ -6,13 +6,15 @@ the model is, not where it was written.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from mambadsl.kinds.fields import Field, Flag, Int, OneOf, OrWord, Real
 from mambadsl.kinds.sublayer import NORM
 from mambadsl.kinds.values import Values
-from mambadsl.syntax import tree
+from mambadsl.syntax import tables, tree
 from mambadsl.text.source import Span
 
 MODEL_FIELDS: tuple[Field, ...] = (
@@ -49,7 +51,8 @@ class Origin:
 @dataclass(frozen=True, slots=True)
 class Mixer:
     """One branch: a kind with all its fields. name: the layer name it was declared under, if any.
-    chain: the places that led here, innermost first (definition, changed copies)."""
+    chain: the places that led here, innermost first: where the kind is written, the layer's name where it
+    is declared, imported, and in changed copies."""
 
     kind: str
     fields: Values
@@ -93,21 +96,25 @@ class Use:
 @dataclass(frozen=True, slots=True)
 class Block:
     """A group, a repeat or a named block: `items` `count` times. shared: the name of a `shared` item,
-    whose layers have one set of weights for all uses. layers, depth: how many layers in all, and how
-    many blocks inside one another, known without laying anything out."""
+    whose layers have one set of weights for all uses. chain: where its name is declared and imported.
+    layers, depth, cut: how many layers in all, how many blocks inside one another, and the first cut inside,
+    known without laying anything out."""
 
     items: tuple[Element, ...]
     count: int = 1
     name: str | None = None
     shared: str | None = None
     span: Span | None = field(default=None, compare=False, repr=False)
+    chain: tuple[Span, ...] = field(default=(), compare=False, repr=False)
     layers: int = field(init=False, compare=False)
     depth: int = field(init=False, compare=False)
+    cut: Cut | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", self.count * count_layers(self.items))
         inner = max((item.depth for item in self.items if isinstance(item, Block)), default=0)
         object.__setattr__(self, "depth", inner + 1)
+        object.__setattr__(self, "cut", first_cut(self.items))
 
 
 def count_layers(elements: tuple[Element, ...]) -> int:
@@ -125,6 +132,11 @@ class Cut:
 Element: TypeAlias = "Use | Block | Cut"
 
 
+def first_cut(elements: tuple[Element, ...]) -> Cut | None:
+    cuts = (e if isinstance(e, Cut) else e.cut if isinstance(e, Block) else None for e in elements)
+    return next((cut for cut in cuts if cut is not None), None)
+
+
 @dataclass(frozen=True, slots=True)
 class MtpSpec:
     """The multi-token-prediction tail: depths blocks of these items."""
@@ -136,7 +148,7 @@ class MtpSpec:
 
 @dataclass(frozen=True, slots=True)
 class PartChoice:
-    """One line of a parts block. path: `mamba2.scan` or `W.core`; args: raw values."""
+    """One line of a parts block. path: `mamba2.scan` or `W.core`; args: raw values, lists as tuples."""
 
     path: str
     part: str
@@ -170,3 +182,11 @@ class ModelSpec:
     expects: tuple[ExpectSpec, ...] = ()
     origins: dict[str, Origin] = field(default_factory=dict, repr=False)
     file: tree.File | None = field(default=None, repr=False)
+
+
+def name_of(source: str) -> str:
+    """A model's name from its file's: `Tiny-2.mdl` -> tiny_2; a legal name, whatever the file is called."""
+    stem = re.sub(r"[^a-z0-9]+", "_", Path(source).stem.lower()).strip("_")
+    if not stem or stem[0].isdigit() or stem in tables.load().keywords:
+        stem = f"model_{stem}".rstrip("_")
+    return stem if stem != "model" else "a_model"

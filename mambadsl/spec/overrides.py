@@ -1,18 +1,19 @@
 """`--set NAME=VALUE`: one form of change from outside, made on the tree before anything is resolved.
 
-NAME is a model setting (`d_model`), a constant (`let`) of the main file, or `Layer.field` (`M.heads`).
+NAME is a model setting (`d_model`), a constant (`let`) of the main file, or `Layer.field` (`M.heads`). The
+places of such values are in sources of their own, whose names start with `--set`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any, NoReturn
 
-from mambadsl.spec.model import MODEL_FIELDS
-from mambadsl.spec.resolve import name_of
+from mambadsl.spec.model import MODEL_FIELDS, name_of
 from mambadsl.syntax import tree
 from mambadsl.syntax.read import read
-from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
+from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
 from mambadsl.text.source import Source, Span, from_text
 from mambadsl.text.spell import nearest
 
@@ -25,60 +26,130 @@ E048 = declare(
     the file. `expect` lines speak of the model as written and are not checked then.
     """,
 )
+_SETTINGS = tuple(f.name for f in MODEL_FIELDS)
 
 
 def override(file: tree.File, sets: Mapping[str, str]) -> tree.File:
-    """The file with those values instead of its own, and without its `expect` lines."""
+    """The file with those values instead of its own. Raises MdlError, at the text of the option."""
+    problems: list[Diagnostic] = []
     for name, text in sets.items():
-        file = _one(file, name, text)
-    if sets:
-        kept = tuple(s for s in file.statements if not isinstance(s, tree.Expect))
-        file = replace(file, statements=kept)
+        try:
+            file = _Option(name, text).into(file)
+        except MdlError as error:
+            problems += error.diagnostics
+    if problems:
+        raise MdlError(problems)
     return file
 
 
-def _one(file: tree.File, name: str, text: str) -> tree.File:
-    source = from_text(f"let x = {text}", name=f"--set {name}")
-    whole = Span(source, 0, len(source.text))
-    value = read(source).statements[0].value
-    key = tree.Name(name.rpartition(".")[2], span=whole)
-    statements = list(file.statements)
-    lets = [s.name.text for s in statements if isinstance(s, tree.Let)]
-    layers = [s.name.text for s in statements if isinstance(s, tree.Layer)]
-    if "." in name:
-        owner = name.partition(".")[0]
+def is_outside(span: Span) -> bool:
+    """Whether the place is an option's text."""
+    return span.source.name.startswith("--set")
+
+
+def from_outside(file: tree.File) -> bool:
+    """Whether any value of the file was set from outside."""
+    return any(is_outside(span) for s in file.statements for span in _value_spans(s))
+
+
+def _value_spans(statement: tree.Statement) -> Iterable[Span]:
+    match statement:
+        case tree.Let(value=value):
+            return (value.span,)
+        case tree.Model(settings=settings):
+            return (setting.value.span for setting in settings)
+        case tree.Layer(item=tree.Term(args=args) | tree.Use(args=args)):
+            return (arg.value.span for arg in args or ())
+    return ()
+
+
+class _Option:
+    """One `--set`: its text is a source, the value and its name are places there."""
+
+    def __init__(self, name: str, text: str):
+        self.name = name
+        self.source = from_text(f"--set {name}={text}", name=f"--set {name}")
+        self.whole = Span(self.source, 0, len(self.source.text))
+        self.key = tree.Name(name.rpartition(".")[2], span=Span(self.source, len("--set "), len(f"--set {name}")))
+        self.value = self._read(text)
+
+    def into(self, file: tree.File) -> tree.File:
+        if "." in self.name:
+            return replace(file, statements=tuple(self._layer(file)))
+        lets = [s for s in file.statements if isinstance(s, tree.Let)]
+        if any(let.name.text == self.name for let in lets):
+            return replace(file, statements=tuple(self._let(s) for s in file.statements))
+        if self.name in _SETTINGS:
+            return self._setting(file)
+        legal = [*_SETTINGS, *(let.name.text for let in lets)]
+        self._refuse(f"there is no setting or constant `{self.name}`", legal)
+
+    def _let(self, statement: tree.Statement) -> tree.Statement:
+        if isinstance(statement, tree.Let) and statement.name.text == self.name:
+            return replace(statement, value=self.value)
+        return statement
+
+    def _setting(self, file: tree.File) -> tree.File:
+        setting = tree.Setting(self.key, self.value, span=self.whole)
+        statements = list(file.statements)
         for i, s in enumerate(statements):
-            if isinstance(s, tree.Layer) and s.name.text == owner:
-                statements[i] = replace(s, item=_with_arg(s.item, tree.Arg(key, value, span=whole), source))
+            if isinstance(s, tree.Model):
+                kept = tuple(t for t in s.settings if t.name.text != self.name)
+                statements[i] = replace(s, settings=(*kept, setting))
                 return replace(file, statements=tuple(statements))
-        _refuse(source, f"this file declares no layer `{owner}`", owner, layers)
-    for i, s in enumerate(statements):
-        if isinstance(s, tree.Let) and s.name.text == name:
-            statements[i] = replace(s, value=value)
-            return replace(file, statements=tuple(statements))
-    settings = [f.name for f in MODEL_FIELDS]
-    if name not in settings:
-        _refuse(source, f"there is no setting or constant `{name}`", name, [*settings, *lets])
-    setting = tree.Setting(key, value, span=whole)
-    for i, s in enumerate(statements):
-        if isinstance(s, tree.Model):
-            kept = tuple(t for t in s.settings if t.name.text != name)
-            statements[i] = replace(s, settings=(*kept, setting))
-            return replace(file, statements=tuple(statements))
-    model = tree.Model(tree.Name(name_of(file.source.name), span=whole), (setting,), span=whole)
-    if file.pattern is not None:
-        statements = [tree.Stack(file.pattern, span=file.pattern.span)]
-    return replace(file, statements=(model, *statements), pattern=None)
+        model = tree.Model(tree.Name(name_of(file.source.name), span=self.whole), (setting,), span=self.whole)
+        if file.pattern is not None:
+            statements = [tree.Stack(file.pattern, span=file.pattern.span)]
+        return replace(file, statements=(model, *statements), pattern=None)
+
+    def _layer(self, file: tree.File) -> Iterable[tree.Statement]:
+        owner, _, field = self.name.partition(".")
+        layers = [s.name.text for s in file.statements if isinstance(s, tree.Layer)]
+        if owner not in layers:
+            self._refuse(f"the file declares no layer `{owner}`", layers, word=owner)
+        if "." in field:
+            self._refuse(f"`{field}` is no field: only a whole field can be set", ())
+        for s in file.statements:
+            yield replace(s, item=self._changed(s)) if isinstance(s, tree.Layer) and s.name.text == owner else s
+
+    def _changed(self, layer: tree.Layer) -> tree.Item:
+        item = layer.item
+        if not isinstance(item, (tree.Use, tree.Term)):
+            what = "a sum" if isinstance(item, tree.Parallel) else "a block"
+            declared = (Label(layer.name.span, f"{what}, declared here"),)
+            message = f"only a single layer has fields to set; `{layer.name.text}` is {what}"
+            raise MdlError([Diagnostic(E048, message, self.key.span, labels=declared)])
+        kept = tuple(a for a in item.args or () if a.name is None or a.name.text != self.key.text)
+        return replace(item, args=(*kept, tree.Arg(self.key, self.value, span=self.whole)))
+
+    def _read(self, text: str) -> tree.Value:
+        """The value, with places in the option's text."""
+        before = "let x = "
+        shift = len(f"--set {self.name}=") - len(before)
+        try:
+            first, *more = read(from_text(before + text, name="--set")).statements
+        except MdlError as error:
+            raise MdlError(_moved(d, self.source, shift) for d in error.diagnostics) from None
+        if more:
+            rest = _moved(more[0].span.to(more[-1].span), self.source, shift)
+            raise MdlError([Diagnostic(E048, "an option takes one value", rest, "more than a value")])
+        return _moved(first.value, self.source, shift)
+
+    def _refuse(self, message: str, legal: Iterable[str], *, word: str | None = None) -> NoReturn:
+        legal = list(legal)
+        near = nearest(word or self.name, legal)
+        listed = ", ".join(legal[:20]) + (", ..." if len(legal) > 20 else "")
+        help = (f"did you mean `{near}`?",) if near else (f"there are {listed}",) if legal else ()
+        raise MdlError([Diagnostic(E048, message, self.key.span, help=help)])
 
 
-def _with_arg(item: tree.Item, arg: tree.Arg, source: Source) -> tree.Item:
-    if not isinstance(item, (tree.Use, tree.Term)):
-        raise MdlError([Diagnostic(E048, "only a single layer has fields to set", arg.span, "this one is a block")])
-    kept = tuple(a for a in item.args or () if a.name is None or a.name.text != arg.name.text)
-    return replace(item, args=(*kept, arg))
-
-
-def _refuse(source: Source, message: str, word: str, legal: list[str]) -> None:
-    near = nearest(word, legal)
-    help = (f"did you mean `{near}`?",) if near else ("there are " + ", ".join(legal),) if legal else ()
-    raise MdlError([Diagnostic(E048, message, Span(source, 0, 0), help=help)])
+def _moved(value: Any, source: Source, shift: int) -> Any:
+    """A tree or a diagnostic with places in another source, `shift` characters further on."""
+    if isinstance(value, Span):
+        places = (min(max(at + shift, 0), len(source.text)) for at in (value.start, value.end))
+        return Span(source, *places)
+    if isinstance(value, tuple):
+        return tuple(_moved(v, source, shift) for v in value)
+    if isinstance(value, (tree.Node, Diagnostic, Label)):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), source, shift) for f in fields(value)})
+    return value

@@ -91,12 +91,13 @@ def test_a_terminal_without_unicode():
         ["fmt", "--check", TINY],
         ["summary", TINY],
         ["graph", TINY, "--as", "svg"],
+        ["compile", TINY, "-o", "out"],
         ["explain", "mamba2"],
         ["explain", "codes"],
     ],
     ids=lambda a: a[0],
 )
-def test_nothing_slow_is_loaded(args):
+def test_nothing_slow_is_loaded(args, tmp_path):
     script = (
         "import sys, click\n"
         "from mambadsl.cli.commands import cli\n"
@@ -104,7 +105,9 @@ def test_nothing_slow_is_loaded(args):
         "except SystemExit as e: print(e.code)\n"
         "print([m for m in ('torch', 'numpy', 'networkx', 'rich', 'lark') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
     assert done.stdout.splitlines()[-2:] == ["0", "[]"], done.stderr
 
 

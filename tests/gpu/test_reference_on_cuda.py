@@ -15,8 +15,10 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _exact_products():
     """Products of float32 in float32, not TF32."""
-    with torch.backends.cuda.matmul.flags(allow_tf32=False):
-        yield
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _tokens(*shape: int) -> torch.Tensor:

@@ -146,5 +146,11 @@ def test_explorer_numbers_blocks_among_their_like():
     assert spaces["mtp.1.0"] == ("mtp[1]", "A")
 
 
+def test_explorer_keeps_sums_apart():
+    nodes = explorer_data(load(text="M+A M+A").layers)["graphs"][0]["nodes"]
+    spaces = {node["id"]: node["namespace"] for node in nodes}
+    assert [spaces[f"stack.{i}.{j}"] for i in (0, 1) for j in (0, 1)] == ["stack/M+A[0]"] * 2 + ["stack/M+A[1]"] * 2
+
+
 def test_explorer_is_json():
     assert json.loads(explorer_text(program("tiny").layers)) == explorer_data(program("tiny").layers)

@@ -36,6 +36,12 @@ def test_every_model_fits_the_width_and_adds_up(path):
         assert sorted(listed) == sorted(graph.by_path)
 
 
+def test_long_names_fit_too():
+    text = f"model {'m' * 150} {{ d_model = 64 norm = rmsnorm(eps=1e-7, zero_centered=true) init_std = 0.000001 }}"
+    lines = summary_text(load(text=text + f"\nlayer {'L' * 200} = mlp()\nstack {{ {'L' * 200} }}").layers).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+
+
 def test_a_published_count():
     """Nemotron-H 8B as NVIDIA's checkpoint has it."""
     data = summary_data(program("nemotron_h_8b").layers)

@@ -7,12 +7,22 @@ Face transformers (rope: half-split pairs). head_dim is free of d_model / heads.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
+from math import isqrt
 
 from mambadsl.kinds.fields import Field, Flag, Int, OneForm, OrWord, Real
 from mambadsl.kinds.kind import (
     ONES, RESIDUAL, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul, mixing,
 )
 from mambadsl.kinds.values import Values
+
+@cache
+def _usual_heads(d_model: int) -> int:
+    """The most heads of at least 64 channels that divide d_model."""
+    most = max(1, d_model // 64)
+    low = [n for n in range(1, isqrt(d_model) + 1) if d_model % n == 0]
+    return max(heads for n in low for heads in (n, d_model // n) if heads <= most)
+
 
 _FACTOR = Field("factor", Real(above=0), 1, "how many times longer the context becomes")
 _ORIGINAL = Field("original_context", Int(), 8192, "the context before scaling", "tokens")
@@ -57,9 +67,7 @@ QK_NORM = OneForm(none=(), per_head=(_EPS,), full_width=(_EPS,))
 
 FIELDS = (
     Field(
-        "heads", Int(),
-        lambda v, model: next(h for h in range(max(1, model.d_model // 64), 0, -1) if model.d_model % h == 0),
-        "query heads",
+        "heads", Int(), lambda v, model: _usual_heads(model.d_model), "query heads",
     ),
     Field(
         "kv_heads", Int(), lambda v, model: v.heads,
