@@ -6,10 +6,12 @@ found anew in the row of layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import LayerGraph, Node, Role
-from mambadsl.spec.emit import Emitter, adapter_text, settings
-from mambadsl.spec.model import MODEL_FIELDS, MTP_FIELDS
+from mambadsl.spec.emit import Emitter, adapter_text, declared_use, own_adapter, settings
+from mambadsl.spec.model import MODEL_FIELDS, MTP_FIELDS, LayerSpec
 from mambadsl.spec.parts import parts_text
 from mambadsl.syntax.fold import fold
 from mambadsl.syntax.read import read
@@ -19,57 +21,66 @@ from mambadsl.text.source import from_text
 
 def write(graph: LayerGraph) -> str:
     """The canonical text of a model that compiles to this graph."""
-    emitter = Emitter(graph.model)
-    shared = {n.owner.split(".")[1] for n in graph.nodes if n.owner.startswith("shared.")}
-    for name in sorted(shared):
-        emitter.reserve(name)
-    declared: dict[str, str] = {}
-    first = ["|"] if graph.nodes[0].cut_after else []
-    stack = fold(first + _names(graph.layers, emitter, declared))
-    tail = [n for n in graph.nodes if n.role is Role.LAYER and n.path.startswith("mtp.0.")]
-    mtp = fold(_names(tail, emitter, declared)) if graph.mtp else ""
-    lines = [f"model {graph.name} {{"]
-    lines += [f"  {name} = {value}" for name, value in settings(MODEL_FIELDS, graph.model, full=False)]
-    lines += ["}\n", *emitter.lines, *declared.values(), "\nstack {", stack, "}\n"]
-    if graph.mtp:
-        args = ", ".join(f"{n}={v}" for n, v in settings(MTP_FIELDS, graph.mtp.settings, full=False))
-        lines.append(f"mtp({args}) {{ {mtp} }}\n")
-    lines += [parts_text(block) + "\n" for block in graph.parts]
-    lines.append(f"expect layers == {len(graph.layers)}")
-    lines.append(f"expect params == {total(costs(graph)).params}")
-    return write_file(read(from_text("\n".join(lines), name=f"write({graph.name})")))
+    return write_file(read(from_text(_Writer(graph).text(), name=f"write({graph.name})")))
 
 
-def _names(nodes: tuple[Node, ...] | list[Node], emitter: Emitter, declared: dict[str, str]) -> list[str]:
-    """One word for each layer, shared item, and cut, in order."""
-    out: list[str] = []
+class _Writer:
+    def __init__(self, graph: LayerGraph):
+        self.graph = graph
+        self.emitter = Emitter(graph.model)
+        self.tail = [n for n in graph.nodes if n.role is Role.LAYER and n.path.startswith("mtp.0.")]
+        #: Shared items by name: the layers of each use.
+        self.uses: dict[str, list[list[LayerSpec]]] = {}
+        for name, run in (*_runs(graph.layers), *_runs(self.tail)):
+            if name:
+                self.emitter.reserve(name)
+                self.uses.setdefault(name, []).append([n.layer for n in run])
+        self.declared: dict[str, list[LayerSpec]] = {}
+
+    def text(self) -> str:
+        graph = self.graph
+        first = ["|"] if graph.nodes[0].cut_after else []
+        stack = fold(first + self._words(graph.layers))
+        tail = fold(self._words(self.tail))
+        lines = [f"model {graph.name} {{"]
+        lines += [f"  {name} = {value}" for name, value in settings(MODEL_FIELDS, graph.model, full=False)]
+        lines += ["}\n", *self.emitter.lines, "\nstack {", stack, "}\n"]
+        if graph.mtp:
+            args = ", ".join(f"{n}={v}" for n, v in settings(MTP_FIELDS, graph.mtp.settings, full=False))
+            lines.append(f"mtp({args}) {{ {tail} }}\n")
+        lines += [parts_text(block) + "\n" for block in graph.parts]
+        lines.append(f"expect layers == {len(graph.layers)}")
+        lines.append(f"expect params == {total(costs(graph)).params}")
+        return "\n".join(lines)
+
+    def _words(self, nodes: Sequence[Node]) -> list[str]:
+        """One word for each layer, each use of a shared item, and each cut, in order."""
+        out: list[str] = []
+        for name, run in _runs(nodes):
+            out.append(self._shared(name, run) if name else self.emitter.use(run[0].layer))
+            if run[-1].cut_after:
+                out.append("|")
+        return out
+
+    def _shared(self, name: str, run: list[Node]) -> str:
+        if name not in self.declared:
+            layers = self.declared[name] = declared_use(self.uses[name])
+            inner = fold([self.emitter.use(layer) for layer in layers])
+            single = run[0].owner == f"shared.{name}"
+            self.emitter.declare(f"shared {name} = " + (inner if single else f"[{inner}]"))
+        layers = [node.layer for node in run]
+        same = layers == self.declared[name]
+        return name if same else f"{name}({adapter_text(own_adapter(layers))})"
+
+
+def _runs(nodes: Sequence[Node]) -> Iterator[tuple[str | None, list[Node]]]:
+    """(None, one node), or (name of a shared item, the nodes of one use)."""
     at = 0
     while at < len(nodes):
-        node = nodes[at]
-        if node.owner.startswith("shared."):
-            at, word = _shared(nodes, at, emitter, declared)
-            out.append(word)
-        else:
-            word = emitter.use(node.layer)
-            out.append(word)
-            at += 1
-        if nodes[at - 1].cut_after:
-            out.append("|")
-    return out
-
-
-def _shared(nodes, at: int, emitter: Emitter, declared: dict[str, str]) -> tuple[int, str]:
-    """The run of nodes that is one use of a shared item."""
-    parts = nodes[at].owner.split(".")
-    name, single = parts[1], len(parts) == 2
-    run = [nodes[at]]
-    while not single and at + len(run) < len(nodes) and nodes[at + len(run)].owner == f"shared.{name}.{len(run)}":
-        run.append(nodes[at + len(run)])
-    if name not in declared:
-        inner = fold([emitter.use(n.layer) for n in run])
-        declared[name] = f"shared {name} = " + (inner if single else f"[{inner}]")
-        emitter.first_uses[name] = [n.layer for n in run]
-    word = name
-    if [n.layer for n in run] != emitter.first_uses[name]:
-        word = f"{name}({adapter_text(run[0].layer.branches[0].branch.adapter)})"
-    return at + len(run), word
+        _, _, shared = nodes[at].owner.partition("shared.")
+        name, _, number = shared.partition(".")
+        run = [nodes[at]]
+        while number and at + len(run) < len(nodes) and nodes[at + len(run)].owner == f"shared.{name}.{len(run)}":
+            run.append(nodes[at + len(run)])
+        yield name or None, run
+        at += len(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,9 @@ from mambadsl.kinds.values import Values
 from mambadsl.spec.model import LayerSpec, Mixer, Origin
 
 
+_LAYER_NAME = re.compile("[A-Z][A-Za-z0-9_]*")
+
+
 @dataclass
 class Emitter:
     """Collects declarations. full: print every field (else only what differs from its default).
@@ -22,7 +26,6 @@ class Emitter:
     full: bool = False
     note: Callable[[Origin | None], str | None] = lambda origin: None
     lines: list[str] = field(default_factory=list)
-    first_uses: dict[str, list[LayerSpec]] = field(default_factory=dict)
     _names: dict[Any, str] = field(default_factory=dict)
     _named: dict[Any, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
@@ -38,7 +41,7 @@ class Emitter:
     def prefer(self, layer: LayerSpec) -> None:
         """Gives a layer the name it was declared under, before others ask for it."""
         key = (layer.branches[0], layer.sub)
-        if key not in self._named and layer.name not in self._taken:
+        if key not in self._named and layer.name not in self._taken and _LAYER_NAME.fullmatch(layer.name):
             self._named[key] = self.free(layer.name)
 
     def declare(self, text: str) -> None:
@@ -57,7 +60,7 @@ class Emitter:
         key = (mixer, layer.sub)
         if key not in self._names:
             kind = get(mixer.kind)
-            wish = mixer.name if mixer.name and mixer.name[0].isupper() else kind.letter
+            wish = mixer.name if _LAYER_NAME.fullmatch(mixer.name or "") else kind.letter
             name = self._names[key] = self._named.get(key) or self.free(wish)
             args = [
                 *self._fields(kind.fields, mixer.fields, mixer.origins),
@@ -67,13 +70,13 @@ class Emitter:
             self.lines.append(f"layer {name} = {call(mixer.kind, args)}")
         return self._names[key]
 
-    def _fields(self, fields: tuple[Field, ...], values: Values, origins: dict[str, Origin]) -> list[tuple[str, str | None]]:
-        out = []
-        for f in fields:
-            if not self.full and values[f.name] == default(f, values, self.model):
-                continue
-            out.append((f"{f.name}={f.type.text(values[f.name], full=self.full)}", self.note(origins.get(f.name))))
-        return out
+    def _fields(
+        self, fields: tuple[Field, ...], values: Values, origins: dict[str, Origin]
+    ) -> list[tuple[str, str | None]]:
+        """(text, comment) of each argument to print."""
+        shown = [f for f in fields if self.full or values[f.name] != default(f, values, self.model)]
+        texts = [f"{f.name}={f.type.text(values[f.name], full=self.full)}" for f in shown]
+        return [(text, self.note(origins.get(f.name))) for f, text in zip(shown, texts)]
 
 
 def default(f: Field, values: Values, model: Values | None) -> Any:
@@ -90,10 +93,23 @@ def call(name: str, args: list[tuple[str, str | None]]) -> str:
 
 
 def adapter_text(value: Any) -> str:
+    """The argument by which one use of a shared item differs from others."""
     return f"adapter={ADAPTER.text(value)}"
 
 
-def settings(fields: tuple[Field, ...], values: Values, *, full: bool, model: Values | None = None) -> list[tuple[str, str]]:
+def own_adapter(layers: list[LayerSpec]) -> Any:
+    """The adapter that all these layers have; None where they differ."""
+    adapters = {mixer.branch.adapter for layer in layers for mixer in layer.branches}
+    return adapters.pop() if len(adapters) == 1 else None
+
+
+def declared_use(uses: list[list[LayerSpec]]) -> list[LayerSpec]:
+    """Of all uses of a shared item, the one to declare it by. A use gives one adapter to all its layers, so
+    where they differ it is as it was declared."""
+    return next((layers for layers in uses if own_adapter(layers) is None), uses[0])
+
+
+def settings(fields: tuple[Field, ...], values: Values, *, full: bool) -> list[tuple[str, str]]:
     """(name, text) of the settings to print."""
-    shown = (f for f in fields if full or values[f.name] != default(f, values, model))
+    shown = (f for f in fields if full or values[f.name] != default(f, values, None))
     return [(f.name, f.type.text(values[f.name], full=full)) for f in shown]

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
-from mambadsl.spec.emit import Emitter, adapter_text, settings
-from mambadsl.spec.model import MODEL_FIELDS, MTP_FIELDS, Block, Cut, Element, ExpectSpec, ModelSpec, Origin, Use
+from mambadsl.spec.emit import Emitter, adapter_text, declared_use, own_adapter, settings
 from mambadsl.spec.exact import number
+from mambadsl.spec.model import (
+    MODEL_FIELDS, MTP_FIELDS, Block, Cut, Element, ExpectSpec, LayerSpec, ModelSpec, Origin, Use,
+)
 from mambadsl.spec.parts import parts_text
 from mambadsl.spec.values import Problem
 from mambadsl.syntax import tree
@@ -31,12 +33,16 @@ class _Expander:
         self.spec = spec
         self.note = _note if origin else (lambda origin: None)
         self.emitter = Emitter(spec.settings, full=True, note=self.note)
-        self.shared: dict[str, Block] = {}
+        #: Shared items by name: their uses; and the layers of those that were declared.
+        self.uses: dict[str, list[Block]] = {}
+        self.declared: dict[str, list[LayerSpec]] = {}
         self.blocks: dict[tuple, str] = {}
 
     def text(self) -> str:
         spec = self.spec
-        self._reserve(spec.stack)
+        elements = (*spec.stack, *(spec.mtp.items if spec.mtp else ()))
+        self._reserve(elements)
+        self._prefer(elements)
         lines = [f"model {spec.name} {{"]
         for name, value in settings(MODEL_FIELDS, spec.settings, full=True):
             note = self.note(spec.origins.get(name))
@@ -56,12 +62,19 @@ class _Expander:
         return write(replace(file, statements=(*file.statements, *expects)))
 
     def _reserve(self, elements: tuple[Element, ...]) -> None:
-        """Shared items keep their names (weights are named by them), and so do layers used as declared."""
+        """Shared items keep their names: weights are named by them."""
         for element in elements:
             if isinstance(element, Block):
                 if element.shared:
                     self.emitter.reserve(element.shared)
+                    self.uses.setdefault(element.shared, []).append(element)
                 self._reserve(element.items)
+
+    def _prefer(self, elements: tuple[Element, ...]) -> None:
+        """Layers that are used as declared keep their names where they can."""
+        for element in elements:
+            if isinstance(element, Block):
+                self._prefer(element.items)
             elif isinstance(element, Use) and element.layer.name and len(element.layer.branches) == 1:
                 self.emitter.prefer(element.layer)
 
@@ -76,45 +89,64 @@ class _Expander:
                 return self.emitter.use(element.layer)
             case Block() if element.shared:
                 return self._shared(element)
-        inner = self._group(element.items)
-        if element.name:
-            key = (element.name, element.items)
-            if key not in self.blocks:
-                self.blocks[key] = self.emitter.free(element.name)
-                self.emitter.declare(f"layer {self.blocks[key]} = {inner}")
-            inner = self.blocks[key]
+        inner = self._named(element) if element.name else self._group(element.items)
         return f"{inner}*{element.count}" if element.count > 1 else inner
 
+    def _named(self, block: Block) -> str:
+        key = (block.name, block.items)
+        if key not in self.blocks:
+            inner = self._group(block.items)
+            name = self.blocks[key] = self.emitter.free(block.name)
+            self.emitter.declare(f"layer {name} = {inner}")
+        return self.blocks[key]
+
     def _group(self, items: tuple[Element, ...]) -> str:
-        """In brackets, but for a single name."""
+        """In brackets, but for a single name or group."""
         inner = " ".join(self._element(e) for e in items)
-        bare = len(items) == 1 and (single(inner) or isinstance(items[0], Block) and inner.startswith("["))
-        return inner if bare and not inner[-1].isdigit() else f"[{inner}]"
+        group = isinstance(items[0], Block) and inner.startswith("[") and inner.endswith("]")
+        return inner if len(items) == 1 and (group or single(inner)) else f"[{inner}]"
 
     def _shared(self, block: Block) -> str:
         name = block.shared
-        if name not in self.shared:
-            self.shared[name] = block
-            self.emitter.declare(f"shared {name} = {self._group(block.items)}")
-        first, now = list(_uses(self.shared[name])), list(_uses(block))
-        if [u.layer for u in first] == [u.layer for u in now]:
+        layers = _layers(block)
+        if name not in self.declared:
+            uses = [_layers(use) for use in self.uses[name]]
+            self.declared[name] = declared_use(uses)
+            first = self.uses[name][uses.index(self.declared[name])]
+            self.emitter.declare(f"shared {name} = {self._group(first.items)}")
+        if layers == self.declared[name]:
             return name
-        return f"{name}({adapter_text(now[0].layer.branches[0].branch.adapter)})"
+        return f"{name}({adapter_text(own_adapter(layers))})"
 
 
-def _uses(element: Element):
+def _layers(element: Element) -> list[LayerSpec]:
+    """All layers of an element, laid out."""
     if isinstance(element, Use):
-        yield element
-    elif isinstance(element, Block):
-        for _ in range(element.count):
-            for item in element.items:
-                yield from _uses(item)
+        return [element.layer]
+    return [layer for item in element.items for layer in _layers(item)] * element.count
+
+
+def _node(raw: Any) -> object:
+    """A raw value as `build.value` takes it."""
+    match raw:
+        case Fraction():
+            return number(raw)
+        case str():
+            return build.string(raw)
+        case Word():
+            return raw.text
+        case Call():
+            return build.word(raw.name, {key: _node(value) for key, value in raw.args.items()})
+        case list() | tuple():
+            return [_node(value) for value in raw]
+    return raw
 
 
 def _note(origin: Origin | None) -> str | None:
     if origin is None or origin.how == "default":
         return "default"
-    return str(origin.span) if origin.how == "given" else origin.span.source.name
+    place = str(origin.span) if origin.how == "given" else origin.span.source.name
+    return "".join(c if c.isprintable() else "?" for c in place)
 
 
 def _inlined(expect: ExpectSpec) -> tree.Expect:
@@ -123,13 +155,7 @@ def _inlined(expect: ExpectSpec) -> tree.Expect:
     def walk(node):
         match node:
             case tree.Term(args=None) if node.name.text in (*expect.scope.lets, *expect.scope.imports):
-                try:
-                    value = expect.scope.lookup(node.name)
-                except Problem:
-                    return node
-                if isinstance(value, Fraction):
-                    return tree.Number(number_text(value), value, span=node.span)
-                return node
+                return build.value(_node(expect.scope.lookup(node.name)))
             case tree.Binary():
                 return replace(node, left=walk(node.left), right=walk(node.right))
             case tree.Negative() | tree.Paren():

@@ -9,6 +9,7 @@ from show_models import program
 
 from mambadsl import load
 from mambadsl.files import MODELS
+from mambadsl.graph.weights import all_weights
 from mambadsl.show.summary import WIDTH, rows, summary_data, summary_text
 from mambadsl.show.units import count, flops, percent, size
 
@@ -34,6 +35,14 @@ def test_every_model_fits_the_width_and_adds_up(path):
             assert sum(row["cost"][key] for row in data["rows"] if row["cost"]) == data["total"][key]
         listed = [path for row in data["rows"] if row["cost"] for path in row["paths"]]
         assert sorted(listed) == sorted(graph.by_path)
+
+
+@pytest.mark.parametrize("name", ["shared", "tiny", "falcon_h1_0_5b"])
+def test_the_total_is_that_of_the_weights(name):
+    """Against the table that checkpoints are written from: each trained tensor once."""
+    graph = program(name).layers
+    elements = sum(weight.elements for weight in all_weights(graph).values() if weight.trained)
+    assert summary_data(graph)["total"]["params"] == elements
 
 
 def test_long_names_fit_too():
