@@ -28,7 +28,7 @@ class Role(StrEnum):
     MTP_OUT = "mtp_out"  #: final norm of one depth, and the model's head again
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Frame:
     """One block around a node: `[M F]*3`, or a named block. index: which repeat, of `count`. span: where it
     stands; chain: where its name is declared, and then imported."""
@@ -40,7 +40,7 @@ class Frame:
     chain: tuple[Span, ...] = field(default=(), compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Node:
     """path: identity, global and stage-free (`embed`, `stack.12`, `mtp.0.1`, `head`). owner: the path
     that its weights are named by; other than `path` only where weights are shared. cut_after: a `|`
@@ -73,7 +73,7 @@ class Node:
         return self.owner != self.path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Edge:
     """tensor: "x" the residual stream, "x0" the first embedding carried past it, "h" the hidden state
     that MTP reads, "tokens" the ids. width: elements per token."""

@@ -65,9 +65,11 @@ class _Writer:
     def _shared(self, name: str, run: list[Node]) -> str:
         if name not in self.declared:
             layers = self.declared[name] = declared_use(self.uses[name])
-            inner = fold([self.emitter.use(layer) for layer in layers])
-            single = run[0].owner == f"shared.{name}"
-            self.emitter.declare(f"shared {name} = " + (inner if single else f"[{inner}]"))
+            if run[0].owner == f"shared.{name}":
+                inner = self.emitter.inline(layers[0], name)
+            else:
+                inner = f"[{fold([self.emitter.use(layer) for layer in layers])}]"
+            self.emitter.declare(f"shared {name} = {inner}")
         layers = [node.layer for node in run]
         same = layers == self.declared[name]
         return name if same else f"{name}({adapter_text(own_adapter(layers))})"

@@ -16,14 +16,14 @@ from typing import Any
 from mambadsl.kinds.values import Values, Variant
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Word:
     """A bare lower-case word: `relu2`, `none`."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """`name(key=value, ...)`. `keys` are places of the keys, `places` of the values: whatever object
     the caller uses for a place (a tree node), handed back in `Mismatch.at`."""
@@ -129,11 +129,11 @@ class Real(Type):
     def __init__(self, low: float | None = None, high: float | None = None, *, above: float | None = None):
         self.low, self.high, self.above = low, high, above
         limits = [
-            *([f"at least {number_text(low)}"] if low is not None else []),
+            *([f"at least {number_text(low)}"] if low is not None and above is None else []),
             *([f"greater than {number_text(above)}"] if above is not None else []),
             *([f"at most {number_text(high)}"] if high is not None else []),
         ]
-        self.says = "a number" + (" of " + " and ".join(limits) if limits else "")
+        self.says = " ".join(["a number", " and ".join(limits)]).strip()
 
     def convert(self, raw: Any) -> int | float:
         if not isinstance(raw, Fraction):
@@ -247,12 +247,22 @@ class OneForm(Type):
 REQUIRED = object()
 
 
-@dataclass(frozen=True, slots=True)
+class Computed:
+    """A default that follows from other values: `of(values filled in so far, the model's settings)`.
+    says: the same in the language, for the reader."""
+
+    def __init__(self, says: str, of: Callable[[Values, Values], Any]):
+        self.says, self.of = says, of
+
+    def __call__(self, values: Values, model: Values) -> Any:
+        return self.of(values, model)
+
+
+@dataclass(frozen=True)
 class Field:
     """One field of a kind, a form or the model.
 
-    default: a value, REQUIRED, or a function of the values filled in so far (and, for layers and the
-    model, of the model's settings: `default(values, model)`). unit: what it counts, for the reader.
+    default: a value, REQUIRED, or Computed. unit: what it counts, for the reader.
     """
 
     name: str
@@ -284,7 +294,7 @@ def fill(fields: tuple[Field, ...], given: Call, *, owner: str) -> Values:
         elif f.default is REQUIRED:
             raise Mismatch(f"{owner} needs `{f.name}`: {f.doc}", name_problem=True)
         else:
-            done[f.name] = f.default(Values(done)) if isinstance(f.default, Callable) else f.default
+            done[f.name] = f.default
     return Values(done)
 
 

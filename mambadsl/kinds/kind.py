@@ -16,7 +16,7 @@ from mambadsl.kinds.fields import Field
 from mambadsl.kinds.values import Values
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dims:
     """Widths that come from outside a layer. d_in: what it reads (d_model, or 2 * d_model where the
     first embedding is read too); d_model: what it adds to the residual stream."""
@@ -25,7 +25,7 @@ class Dims:
     d_in: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Init:
     """A law for initial values. law is one of the names in `build/init.py`:
 
@@ -49,7 +49,7 @@ RESIDUAL = Init("normal", residual=True)
 ZEROS, ONES = Init("zeros"), Init("ones")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Weight:
     """One tensor of a layer, declared once.
 
@@ -78,7 +78,7 @@ class Weight:
         return prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class State:
     """One tensor of a layer's decoding state, for one sequence.
 
@@ -97,7 +97,7 @@ class State:
         return prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Flops:
     """Floating-point operations for one token (a multiply-add is 2). The backward pass is split as
     zero-bubble schedules split it: gradients of inputs, gradients of weights."""
@@ -130,7 +130,7 @@ def mixing(forward: int | Fraction, *, backward: Fraction = Fraction(2)) -> Flop
     return Flops(forward, forward * backward, Fraction(0))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Saved:
     """Elements per token that the fused forward pass keeps for the backward pass: `narrow` in the
     compute dtype (2 bytes in bf16), `wide` in float32."""
@@ -139,7 +139,7 @@ class Saved:
     wide: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Slot:
     """A place that a part fills. definition: the pure-torch function in the kind's module.py."""
 

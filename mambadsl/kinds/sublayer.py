@@ -6,8 +6,8 @@ The layer computes, for the default form, x + out_multiplier * f(in_multiplier *
 
 from __future__ import annotations
 
-from mambadsl.kinds.fields import Field, Flag, Int, Items, OneForm, OneOf, OrWord, Real
-from mambadsl.kinds.kind import Dims, Init, Weight, ZEROS, norm_weights
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneForm, OneOf, OrWord, Real
+from mambadsl.kinds.kind import ZEROS, Dims, Init, Weight, norm_weights
 from mambadsl.kinds.values import Values
 
 _EPS = Field("eps", Real(above=0), 1e-5, "added to the mean square (or variance) before the root")
@@ -46,9 +46,12 @@ ADAPTER = OneForm(
 
 #: Fields that belong to the whole sublayer: in a sum they are the sum's, not a branch's.
 SUBLAYER_FIELDS: tuple[Field, ...] = (
-    Field("norm", NORM, lambda values, model: model.norm, "norm of the input (and output, for sandwich)"),
     Field(
-        "residual", RESIDUAL_FORMS, lambda values, model: RESIDUAL_FORMS.convert_word("pre"),
+        "norm", NORM, Computed("the model's norm", lambda v, model: model.norm),
+        "norm of the input (and output, for sandwich)",
+    ),
+    Field(
+        "residual", RESIDUAL_FORMS, RESIDUAL_FORMS.convert_word("pre"),
         "pre: x + f(norm(x)); post: x + norm(f(x)); sandwich: x + norm2(f(norm1(x))); "
         "normed: alpha*h + beta*f(h) with h = norm(x)",
     ),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mambadsl.kinds.fields import REQUIRED, Field, Flag, Int, OneForm, OrWord
+from mambadsl.kinds.fields import REQUIRED, Computed, Field, Flag, Int, OneForm, OrWord
 from mambadsl.kinds.registry import all_kinds, get, names
 
 WIDTH = 100
@@ -177,10 +177,10 @@ def _row(field: Field) -> dict[str, Any]:
 
 
 def _default(field: Field) -> str:
-    """The value in the language; `...` where it follows from others."""
+    """The value in the language, or how it follows from others."""
     if field.default is REQUIRED:
         return ""
-    return "..." if callable(field.default) else field.type.text(field.default)
+    return field.default.says if isinstance(field.default, Computed) else field.type.text(field.default)
 
 
 def _says(field: Field) -> str:

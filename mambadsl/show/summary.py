@@ -75,20 +75,17 @@ def summary_text(graph: LayerGraph, *, length: int | None = None, folded: bool =
 
 def summary_data(graph: LayerGraph, *, length: int | None = None, folded: bool = True) -> dict[str, Any]:
     """Plain data: name, model settings, length, totals, rows (exact numbers; FLOPs of the forward pass)."""
-    from mambadsl.spec.model import MODEL_FIELDS
+    from mambadsl.graph.json import to_data
 
     whole = total(costs(graph, length=length))
     return {
         "name": graph.name,
         "length": length or graph.model.context,
-        "model": {f.name: f.type.text(graph.model[f.name]) for f in MODEL_FIELDS},
+        "model": to_data(graph)["model"],
         "layers": len(graph.layers),
         "total": {**_numbers(whole), "bf16_bytes": _bytes(graph)},
         "rows": [_row_data(row) for row in rows(graph, length=length, folded=folded)],
     }
-
-
-# ---- rows
 
 
 def _rows(graph: LayerGraph, items: tuple[Item, ...], table: dict[str, Cost], depth: int) -> Iterator[Row]:
@@ -142,9 +139,6 @@ def _numbers(cost: Cost) -> dict[str, Any]:
 def _bytes(graph: LayerGraph) -> int:
     """Of a checkpoint in bfloat16; what must stay in float32 does."""
     return sum(w.elements * (WIDE if w.fp32 else NARROW) for w in all_weights(graph).values())
-
-
-# ---- text
 
 
 def _head(graph: LayerGraph, whole: Cost, length: int | None) -> list[str]:

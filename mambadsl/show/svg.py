@@ -203,9 +203,6 @@ def _stage_bars(picture: Flow, layout: _Layout) -> Iterator[str]:
         )
 
 
-# ---- lines on the right
-
-
 @dataclass(frozen=True, slots=True)
 class _Lane:
     """Lines that run together: from one box to several (carried), or through several (common weights)."""

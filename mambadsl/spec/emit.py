@@ -1,11 +1,15 @@
-"""Layer specs -> declarations in the language: which names they get and which fields are printed."""
+"""Layer specs -> declarations in the language: which names they get and which fields are printed.
+
+A layer keeps the name it was declared under, and a changed copy is written as one (`A(window=4096)`), so
+that whatever speaks of layers by name (`count(A)`, `A.core` in parts) means the same in the text.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from mambadsl.kinds.fields import Field
 from mambadsl.kinds.registry import get
@@ -13,8 +17,11 @@ from mambadsl.kinds.sublayer import ADAPTER, BRANCH_FIELDS, SUBLAYER_FIELDS
 from mambadsl.kinds.values import Values
 from mambadsl.spec.model import LayerSpec, Mixer, Origin
 
-
-_LAYER_NAME = re.compile("[A-Z][A-Za-z0-9_]*")
+LAYER_NAME = re.compile("[A-Z][A-Za-z0-9_]*")
+#: A mixer of a layer.
+_Branch: TypeAlias = "tuple[Mixer, LayerSpec]"
+#: `name=value`, and a comment or None.
+_Arg: TypeAlias = "tuple[str, str | None]"
 
 
 @dataclass
@@ -26,23 +33,29 @@ class Emitter:
     full: bool = False
     note: Callable[[Origin | None], str | None] = lambda origin: None
     lines: list[str] = field(default_factory=list)
-    _names: dict[Any, str] = field(default_factory=dict)
-    _named: dict[Any, str] = field(default_factory=dict)
+    _words: dict[tuple, str] = field(default_factory=dict)
+    _bases: dict[str, _Branch] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
 
     def use(self, layer: LayerSpec) -> str:
-        """How a pattern refers to the layer: `M`, or `M + A`; declares what is new."""
-        return " + ".join(self._mixer(mixer, layer) for mixer in layer.branches)
+        """How a pattern refers to the layer: `M`, `A(window=4096)` or `M + A`; declares what is new."""
+        return " + ".join(self._word(mixer, layer) for mixer in layer.branches)
+
+    def inline(self, layer: LayerSpec, name: str) -> str:
+        """How `name` itself is declared as the layer."""
+        mixer = layer.branches[0]
+        if len(layer.branches) > 1 or mixer.name != name or layer.name != name:
+            return self.use(layer)
+        return call(mixer.kind, self._args((mixer, layer)))
 
     def reserve(self, name: str) -> None:
         """Keeps a name for something else (a shared item, a block)."""
         self._taken.add(name)
 
     def prefer(self, layer: LayerSpec) -> None:
-        """Gives a layer the name it was declared under, before others ask for it."""
-        key = (layer.branches[0], layer.sub)
-        if key not in self._named and layer.name not in self._taken and _LAYER_NAME.fullmatch(layer.name):
-            self._named[key] = self.free(layer.name)
+        """Makes the layer what its name stands for, before changed copies come."""
+        if len(layer.branches) == 1 and layer.name == _name(layer.branches[0]) not in self._taken:
+            self._bases.setdefault(layer.name, (layer.branches[0], layer))
 
     def declare(self, text: str) -> None:
         self.lines.append(text)
@@ -50,33 +63,59 @@ class Emitter:
     def free(self, wish: str) -> str:
         """`wish`, or `wish2`, ... if it is taken."""
         name, i = wish, 1
-        while name in self._taken:
+        while name in self._taken or name in self._bases:
             i += 1
             name = f"{wish}{i}"
         self._taken.add(name)
         return name
 
-    def _mixer(self, mixer: Mixer, layer: LayerSpec) -> str:
-        key = (mixer, layer.sub)
-        if key not in self._names:
-            kind = get(mixer.kind)
-            wish = mixer.name if _LAYER_NAME.fullmatch(mixer.name or "") else kind.letter
-            name = self._names[key] = self._named.get(key) or self.free(wish)
-            args = [
-                *self._fields(kind.fields, mixer.fields, mixer.origins),
-                *self._fields(BRANCH_FIELDS, mixer.branch, mixer.origins),
-                *self._fields(SUBLAYER_FIELDS, layer.sub, layer.origins),
-            ]
-            self.lines.append(f"layer {name} = {call(mixer.kind, args)}")
-        return self._names[key]
+    def _word(self, mixer: Mixer, layer: LayerSpec) -> str:
+        key = (mixer.name, mixer, layer.sub)
+        if key not in self._words:
+            name, branch = _name(mixer), (mixer, layer)
+            base = self._bases.get(name)
+            if base is None and name not in self._taken:
+                base = self._bases[name] = branch
+            if base is None or base[0].kind != mixer.kind:
+                self._words[key] = self._declared(self.free(name), branch)
+            else:
+                if name not in self._taken:
+                    self._taken.add(self._declared(name, base))
+                args = self._args(branch, base=base)
+                self._words[key] = call(name, args) if args else name
+        return self._words[key]
 
-    def _fields(
-        self, fields: tuple[Field, ...], values: Values, origins: dict[str, Origin]
-    ) -> list[tuple[str, str | None]]:
-        """(text, comment) of each argument to print."""
-        shown = [f for f in fields if self.full or values[f.name] != default(f, values, self.model)]
-        texts = [f"{f.name}={f.type.text(values[f.name], full=self.full)}" for f in shown]
-        return [(text, self.note(origins.get(f.name))) for f, text in zip(shown, texts)]
+    def _declared(self, name: str, branch: _Branch) -> str:
+        self.lines.append(f"layer {name} = {call(branch[0].kind, self._args(branch))}")
+        return name
+
+    def _args(self, branch: _Branch, *, base: _Branch | None = None) -> list[_Arg]:
+        """The arguments to print: what the defaults, or the layer that this is a copy of, do not give."""
+        out = []
+        for group, base_group in zip(_groups(*branch), _groups(*(base or branch))):
+            fields, values, origins = group
+            for f in fields:
+                value, before = values[f.name], base_group[1][f.name]
+                # What stands in the layer that is copied is given there, and so given here.
+                given = base is not None and (self.full or before != default(f, base_group[1], self.model))
+                usual = not self.full and value == default(f, values, self.model)
+                if value != before if given else not usual:
+                    out.append((f"{f.name}={f.type.text(value, full=self.full)}", self.note(origins.get(f.name))))
+        return out
+
+
+def _name(mixer: Mixer) -> str:
+    """What it is called, or would be."""
+    return mixer.name if LAYER_NAME.fullmatch(mixer.name or "") else get(mixer.kind).letter
+
+
+def _groups(mixer: Mixer, layer: LayerSpec) -> tuple[tuple[tuple[Field, ...], Values, dict[str, Origin]], ...]:
+    """Fields with their values and origins: of the kind, the branch, the sublayer."""
+    return (
+        (get(mixer.kind).fields, mixer.fields, mixer.origins),
+        (BRANCH_FIELDS, mixer.branch, mixer.origins),
+        (SUBLAYER_FIELDS, layer.sub, layer.origins),
+    )
 
 
 def default(f: Field, values: Values, model: Values | None) -> Any:
@@ -84,7 +123,7 @@ def default(f: Field, values: Values, model: Values | None) -> Any:
     return f.default(values, model) if callable(f.default) else f.default
 
 
-def call(name: str, args: list[tuple[str, str | None]]) -> str:
+def call(name: str, args: list[_Arg]) -> str:
     """`name(a=1, b=2)`; with comments, one argument a line."""
     if any(comment for _, comment in args):
         lines = "".join(f"  {text}," + (f"  # {comment}" if comment else "") + "\n" for text, comment in args)

@@ -13,18 +13,23 @@ from mambadsl.syntax.tokens import MAX_DIGITS, MAX_EXPONENT
 
 def text_of(raw: Any) -> str:
     """`[1, 2]`, `relu2`, `rope(theta=10000)`, `1 / 3`."""
+    return flat(node(raw))
+
+
+def node(raw: Any) -> tree.Value:
+    """A raw value as an expression."""
     match raw:
         case Fraction():
-            return flat(number(raw))
+            return number(raw)
         case str():
-            return flat(build.string(raw))
+            return build.string(raw)
         case Word():
-            return raw.text
+            return build.word(raw.text)
         case Call():
-            return f"{raw.name}({', '.join(f'{k}={text_of(v)}' for k, v in raw.args.items())})"
+            return build.word(raw.name, {key: node(value) for key, value in raw.args.items()})
         case list() | tuple():
-            return "[" + ", ".join(map(text_of, raw)) + "]"
-    return flat(build.value(raw))
+            return build.value([node(value) for value in raw])
+    return build.value(raw)
 
 
 def number(value: Fraction) -> tree.Value:

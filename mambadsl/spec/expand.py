@@ -7,15 +7,13 @@ each where it came from, as comments.
 from __future__ import annotations
 
 from dataclasses import replace
-from fractions import Fraction
 
+from mambadsl.spec import exact
 from mambadsl.spec.emit import Emitter, adapter_text, declared_use, own_adapter, settings
-from mambadsl.spec.exact import number
 from mambadsl.spec.model import (
-    MODEL_FIELDS, MTP_FIELDS, Block, Cut, Element, ExpectSpec, LayerSpec, ModelSpec, Origin, Use,
+    FACTS, MODEL_FIELDS, MTP_FIELDS, Block, Cut, Element, ExpectSpec, LayerSpec, ModelSpec, Origin, Use,
 )
 from mambadsl.spec.parts import parts_text
-from mambadsl.spec.values import Problem
 from mambadsl.syntax import tree
 from mambadsl.syntax.fold import single
 from mambadsl.syntax.read import read
@@ -75,7 +73,7 @@ class _Expander:
         for element in elements:
             if isinstance(element, Block):
                 self._prefer(element.items)
-            elif isinstance(element, Use) and element.layer.name and len(element.layer.branches) == 1:
+            elif isinstance(element, Use):
                 self.emitter.prefer(element.layer)
 
     def _pattern(self, elements: tuple[Element, ...]) -> str:
@@ -112,8 +110,10 @@ class _Expander:
         if name not in self.declared:
             uses = [_layers(use) for use in self.uses[name]]
             self.declared[name] = declared_use(uses)
-            first = self.uses[name][uses.index(self.declared[name])]
-            self.emitter.declare(f"shared {name} = {self._group(first.items)}")
+            items = self.uses[name][uses.index(self.declared[name])].items
+            single = len(items) == 1 and isinstance(items[0], Use)
+            inner = self.emitter.inline(items[0].layer, name) if single else self._group(items)
+            self.emitter.declare(f"shared {name} = {inner}")
         if layers == self.declared[name]:
             return name
         return f"{name}({adapter_text(own_adapter(layers))})"
@@ -124,22 +124,6 @@ def _layers(element: Element) -> list[LayerSpec]:
     if isinstance(element, Use):
         return [element.layer]
     return [layer for item in element.items for layer in _layers(item)] * element.count
-
-
-def _node(raw: Any) -> object:
-    """A raw value as `build.value` takes it."""
-    match raw:
-        case Fraction():
-            return number(raw)
-        case str():
-            return build.string(raw)
-        case Word():
-            return raw.text
-        case Call():
-            return build.word(raw.name, {key: _node(value) for key, value in raw.args.items()})
-        case list() | tuple():
-            return [_node(value) for value in raw]
-    return raw
 
 
 def _note(origin: Origin | None) -> str | None:
@@ -154,8 +138,8 @@ def _inlined(expect: ExpectSpec) -> tree.Expect:
 
     def walk(node):
         match node:
-            case tree.Term(args=None) if node.name.text in (*expect.scope.lets, *expect.scope.imports):
-                return build.value(_node(expect.scope.lookup(node.name)))
+            case tree.Term(args=None) if expect.scope.constant(node.name.text) and node.name.text not in FACTS:
+                return exact.node(expect.scope.lookup(node.name))
             case tree.Binary():
                 return replace(node, left=walk(node.left), right=walk(node.right))
             case tree.Negative() | tree.Paren():

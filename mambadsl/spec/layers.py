@@ -113,6 +113,8 @@ class Layers:
             help = (f"`layer {name} = ...` is a block that may hold shared layers",)
             self.report(Diagnostic(codes.E046, message, inner.span, "shared already", help=help))
             return None
+        if isinstance(element, Use) and not self._recipe(element).named:
+            element = self._use(self._recipe(element).at(place, name=name), definition.span)
         return self._block(definition.span, (element,), shared=name, name=name, chain=(place,))
 
     def _no_layer(self, scope: FileScope, name: tree.Name) -> None:

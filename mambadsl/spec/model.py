@@ -40,7 +40,7 @@ MTP_FIELDS: tuple[Field, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Origin:
     """Where a value came from. how: "given" (span: the argument), "default", or "set" (--set)."""
 
@@ -48,7 +48,7 @@ class Origin:
     span: Span | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Mixer:
     """One branch: a kind with all its fields. name: the layer name it was declared under, if any.
     chain: the places that led here, innermost first: where the kind is written, the layer's name where it
@@ -66,7 +66,7 @@ class Mixer:
         return hash((self.kind, self.fields, self.branch))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerSpec:
     """One residual sublayer: a mixer, or a sum of several behind one norm."""
 
@@ -85,7 +85,7 @@ class LayerSpec:
         return self.name or "+".join(b.name or b.kind for b in self.branches)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Use:
     """A layer at one place of a pattern."""
 
@@ -93,7 +93,7 @@ class Use:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Block:
     """A group, a repeat or a named block: `items` `count` times. shared: the name of a `shared` item,
     whose layers have one set of weights for all uses. chain: where its name is declared and imported.
@@ -122,7 +122,7 @@ def count_layers(elements: tuple[Element, ...]) -> int:
     return sum(1 if isinstance(e, Use) else e.layers if isinstance(e, Block) else 0 for e in elements)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cut:
     """A pipeline stage ends here."""
 
@@ -137,7 +137,7 @@ def first_cut(elements: tuple[Element, ...]) -> Cut | None:
     return next((cut for cut in cuts if cut is not None), None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MtpSpec:
     """The multi-token-prediction tail: depths blocks of these items."""
 
@@ -146,7 +146,7 @@ class MtpSpec:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PartChoice:
     """One line of a parts block. path: `mamba2.scan` or `W.core`; args: raw values, lists as tuples."""
 
@@ -156,7 +156,7 @@ class PartChoice:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PartsSpec:
     name: str
     base: str | None
@@ -164,9 +164,15 @@ class PartsSpec:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+#: What `expect` lines can speak of, beside constants and settings (computed by graph.checks.expects).
+FACTS = (
+    "layers", "stages", "params", "active_params", "flops_per_token", "kv_bytes_per_token", "state_bytes",
+)
+
+
+@dataclass(frozen=True)
 class ExpectSpec:
-    """A fact to check. evaluate(facts) -> (left, right) raw values; `node` says where and how."""
+    """A fact to check: the line, and what names mean in its file."""
 
     node: tree.Expect
     scope: Any = field(compare=False, repr=False)

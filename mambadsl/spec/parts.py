@@ -93,7 +93,12 @@ def _slot(path: tree.Name, main: FileScope, layers: Layers, report: Report) -> N
         element = layers.layer(main, tree.Name(owner, span=place))
         if element is None:
             return
-        kinds = {mixer.kind for use in layers_of(element) for mixer in use.layer.branches}
+        mixers = [mixer for use in layers_of(element) for mixer in use.layer.branches]
+        if len(mixers) != 1:
+            help = ("name the layers in it, or the kind: `mamba2.scan`",)
+            report(Diagnostic(codes.E028, f"`{owner}` is not a single layer", place, help=help))
+            return
+        kinds = {mixers[0].kind}
     elif owner in registry.names():
         kinds = {owner}
     else:

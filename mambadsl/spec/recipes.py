@@ -44,6 +44,11 @@ class Recipe:
         """The same, seen from one place further out: a declaration (with its name), an import."""
         return replace(self, name=name or self.name, chain=(*self.chain, place))
 
+    @property
+    def named(self) -> bool:
+        """Whether a declared layer's name belongs to it."""
+        return bool(self.name or any(branch.name for branch in self.branches))
+
     def legal(self) -> list[str]:
         """Fields that a changed copy may give: in a sum, those of the sublayer."""
         own = [f.name for f in self.branches[0].kind.fields] if len(self.branches) == 1 else []

@@ -74,6 +74,10 @@ class FileScope:
         """The raw value of a constant, an imported constant or a setting; None for any other word."""
         return self.constants.value(self, name.text)
 
+    def constant(self, name: str) -> bool:
+        """Whether the name is a constant, of this file or imported."""
+        return name in self.lets or name in self.imports
+
     def names(self) -> list[str]:
         """Every name that has a value here, for suggestions."""
         return [*self.lets, *(n for n in self.imports if n[0].islower()), *self.constants.fields]

@@ -67,9 +67,6 @@ def _explain(place: Stuck) -> Diagnostic:
     return place.wrong()
 
 
-# ---- the questions
-
-
 def _megatron(p: Stuck) -> Diagnostic | None:
     text, start, end = p.source.text, p.found.start, p.found.end
     if p.found.type == END:

@@ -11,22 +11,31 @@ from typing import TypeAlias
 from mambadsl.text.source import Source, Span
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# No slots and one repr for all: a command spends more time making these classes than using them.
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Node:
-    span: Span = field(compare=False, repr=False)
+    """A place in the text, and what stands there."""
+
+    span: Span = field(compare=False)
+
+    def __repr__(self) -> str:
+        inner = (f"{k}={v!r}" for k, v in vars(self).items() if not isinstance(v, Span))
+        return f"{type(self).__name__}({', '.join(inner)})"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Name(Node):
     """A name where it is declared or referred to: `M`, `d_model`, `te.linear`."""
 
     text: str
 
 
-# ---- values
+# Values.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Number(Node):
     """`text` as written (`131_072`, `1e-5`); `value` exact."""
 
@@ -34,17 +43,17 @@ class Number(Node):
     value: Fraction
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class String(Node):
     value: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Bool(Node):
     value: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Arg(Node):
     """`name=value`, or a bare value (name is None)."""
 
@@ -52,7 +61,7 @@ class Arg(Node):
     value: Value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Term(Node):
     """A lower-case word, with or without arguments: `d_model`, `relu2`, `rope(theta=1e6)`. In a
     pattern: a kind written out in place. args is None where no parentheses stand."""
@@ -61,7 +70,7 @@ class Term(Node):
     args: tuple[Arg, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Use(Node):
     """A layer's name, upper case, with or without overrides: `M`, `A(window=4096)`."""
 
@@ -69,12 +78,12 @@ class Use(Node):
     args: tuple[Arg, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class List(Node):
     items: tuple[Value, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Binary(Node):
     """op is one of + - * / //."""
 
@@ -83,50 +92,50 @@ class Binary(Node):
     right: Value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Negative(Node):
     value: Value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Paren(Node):
     value: Value
 
 
 Value: TypeAlias = "Number | String | Bool | Term | Use | List | Binary | Negative | Paren"
 
-# ---- patterns
+# Patterns.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Cut(Node):
     """`|`: a pipeline stage ends here."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Group(Node):
     """`[ ... ]`."""
 
     pattern: Pattern
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Repeat(Node):
     """`item * count`."""
 
     item: Unit
     count: int
-    count_span: Span = field(compare=False, repr=False)
+    count_span: Span = field(compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Parallel(Node):
     """`M + A`: one norm in, branch outputs summed."""
 
     branches: tuple[Unit, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Pattern(Node):
     items: tuple[Item, ...]
 
@@ -134,34 +143,34 @@ class Pattern(Node):
 Unit: TypeAlias = "Use | Term | Group"
 Item: TypeAlias = "Use | Term | Group | Repeat | Parallel | Cut"
 
-# ---- statements
+# Statements.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Import(Node):
     path: String
     names: tuple[Name, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Let(Node):
     name: Name
     value: Value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Setting(Node):
     name: Name
     value: Value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Model(Node):
     name: Name
     settings: tuple[Setting, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Layer(Node):
     """`layer X = ITEM` or, with shared=True, `shared X = ITEM`."""
 
@@ -170,18 +179,18 @@ class Layer(Node):
     shared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Stack(Node):
     pattern: Pattern
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Mtp(Node):
     args: tuple[Arg, ...]
     pattern: Pattern
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Slot(Node):
     """One line of a parts block: `mamba2.scan = mine.ssd(block=64)`."""
 
@@ -190,14 +199,14 @@ class Slot(Node):
     args: tuple[Arg, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Parts(Node):
     name: Name
     base: Name | None
     slots: tuple[Slot, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Expect(Node):
     """op is one of == != <= >= < >."""
 
@@ -209,7 +218,7 @@ class Expect(Node):
 Statement: TypeAlias = "Import | Let | Model | Layer | Stack | Mtp | Parts | Expect"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class Comment(Node):
     """`text` starts with `#`. own_line: nothing but blanks stands before it on its line."""
 
@@ -217,11 +226,11 @@ class Comment(Node):
     own_line: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class File:
     """A whole file: statements, or one bare pattern (then `statements` is empty)."""
 
-    source: Source = field(compare=False, repr=False)
+    source: Source = field(compare=False)
     statements: tuple[Statement, ...] = ()
     pattern: Pattern | None = None
     comments: tuple[Comment, ...] = field(default=(), compare=False)

@@ -60,8 +60,6 @@ class _Writer:
         if self.lines and self.file.statements:
             self.lines.append("")
 
-    # -- comments and gaps
-
     def _placed(self, node: tree.Node) -> bool:
         return node.span.source is self.source and node.span.end > node.span.start
 
@@ -93,8 +91,6 @@ class _Writer:
             self.end = comment.span.end
             return f"{line}  {comment.text}"
         return line
-
-    # -- lines
 
     def _unit(self, lines: list[str], node: tree.Node, *, indent: int, first: bool, mark: str = "") -> None:
         """One statement, setting, slot or argument on lines of its own, with its comments."""
@@ -241,8 +237,6 @@ class _Writer:
             previous, first = item, False
         close(previous)
         return lines
-
-    # -- statements with a body
 
     def _with_body(self, node: tree.Node, *, indent: int) -> list[str]:
         head, body, start = self._head(node)

@@ -104,9 +104,6 @@ def _place(span: Span | None) -> dict:
     }
 
 
-# ---- the picture
-
-
 @dataclass(frozen=True, slots=True)
 class _Mark:
     """Underlined characters of one line. Spans over several lines are marked in their first."""

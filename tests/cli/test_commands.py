@@ -117,7 +117,7 @@ def test_bad_usage_says_what_was_meant(args, words):
 
 
 def test_set_changes_the_model():
-    assert data("summary", TINY, "--set", "d_model=64", "--set", "M.heads=4")["model"]["d_model"] == "64"
+    assert data("summary", TINY, "--set", "d_model=64", "--set", "M.heads=4")["model"]["d_model"] == 64
     assert data("check", TINY, "--set", "d_modl=64", code=1)["files"][0]["diagnostics"][0]["code"] == "E048"
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mambadsl.graph.checks import CheckedGraph, Facts, check
+from mambadsl.graph.checks import NO_FACTS, RUN, CheckedGraph, Facts, Subject, check, rules
 from mambadsl.graph.checks.legal import divisors, divisors_near, multiples_near, near
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.graph.unroll import unroll
@@ -222,3 +222,23 @@ def test_nearest_values(value, of):
     assert all(m % of == 0 and 0 < abs(m - value) <= of for m in below_and_above)
     assert below_and_above == [v for v in near(value, lambda v: v % of == 0, reach=of)]
     assert set(divisors_near(value, of)) <= set(divisors(value))
+
+
+#: One model in which every kind of thing that a run may stumble over is there.
+AWKWARD = """
+model awkward { vocab = 50257 d_model = 192 context = 100_000 tie_embeddings = true }
+layer M = mamba2(heads=6, head_dim=64, groups=3, chunk=50, gated_norm=before_gate, conv_bias=false)
+layer N = mamba2(heads=5, head_dim=64, groups=1, chunk=64)
+layer A = attention(heads=6, kv_heads=3, head_dim=32, window=77)
+layer E = moe(experts=6, top_k=2, latent=24)
+shared S = [A F]
+stack { | M N S [M+A E | N S]*3 A }
+"""
+
+
+@pytest.mark.parametrize("text", [AWKWARD, *(p.read_text() for p in sorted(MODELS.glob("*.mdl")) if p.stem != "std")])
+def test_rules_on_runs_have_nothing_to_say_about_a_model_alone(text):
+    """They are not asked then, so they must not have anything to say."""
+    graph = graph_of(text)
+    for rule in rules(RUN):
+        assert list(rule.check(Subject(graph, NO_FACTS))) == [], rule.__name__

@@ -1,32 +1,25 @@
 """LayerGraph -> CheckedGraph, or MdlError with everything that is wrong.
 
-A rule is a file here with `check(subject)`, and its place in one of the two lists:
+A rule is a file here with `check(subject)`, and its place in one of the three lists:
 
-- MODEL rules speak about the model, and about those facts of a run that are given.
+- MODEL rules speak about the model, whatever is known of a run.
+- RUN rules speak about the facts of a run, and are asked only if one is given.
 - KERNEL rules speak about what mamba-ssm's and causal-conv1d's kernels accept, and only if those will run: a
   part set with them is named (`fused`, `te`, `inference`, or one of the text based on them), or the target
   has no other way. Under `auto` they are silent, since it chooses a kernel only where the kernel accepts the
   layer; under `reference` there is none.
 
 So a plain `check` says what is wrong with the model anywhere, and facts add what is wrong there. Each rule's
-severity is its code's first letter and never depends on facts.
+severity is its code's first letter and never depends on facts. Rules are imported when they are asked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
+from importlib import import_module
+from types import ModuleType
 
-from mambadsl.graph.checks import (
-    e101_head_dim, e103_groups, e104_conv_width, e105_projection_width, e106_conv_taps, e107_conv_grid,
-    e108_mamba1_state, e114_norm_width, e120_offsets, e121_mamba1_offsets, e124_norm_groups,
-    e125_dt_limit, e201_heads_tp, e202_groups_tp, e203_context_parallel, e204_attention_heads,
-    e205_kv_heads_tp, e206_vocab_tp, e207_attention_cp, e210_even_stages, e214_shared_stages,
-    e216_head_dim, e217_rope_width, e218_rope_scaling, e220_experts, e304_init_ranges,
-    e310_narrow_products, e502_state_memory, e601_expressible, expects, i702_first_attention,
-    i704_attention_share, i705_last_mixer, i707_small_width, w109_chunk, w110_one_chunk, w112_conv_bias,
-    w122_row_offsets, w211_stage_mix, w305_fp16, w404_left_padding, w501_cache_pages, w504_prefill_chunk,
-    w505_lora_coverage, w602_gated_norm, w701_positions,
-)
 from mambadsl.graph.checks.facts import Facts
 from mambadsl.graph.checks.subject import Problem, Subject, with_uses
 from mambadsl.graph.graph import LayerGraph, Node
@@ -34,26 +27,29 @@ from mambadsl.text.diagnostic import Diagnostic, MdlError
 
 MODEL = (
     # sizes of one layer
-    e101_head_dim, e103_groups, e124_norm_groups, e125_dt_limit, e304_init_ranges, e204_attention_heads,
-    e216_head_dim, e217_rope_width, e218_rope_scaling, e220_experts,
-    # devices
-    e201_heads_tp, e202_groups_tp, e203_context_parallel, e205_kv_heads_tp, e206_vocab_tp, e207_attention_cp,
-    e210_even_stages, w211_stage_mix, e214_shared_stages,
-    # numbers, data, serving
-    w305_fp16, e310_narrow_products, w404_left_padding, w501_cache_pages, e502_state_memory,
-    w504_prefill_chunk, w505_lora_coverage,
-    # other tools
-    e601_expressible, w602_gated_norm, w110_one_chunk, w112_conv_bias,
-    # architecture
-    w701_positions, i702_first_attention, i704_attention_share, i705_last_mixer,
+    "e101_head_dim", "e103_groups", "e124_norm_groups", "e125_dt_limit", "e304_init_ranges",
+    "e204_attention_heads", "e216_head_dim", "e217_rope_width", "e218_rope_scaling", "e220_experts",
+    # the whole
+    "w505_lora_coverage", "w701_positions", "i702_first_attention", "i704_attention_share", "i705_last_mixer",
     # what the text itself claims
-    expects,
+    "expects",
+)
+RUN = (
+    # devices
+    "e201_heads_tp", "e202_groups_tp", "e203_context_parallel", "e205_kv_heads_tp", "e206_vocab_tp",
+    "e207_attention_cp", "e210_even_stages", "w211_stage_mix", "e214_shared_stages",
+    # numbers, data, serving
+    "w305_fp16", "e310_narrow_products", "w404_left_padding", "w501_cache_pages", "e502_state_memory",
+    "w504_prefill_chunk",
+    # other tools
+    "e601_expressible", "w602_gated_norm", "w110_one_chunk", "w112_conv_bias",
 )
 KERNEL = (
-    e104_conv_width, e105_projection_width, e106_conv_taps, e107_conv_grid, e108_mamba1_state, w109_chunk,
-    e114_norm_width, e120_offsets, e121_mamba1_offsets, w122_row_offsets, i707_small_width,
+    "e104_conv_width", "e105_projection_width", "e106_conv_taps", "e107_conv_grid", "e108_mamba1_state",
+    "w109_chunk", "e114_norm_width", "e120_offsets", "e121_mamba1_offsets", "w122_row_offsets",
+    "i707_small_width",
 )
-CHECKS = MODEL + KERNEL
+CHECKS = MODEL + RUN + KERNEL
 
 #: The model alone, on one device, in bf16.
 NO_FACTS = Facts()
@@ -80,7 +76,8 @@ def check(graph: LayerGraph, facts: Facts = NO_FACTS) -> CheckedGraph:
     """Runs every rule. Raises MdlError with all errors, then the warnings and infos, if there is an error."""
     subject = Subject(graph, facts)
     found: dict[Diagnostic, list[Node]] = {}
-    for rule in CHECKS if subject.kernels else MODEL:
+    names = MODEL + (RUN if facts != NO_FACTS else ()) + (KERNEL if subject.kernels else ())
+    for rule in rules(names):
         for problem in rule.check(subject):
             found.setdefault(problem.diagnostic, []).extend(problem.nodes)
     diagnostics = [with_uses(diagnostic, nodes) for diagnostic, nodes in found.items()]
@@ -90,4 +87,10 @@ def check(graph: LayerGraph, facts: Facts = NO_FACTS) -> CheckedGraph:
     return CheckedGraph(graph, facts, tuple(diagnostics), _SEAL)
 
 
-__all__ = ["CHECKS", "CheckedGraph", "Facts", "Problem", "Subject", "check"]
+def rules(names: tuple[str, ...] = CHECKS) -> Iterator[ModuleType]:
+    """The rules of these names, in order."""
+    for name in names:
+        yield import_module(f"{__name__}.{name}")
+
+
+__all__ = ["CHECKS", "CheckedGraph", "Facts", "Problem", "Subject", "check", "rules"]

@@ -10,11 +10,23 @@ from fractions import Fraction
 from functools import cache
 from math import isqrt
 
-from mambadsl.kinds.fields import Field, Flag, Int, OneForm, OrWord, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, OrWord, Real
 from mambadsl.kinds.kind import (
-    ONES, RESIDUAL, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul, mixing,
+    ONES,
+    RESIDUAL,
+    Dims,
+    Flops,
+    Kind,
+    Saved,
+    Slot,
+    State,
+    Weight,
+    linear,
+    matmul,
+    mixing,
 )
 from mambadsl.kinds.values import Values
+
 
 @cache
 def _usual_heads(d_model: int) -> int:
@@ -67,14 +79,16 @@ QK_NORM = OneForm(none=(), per_head=(_EPS,), full_width=(_EPS,))
 
 FIELDS = (
     Field(
-        "heads", Int(), lambda v, model: _usual_heads(model.d_model), "query heads",
+        "heads", Int(),
+        Computed("d_model // 64, or the next below that divides d_model", lambda v, model: _usual_heads(model.d_model)),
+        "query heads",
     ),
     Field(
-        "kv_heads", Int(), lambda v, model: v.heads,
+        "kv_heads", Int(), Computed("heads", lambda v, model: v.heads),
         "key/value heads; each serves heads / kv_heads query heads",
     ),
     Field(
-        "head_dim", Int(), lambda v, model: max(1, model.d_model // v.heads),
+        "head_dim", Int(), Computed("d_model // heads", lambda v, model: max(1, model.d_model // v.heads)),
         "channels of one head", "channels",
     ),
     Field("rope", ROPE, ROPE.convert_word("none"), "rotary position embedding, or none"),

@@ -6,9 +6,21 @@ of Jamba (learned) and Falcon Mamba (weightless). N d_state, R dt_rank.
 
 from __future__ import annotations
 
-from mambadsl.kinds.fields import Field, Flag, Int, OneForm, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, Real
 from mambadsl.kinds.kind import (
-    ONES, RESIDUAL, Dims, Flops, Init, Kind, Saved, Slot, State, Weight, linear, matmul, mixing,
+    ONES,
+    RESIDUAL,
+    Dims,
+    Flops,
+    Init,
+    Kind,
+    Saved,
+    Slot,
+    State,
+    Weight,
+    linear,
+    matmul,
+    mixing,
 )
 from mambadsl.kinds.values import Values
 
@@ -16,10 +28,13 @@ _EPS = Field("eps", Real(above=0), 1e-6, "eps of the norms")
 DT_BC_NORM = OneForm(none=(), weightless=(_EPS,), learned=(_EPS,))
 
 FIELDS = (
-    Field("d_inner", Int(), lambda v, model: 2 * model.d_model, "inner width", "channels"),
+    Field("d_inner", Int(), Computed("2 * d_model", lambda v, model: 2 * model.d_model), "inner width", "channels"),
     Field("d_state", Int(), 16, "size of the state of one channel (N)"),
     Field("d_conv", Int(1, 64), 4, "taps of the causal convolution", "tokens"),
-    Field("dt_rank", Int(), lambda v, model: -(-model.d_model // 16), "rank of the projection of dt (R)"),
+    Field(
+        "dt_rank", Int(), Computed("d_model / 16, rounded up", lambda v, model: -(-model.d_model // 16)),
+        "rank of the projection of dt (R)",
+    ),
     Field("chunk", Int(1, 4096), 64, "tokens computed together in the scan; no effect on the result", "tokens"),
     Field("conv_bias", Flag(), True, "the convolution has a bias"),
     Field("bias", Flag(), False, "in_proj and out_proj have biases"),

@@ -9,9 +9,21 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from mambadsl.kinds.fields import Field, Flag, Int, Items, OneOf, OrWord, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneOf, OrWord, Real
 from mambadsl.kinds.kind import (
-    ONES, RESIDUAL, Dims, Flops, Init, Kind, Saved, Slot, State, Weight, linear, matmul, mixing,
+    ONES,
+    RESIDUAL,
+    Dims,
+    Flops,
+    Init,
+    Kind,
+    Saved,
+    Slot,
+    State,
+    Weight,
+    linear,
+    matmul,
+    mixing,
 )
 from mambadsl.kinds.values import Values
 
@@ -33,7 +45,7 @@ def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
 FIELDS = (
     Field("head_dim", Int(), 64, "channels of one head (P)", "channels"),
     Field(
-        "heads", Int(), lambda v, model: max(1, 2 * model.d_model // v.head_dim),
+        "heads", Int(), Computed("2 * d_model // head_dim", lambda v, model: max(1, 2 * model.d_model // v.head_dim)),
         "number of heads (H); heads * head_dim is d_inner, free of d_model",
     ),
     Field("d_state", Int(), 128, "size of the state of one channel (N)"),
@@ -46,7 +58,10 @@ FIELDS = (
         "gated_norm", OneOf("after_gate", "before_gate", "none"), "after_gate",
         "after_gate: norm(y * silu(z)); before_gate: norm(y) * silu(z); none: y * silu(z)",
     ),
-    Field("norm_groups", Int(), lambda v, model: v.groups, "groups of channels that the gated norm works on"),
+    Field(
+        "norm_groups", Int(), Computed("groups", lambda v, model: v.groups),
+        "groups of channels that the gated norm works on",
+    ),
     Field("norm_eps", Real(above=0), 1e-5, "eps of the gated norm"),
     Field(
         "dt_limit", Items(OrWord("inf", Real(0)), 2), (0, None),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from mambadsl.kinds.fields import Field, Flag, Int, OneOf, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneOf, Real
 from mambadsl.kinds.kind import RESIDUAL, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul
 from mambadsl.kinds.values import Values
 
 ACT = OneOf("silu", "gelu", "gelu_tanh", "relu2", "relu")
 
 FIELDS = (
-    Field("d_ff", Int(), lambda v, model: 4 * model.d_model, "hidden width", "channels"),
+    Field("d_ff", Int(), Computed("4 * d_model", lambda v, model: 4 * model.d_model), "hidden width", "channels"),
     Field("act", ACT, "silu", "activation; relu2 is relu(x) ** 2"),
     Field("gated", Flag(), False, "act(gate(x)) * up(x) instead of act(up(x))"),
     Field("bias", Flag(), False, "the projections have biases"),

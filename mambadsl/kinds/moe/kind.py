@@ -9,9 +9,20 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from mambadsl.kinds.fields import Field, Flag, Int, OneForm, OneOf, OrWord, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, OneOf, OrWord, Real
 from mambadsl.kinds.kind import (
-    NORMAL, RESIDUAL, ZEROS, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul,
+    NORMAL,
+    RESIDUAL,
+    ZEROS,
+    Dims,
+    Flops,
+    Kind,
+    Saved,
+    Slot,
+    State,
+    Weight,
+    linear,
+    matmul,
 )
 from mambadsl.kinds.mlp.kind import ACT
 from mambadsl.kinds.values import Values
@@ -48,7 +59,10 @@ ROUTER = OneForm(
 FIELDS = (
     Field("experts", Int(), 8, "number of routed experts"),
     Field("top_k", Int(), 2, "experts that each token goes to"),
-    Field("d_ff", Int(), lambda v, model: 4 * model.d_model, "hidden width of one expert", "channels"),
+    Field(
+        "d_ff", Int(), Computed("4 * d_model", lambda v, model: 4 * model.d_model),
+        "hidden width of one expert", "channels",
+    ),
     Field("act", ACT, "silu", "activation of all experts"),
     Field("gated", Flag(), False, "gated experts: act(gate(x)) * up(x)"),
     Field("router", ROUTER, ROUTER.convert_word("softmax"), "how experts are scored, chosen and weighted"),

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambadsl.kinds.activations import activate
-from mambadsl.kinds.moe.kind import KIND
 from mambadsl.kinds.module import KindModule
+from mambadsl.kinds.moe.kind import KIND
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Variant
 
