@@ -14,19 +14,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+import mambadsl
 from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.tokens import Tokens
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from kind_values import values  # noqa: E402
 
 #: Hugging Face's name of each weight: ours.
 NAMES = {
@@ -46,7 +43,9 @@ def pair(d_model: int, head_dim: int, d_state: int) -> tuple[torch.nn.Module, to
         ),
         layer_idx=0,
     )
-    f = values("mamba2", d_model=d_model, heads=heads, head_dim=head_dim, d_state=d_state)
+    layer = f"mamba2(heads={heads}, head_dim={head_dim}, d_state={d_state})"
+    program = mambadsl.load(text=f"model one {{ d_model = {d_model} }} stack {{ {layer} }}")
+    f = program.layers.layers[0].layer.branches[0].fields
     ours = get("mamba2").module()(f, Dims(d_model, d_model))
     weights = theirs.state_dict()
     ours.load_state_dict({mine: weights[name].view_as(ours.get_parameter(mine)) for name, mine in NAMES.items()})

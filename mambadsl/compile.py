@@ -77,7 +77,8 @@ class Program:
 
 
 def load(
-    path: str | Path | None = None, *, text: str | None = None, set: Mapping[str, str] | None = None, facts: Any = None
+    path: str | Path | None = None, *, text: str | None = None, set: Mapping[str, str] | None = None,
+    facts: Any = None,
 ) -> Program:
     """Compiles a file, or text. set: values from outside, as `--set` takes them. Raises MdlError with
     every problem of the first stage that has one."""

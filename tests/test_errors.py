@@ -1,6 +1,7 @@
 """tests/errors/*.mdl: chunks of text with the diagnostics expected of them, each on the guilty line.
 
     # facts: tp=4 parts=fused           facts of the chunk, in a comment at its top
+    # set: d_model=64 M.heads=2         values from outside
     layer M = mamba2(heads=50)          ### E201 "50 cannot be split"   ### ... a second one on this line
     ### E505 "no layer"                 on a line of its own: a diagnostic without a place
 
@@ -19,6 +20,7 @@ import pytest
 from mambadsl.graph.checks import CHECKS, Facts, check
 from mambadsl.graph.unroll import unroll
 from mambadsl.show.explain import all_codes, homes, similar, story
+from mambadsl.spec.overrides import override
 from mambadsl.spec.resolve import resolve
 from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import Diagnostic, MdlError
@@ -37,10 +39,13 @@ def chunks() -> dict[str, str]:
     return found
 
 
+def given(text: str, what: str) -> dict[str, str]:
+    line = re.search(rf"^# {what}: (.*)$", text, re.MULTILINE)
+    return dict(item.split("=") for item in line[1].split()) if line else {}
+
+
 def facts_of(text: str) -> Facts:
-    line = re.search(r"^# facts: (.*)$", text, re.MULTILINE)
-    given = dict(item.split("=") for item in line[1].split()) if line else {}
-    return Facts(**{name: value_of(name, value) for name, value in given.items()})
+    return Facts(**{name: value_of(name, value) for name, value in given(text, "facts").items()})
 
 
 def value_of(name: str, value: str):
@@ -51,7 +56,8 @@ def value_of(name: str, value: str):
 
 def diagnostics_of(text: str, *, name: str = "model.mdl") -> tuple[Diagnostic, ...]:
     try:
-        return check(unroll(resolve(read(from_text(text, name=name)))), facts_of(text)).diagnostics
+        file = override(read(from_text(text, name=name)), given(text, "set"))
+        return check(unroll(resolve(file)), facts_of(text)).diagnostics
     except MdlError as error:
         return error.diagnostics
 

@@ -17,8 +17,20 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from mambadsl.spec.emit import LAYER_NAME
+from mambadsl.spec.model import is_name, name_of
 from mambadsl.syntax import build, tree
+from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
 from mambadsl.text.source import Source, Span
+
+E061 = declare(
+    "E061",
+    "a name that the language does not have",
+    """
+    Layers that are built in Python have names as in text: an upper-case letter, then letters, digits and `_`.
+    Names of models are lower-case and no keyword. So every model that was built can be written.
+    """,
+)
 
 
 class Item:
@@ -37,13 +49,21 @@ class Item:
     def __add__(self, other: Item) -> Item:
         """In parallel: M + A."""
         span = _here()
-        mine = self.node.branches if isinstance(self.node, tree.Parallel) else (self.node,)
-        return Item(tree.Parallel((*mine, other.node), span=span))
+        units = (tree.Use, tree.Term, tree.Group)
+        if not isinstance(other, Item) or not isinstance(other.node, units):
+            return NotImplemented
+        if isinstance(self.node, units):
+            return Item(tree.Parallel((self.node, other.node), span=span))
+        if isinstance(self.node, tree.Parallel):
+            return Item(tree.Parallel((*self.node.branches, other.node), span=span))
+        return NotImplemented
 
     def __mul__(self, count: int) -> Item:
         """Repeated: M * 3."""
         span = _here()
         inner = self.node
+        if not isinstance(count, int) or isinstance(count, bool) or isinstance(inner, tree.Cut):
+            return NotImplemented
         if isinstance(inner, (tree.Repeat, tree.Parallel)):
             inner = tree.Group(tree.Pattern((inner,), span=span), span=span)
         return Item(tree.Repeat(inner, count, span, span=span))
@@ -64,10 +84,14 @@ def form(name: str, **fields: Any) -> Form:
 class Graph:
     """A model in the making. Settings are the model block's; patterns take items and lists of items."""
 
-    def __init__(self, name: str = "model", **settings: Any):
+    def __init__(self, name: str = "a_model", **settings: Any):
         span = _here()
-        given = tuple(tree.Setting(tree.Name(k, span=span), _value(v, span), span=span) for k, v in settings.items())
-        self._statements: list[tree.Statement] = [tree.Model(tree.Name(name, span=span), given, span=span)]
+        if not is_name(name):
+            help = (f"for instance `{name_of(name)}`",)
+            raise MdlError([Diagnostic(E061, f"`{name}` is no name for a model", span, help=help)])
+        given = (tree.Setting(tree.Name(k, span=span), _value(v, span), span=span) for k, v in settings.items())
+        model = tree.Model(tree.Name(name, span=span), tuple(given), span=span)
+        self._statements: list[tree.Statement] = [model]
         self._source = span.source
 
     @property
@@ -94,6 +118,8 @@ class Graph:
     def expect(self, fact: str, op: str, value: Any) -> None:
         """A fact to check: expect("layers", "==", 52)."""
         span = _here()
+        if op not in ("==", "!=", "<=", ">=", "<", ">"):
+            raise ValueError(f"facts are compared by == != <= >= < >, not {op!r}")
         left = tree.Term(tree.Name(fact, span=span), span=span)
         self._statements.append(tree.Expect(left, op, _value(value, span), span=span))
 
@@ -109,6 +135,9 @@ class Graph:
 
     def _declare(self, name: str, kind: str | Item | list, fields: dict[str, Any], *, shared: bool) -> Item:
         span = _here()
+        if not LAYER_NAME.fullmatch(name):
+            help = ("an upper-case letter, then letters, digits and `_`",)
+            raise MdlError([Diagnostic(E061, f"`{name}` is no name for a layer", span, help=help)])
         if isinstance(kind, str):
             item: tree.Item = tree.Term(tree.Name(kind, span=span), _args(fields, span) or (), span=span)
         else:
@@ -134,12 +163,14 @@ def _item(item: Any, span: Span) -> tree.Item:
 
 
 def _args(fields: dict[str, Any], span: Span) -> tuple[tree.Arg, ...] | None:
-    return tuple(tree.Arg(tree.Name(k, span=span), _value(v, span), span=span) for k, v in fields.items()) or None
+    args = (tree.Arg(tree.Name(k, span=span), _value(v, span), span=span) for k, v in fields.items())
+    return tuple(args) or None
 
 
 def _value(value: Any, span: Span) -> tree.Value:
     if isinstance(value, Form):
-        return tree.Term(tree.Name(value.name, span=value.span), _args(value.fields, value.span) or (), span=value.span)
+        args = _args(value.fields, value.span) or ()
+        return tree.Term(tree.Name(value.name, span=value.span), args, span=value.span)
     if isinstance(value, (list, tuple)):
         return tree.List(tuple(_value(v, span) for v in value), span=span)
     node = build.value(value)

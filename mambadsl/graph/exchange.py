@@ -3,7 +3,9 @@
 Node keys are paths. Node attributes: `role`, `layer` (a LayerSpec; or give `kind=` and `fields=` for a
 new one), `owner`, `cut_after`. Edge attribute: `tensors`, a dict of tensor name -> width. Graph
 attributes: `name`, `model`, `mtp`, `parts`. Order and paths are derived anew from the "x" edges, so a
-layer is inserted by adding a node under any new key and reconnecting.
+layer is inserted by adding a node under any new key and reconnecting. A layer that reads the first embedding
+(`input=with_embedding`) has an "x0" edge from `embed`. Weights are a node's own unless its owner is
+`shared.NAME` (or `shared.NAME.0`, `shared.NAME.1`, ...: all layers of one use, in order).
 """
 
 from __future__ import annotations
@@ -11,8 +13,15 @@ from __future__ import annotations
 from typing import Any
 
 from mambadsl.graph.graph import LayerGraph, Node, Role
-from mambadsl.graph.unroll import connect
+from mambadsl.graph.unroll import connect, unroll
+from mambadsl.graph.write import write
+from mambadsl.kinds.values import Values
+from mambadsl.spec.make import checked, layer, settings
+from mambadsl.spec.model import LayerSpec, is_name, name_of
+from mambadsl.spec.resolve import resolve
+from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
+from mambadsl.text.source import from_text
 
 E060 = declare(
     "E060",
@@ -20,9 +29,11 @@ E060 = declare(
     """
     A model's graph has one `embed` node, one `head` node, and layers on a single path of "x" edges from
     the one to the other (the residual stream). Tensors carried past it (`x0`) start at `embed` and end at
-    layers with `input=with_embedding`. The message names the nodes that do not fit.
+    layers with `input=with_embedding`. All uses of a shared item have the same layers in the same order. The
+    message names the nodes that do not fit.
     """,
 )
+_MTP = (Role.MTP_IN, Role.MTP_OUT)
 
 
 def to_networkx(graph: LayerGraph) -> Any:
@@ -33,7 +44,8 @@ def to_networkx(graph: LayerGraph) -> Any:
     for n in graph.nodes:
         kind = "+".join(b.kind for b in n.layer.branches) if n.layer else str(n.role)
         out.add_node(
-            n.path, role=str(n.role), kind=kind, layer=n.layer, owner=n.owner, cut_after=n.cut_after, span=n.span
+            n.path, role=str(n.role), kind=kind, layer=n.layer, owner=n.owner, cut_after=n.cut_after,
+            span=n.span,
         )
     for e in graph.edges:
         if out.has_edge(e.source, e.target):
@@ -47,32 +59,32 @@ def layers_from_networkx(g: Any) -> LayerGraph:
     """The frozen graph of an edited DiGraph, not checked yet. Raises MdlError where it is no model."""
     import networkx as nx
 
-    model = g.graph.get("model")
-    if model is None:
+    if not isinstance(g, nx.DiGraph) or g.is_multigraph():
+        raise _refuse(f"a networkx.DiGraph is needed, not {type(g).__name__}")
+    if not isinstance(g.graph.get("model"), Values):
         raise _refuse("the graph has no `model` attribute: start from `program.graph` or `mambadsl.Graph`")
     if not nx.is_directed_acyclic_graph(g):
         loop = " -> ".join(str(a) for a, _ in nx.find_cycle(g))
         raise _refuse(f"the nodes run in a circle: {loop}")
-    chain = _chain(g)
+    model = settings(g.graph["model"])
+    roles = {key: _role(key, data) for key, data in g.nodes(data=True)}
+    tail = [key for key, role in roles.items() if role in _MTP or str(key).startswith("mtp.")]
+    chain = _chain(g, roles, set(tail))
     nodes, renamed = [], {}
     for i, key in enumerate(chain):
-        data = g.nodes[key]
-        role = Role(data.get("role", "layer"))
-        path = str(role) if role in (Role.EMBED, Role.HEAD) else f"stack.{i - 1}"
+        path = str(key) if i in (0, len(chain) - 1) else f"stack.{i - 1}"
         renamed[key] = path
-        owner = data.get("owner") or key
-        spec = _layer(key, data, model) if role is Role.LAYER else None
-        own = owner == key or not str(owner).startswith("shared.")
-        nodes.append(Node(
-            path, role, spec, path if own else owner, bool(data.get("cut_after")), data.get("span"),
-        ))
-    tail = [_tail_node(key, g.nodes[key]) for key in g if str(key).startswith("mtp.")]
-    ordered = (*nodes[:-1], *tail, nodes[-1])
+        nodes.append(_node(path, key, g.nodes[key], roles[key], model))
+    ends = [_node(str(key), key, g.nodes[key], roles[key], model) for key in tail]
+    ordered = (*nodes[:-1], *ends, nodes[-1])
+    name = g.graph.get("name") or "a_model"
+    if not (isinstance(name, str) and is_name(name)):
+        raise _refuse(f"`{name}` is no name for a model", help=f"for instance `{name_of(str(name))}`")
     graph = LayerGraph(
-        g.graph.get("name") or "model", model, ordered, connect(ordered, model), g.graph.get("mtp"),
-        tuple(g.graph.get("parts") or ()),
+        name, model, ordered, connect(ordered, model), g.graph.get("mtp"), tuple(g.graph.get("parts") or ())
     )
     _same_edges(g, graph, renamed)
+    _same_in_text(graph)
     return graph
 
 
@@ -83,55 +95,88 @@ def from_networkx(g: Any) -> Any:
     return program_from_graph(layers_from_networkx(g))
 
 
-def _chain(g: Any) -> list[Any]:
-    """Keys from embed to head along the residual stream; every layer must be on it."""
-    def x_edges(edges):
-        return [other for other, data in edges if "x" in data.get("tensors", {"x": 0})]
+def _role(key: Any, data: dict) -> Role:
+    role = data.get("role", "layer")
+    if role not in tuple(Role):
+        raise _refuse(f"the node `{key}` has no role of a model: `{role}`", help="roles: " + ", ".join(Role))
+    if (key == "embed") != (role == Role.EMBED) or (key == "head") != (role == Role.HEAD):
+        raise _refuse(f"the node `{key}` cannot be `{role}`: `embed` and `head` are one node each, so named")
+    return Role(role)
 
-    if "embed" not in g or "head" not in g:
+
+def _chain(g: Any, roles: dict[Any, Role], tail: set) -> list[Any]:
+    """Keys from embed to head along the residual stream; every layer must be on it."""
+    if "embed" not in roles or "head" not in roles:
         raise _refuse("the nodes `embed` and `head` must be there")
     chain, at = ["embed"], "embed"
     while at != "head":
-        after = [k for k in x_edges((v, d) for _, v, d in g.out_edges(at, data=True)) if not str(k).startswith("mtp.")]
+        after = [v for _, v, data in g.out_edges(at, data=True) if "x" in _tensors(at, v, data) and v not in tail]
         if len(after) != 1:
             follow = ", ".join(f"`{k}`" for k in after) or "nothing"
             raise _refuse(f"after `{at}` the residual stream must lead to one node; here follows {follow}")
         at = after[0]
-        if len([1 for _ in g.in_edges(at)]) == 0:
-            raise _refuse(f"`{at}` reads nothing")
         chain.append(at)
-    left = [k for k in g if k not in set(chain) and not str(k).startswith("mtp.")]
+    left = [k for k in g if k not in set(chain) and k not in tail]
     if left:
         raise _refuse("not on the way from `embed` to `head`: " + ", ".join(f"`{k}`" for k in left[:5]))
     return chain
 
 
-def _layer(key: Any, data: dict, model: Any) -> Any:
-    from mambadsl.spec.make import layer
+def _tensors(source: Any, target: Any, data: dict) -> Any:
+    tensors = data.get("tensors", {"x": 0})
+    if not isinstance(tensors, (dict, list, tuple, set)):
+        raise _refuse(f"`tensors` of the edge from `{source}` to `{target}` is a dict of names and widths")
+    return tensors
 
-    if data.get("layer") is not None:
-        return data["layer"]
-    if "kind" not in data:
+
+def _node(path: str, key: Any, data: dict, role: Role, model: Values) -> Node:
+    owner = data.get("owner")
+    kept = isinstance(owner, str) and (owner.startswith("shared.") or path.startswith("mtp."))
+    spec = _layer(key, data, model) if role is Role.LAYER else None
+    return Node(path, role, spec, owner if kept else path, bool(data.get("cut_after")), data.get("span"))
+
+
+def _layer(key: Any, data: dict, model: Values) -> LayerSpec:
+    if data.get("layer") is None and "kind" not in data:
         raise _refuse(f"the node `{key}` has neither `layer` nor `kind`")
-    return layer(data["kind"], model=model, **data.get("fields", {}))
-
-
-def _tail_node(key: str, data: dict) -> Node:
-    return Node(key, Role(data["role"]), data.get("layer"), data["owner"], span=data.get("span"))
+    try:
+        if data.get("layer") is None:
+            return layer(data["kind"], model=model, **data.get("fields", {}))
+        if not isinstance(data["layer"], LayerSpec):
+            raise _refuse(f"`layer` of the node `{key}` is no LayerSpec", help="see `mambadsl.make_layer`")
+        return checked(data["layer"], model=model)
+    except TypeError as error:
+        raise _refuse(f"the node `{key}` is no layer: {error}") from None
 
 
 def _same_edges(g: Any, graph: LayerGraph, renamed: dict) -> None:
-    """What the edited graph says of tensors carried past the stream must be what the layers read."""
+    """The edges are the tensors that layers read, no more and no less."""
     said = {
-        (renamed.get(u, u), renamed.get(v, v), t)
-        for u, v, data in g.edges(data=True) for t in data.get("tensors", {"x": 0})
+        (renamed.get(u, u), renamed.get(v, v), t) for u, v, data in g.edges(data=True) for t in _tensors(u, v, data)
     }
     reads = {(e.source, e.target, e.tensor) for e in graph.edges}
-    extra = sorted(said - reads)
-    if extra:
+    if extra := sorted(said - reads, key=str):
         u, v, t = extra[0]
         raise _refuse(f"nothing in `{v}` reads the tensor `{t}` of `{u}`")
+    if missing := sorted(reads - said):
+        u, v, t = missing[0]
+        help = f'add it: `g.add_edge("{u}", ..., tensors={{"{t}": width}})`, or let the layer read the stream only'
+        raise _refuse(f"`{v}` reads the tensor `{t}` of `{u}`, and there is no such edge", help=help)
 
 
-def _refuse(message: str) -> MdlError:
-    return MdlError([Diagnostic(E060, message)])
+def _same_in_text(graph: LayerGraph) -> None:
+    """What no text says is no model: half a use of a shared item, depths of `mtp` that differ."""
+    try:
+        again = unroll(resolve(read(from_text(write(graph), name=graph.name))))
+    except MdlError as error:
+        notes = tuple(d.message for d in error.diagnostics[:3])
+        raise MdlError([Diagnostic(E060, "the graph has no text", notes=notes)]) from None
+    if again != graph:
+        pairs = zip((*again.nodes, None), (*graph.nodes, None))
+        node = next((theirs or ours for ours, theirs in pairs if ours != theirs), None)
+        what = f"`{node.path}` (weights of `{node.owner}`)" if node else "the whole"
+        raise _refuse(f"the graph has no text that says the same; {what} does not fit its neighbours")
+
+
+def _refuse(message: str, *, help: str = "") -> MdlError:
+    return MdlError([Diagnostic(E060, message, help=(help,) if help else ())])

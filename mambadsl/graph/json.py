@@ -11,8 +11,10 @@ from fractions import Fraction
 from typing import Any
 
 from mambadsl.graph.graph import Edge, LayerGraph, Node, Role
+from mambadsl.graph.unroll import connect
 from mambadsl.kinds.fields import Call, Word
 from mambadsl.kinds.values import Values, Variant
+from mambadsl.spec.make import checked, settings
 from mambadsl.spec.model import LayerSpec, Mixer, MtpSpec, PartChoice, PartsSpec
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
 
@@ -54,7 +56,7 @@ def to_data(graph: LayerGraph) -> dict[str, Any]:
 
 
 def content_hash(data: dict[str, Any]) -> str:
-    """SHA-256 of the graph's canonical bytes."""
+    """SHA-256 of the data's canonical bytes."""
     return hashlib.sha256(_bytes(data)).hexdigest()
 
 
@@ -70,36 +72,52 @@ def loads(text: str, *, name: str = "graph.json") -> LayerGraph:
         document = json.loads(text)
         data, expected = document["graph"], document["sha256"]
         version = data["version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise MdlError([Diagnostic(E062, f"`{name}` is not a compiled graph")]) from None
     if version != VERSION:
         raise MdlError([Diagnostic(E062, f"`{name}` has format {version}; this version reads {VERSION}")])
     if content_hash(data) != expected:
         raise MdlError([Diagnostic(E062, f"`{name}` was changed: its content does not have the hash it carries")])
-    return from_data(data)
+    try:
+        graph = from_data(data)
+        ends = [node.role for node in (graph.nodes[0], graph.nodes[-1])]
+        if ends != [Role.EMBED, Role.HEAD] or graph.edges != connect(graph.nodes, graph.model):
+            raise ValueError("nodes and edges do not fit")
+    except MdlError as error:
+        notes = tuple(d.message for d in error.diagnostics)
+        raise MdlError([Diagnostic(E062, f"`{name}` holds a layer that cannot be", notes=notes)]) from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise MdlError([Diagnostic(E062, f"`{name}` is not a compiled graph")]) from None
+    return graph
 
 
 def from_data(data: dict[str, Any]) -> LayerGraph:
-    layers = [
-        LayerSpec(
-            tuple(Mixer(b["kind"], _values(b["fields"]), _values(b["branch"]), b["name"]) for b in layer["branches"]),
-            _values(layer["sub"]), layer["name"],
-        )
-        for layer in data["layers"]
-    ]
+    """The graph of plain data. Raises MdlError for values that no field takes; other errors where the data
+    is not what `to_data` gave."""
+    model = _values(data["model"])
+    if settings(model) != model:
+        raise ValueError("settings are missing")
+    layers = [_layer_from(layer, model) for layer in data["layers"]]
     nodes = tuple(
         Node(n["path"], Role(n["role"]), None if n["layer"] is None else layers[n["layer"]], n["owner"], n["cut_after"])
         for n in data["nodes"]
     )
-    parts = tuple(
-        PartsSpec(p["name"], p["base"], tuple(
-            PartChoice(path, part, tuple((k, _unraw(v)) for k, v in args)) for path, part, args in p["choices"]
-        ))
-        for p in data["parts"]
-    )
     mtp = MtpSpec(_values(data["mtp"]), ()) if data["mtp"] is not None else None
     edges = tuple(Edge(*e) for e in data["edges"])
-    return LayerGraph(data["name"], _values(data["model"]), nodes, edges, mtp, parts)
+    return LayerGraph(data["name"], model, nodes, edges, mtp, tuple(map(_parts_from, data["parts"])))
+
+
+def _layer_from(data: dict[str, Any], model: Values) -> LayerSpec:
+    mixers = [Mixer(b["kind"], _values(b["fields"]), _values(b["branch"]), b["name"]) for b in data["branches"]]
+    return checked(LayerSpec(tuple(mixers), _values(data["sub"]), data["name"]), model=model)
+
+
+def _parts_from(data: dict[str, Any]) -> PartsSpec:
+    choices = [
+        PartChoice(path, part, tuple((key, _unraw(value)) for key, value in args))
+        for path, part, args in data["choices"]
+    ]
+    return PartsSpec(data["name"], data["base"], tuple(choices))
 
 
 def _layer(spec: LayerSpec) -> dict[str, Any]:
@@ -143,8 +161,10 @@ def _raw(value: Any) -> Any:
             return {"word": value.text}
         case Call():
             return {"call": value.name, "args": {k: _raw(v) for k, v in value.args.items()}}
-        case list():
+        case list() | tuple():
             return [_raw(v) for v in value]
+        case str():
+            return {"text": value}
     return value
 
 
@@ -156,8 +176,10 @@ def _unraw(data: Any) -> Any:
             return Word(text)
         case {"call": name, "args": args}:
             return Call(name, {k: _unraw(v) for k, v in args.items()})
+        case {"text": text}:
+            return text
         case list():
-            return [_unraw(v) for v in data]
+            return tuple(_unraw(v) for v in data)
     return data
 
 

@@ -36,6 +36,9 @@ class _Writer:
                 self.emitter.reserve(name)
                 self.uses.setdefault(name, []).append([n.layer for n in run])
         self.declared: dict[str, list[LayerSpec]] = {}
+        for node in graph.nodes:
+            if node.layer:
+                self.emitter.prefer(node.layer)
 
     def text(self) -> str:
         graph = self.graph
@@ -71,8 +74,9 @@ class _Writer:
                 inner = f"[{fold([self.emitter.use(layer) for layer in layers])}]"
             self.emitter.declare(f"shared {name} = {inner}")
         layers = [node.layer for node in run]
-        same = layers == self.declared[name]
-        return name if same else f"{name}({adapter_text(own_adapter(layers))})"
+        adapter = own_adapter(layers)
+        same = adapter is None or layers == self.declared[name]
+        return name if same else f"{name}({adapter_text(adapter)})"
 
 
 def _runs(nodes: Sequence[Node]) -> Iterator[tuple[str | None, list[Node]]]:

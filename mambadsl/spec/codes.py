@@ -100,6 +100,21 @@ E049 = declare(
 )
 
 
+W029 = declare(
+    "W029",
+    "a name that is never used",
+    """
+    A layer, a shared item, a constant or an import of the file that nothing in the file refers to.
+
+    Why: most often a layer that was meant to be in the stack, or one that a change left behind.
+
+    Example: `layer W = A(window=4096)` in a file whose stack has no `W`.
+
+    Instead: use it, or delete it. Files without a stack are libraries: what they declare is for others.
+    """,
+)
+
+
 def short_count(n: int) -> str:
     """A number of layers that may be absurdly large."""
     return f"{n:,}" if n < 10**12 else f"about {float(n):.0e}" if n < 10**300 else "more than 1e300"

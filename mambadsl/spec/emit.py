@@ -54,8 +54,10 @@ class Emitter:
 
     def prefer(self, layer: LayerSpec) -> None:
         """Makes the layer what its name stands for, before changed copies come."""
-        if len(layer.branches) == 1 and layer.name == _name(layer.branches[0]) not in self._taken:
-            self._bases.setdefault(layer.name, (layer.branches[0], layer))
+        name = layer.name
+        if len(layer.branches) == 1 and name and name == layer.branches[0].name and name not in self._taken:
+            if LAYER_NAME.fullmatch(name):
+                self._bases.setdefault(name, (layer.branches[0], layer))
 
     def declare(self, text: str) -> None:
         self.lines.append(text)
@@ -72,12 +74,12 @@ class Emitter:
     def _word(self, mixer: Mixer, layer: LayerSpec) -> str:
         key = (mixer.name, mixer, layer.sub)
         if key not in self._words:
-            name, branch = _name(mixer), (mixer, layer)
+            branch, name = (mixer, layer), mixer.name if LAYER_NAME.fullmatch(mixer.name or "") else None
+            if name and name not in self._taken:
+                self._bases.setdefault(name, branch)
             base = self._bases.get(name)
-            if base is None and name not in self._taken:
-                base = self._bases[name] = branch
             if base is None or base[0].kind != mixer.kind:
-                self._words[key] = self._declared(self.free(name), branch)
+                self._words[key] = self._declared(self.free(name or get(mixer.kind).letter), branch)
             else:
                 if name not in self._taken:
                     self._taken.add(self._declared(name, base))
@@ -100,13 +102,9 @@ class Emitter:
                 given = base is not None and (self.full or before != default(f, base_group[1], self.model))
                 usual = not self.full and value == default(f, values, self.model)
                 if value != before if given else not usual:
-                    out.append((f"{f.name}={f.type.text(value, full=self.full)}", self.note(origins.get(f.name))))
+                    text = f.type.text(value, full=self.full)
+                    out.append((f"{f.name}={text}", self.note(origins.get(f.name))))
         return out
-
-
-def _name(mixer: Mixer) -> str:
-    """What it is called, or would be."""
-    return mixer.name if LAYER_NAME.fullmatch(mixer.name or "") else get(mixer.kind).letter
 
 
 def _groups(mixer: Mixer, layer: LayerSpec) -> tuple[tuple[tuple[Field, ...], Values, dict[str, Origin]], ...]:
@@ -126,9 +124,13 @@ def default(f: Field, values: Values, model: Values | None) -> Any:
 def call(name: str, args: list[_Arg]) -> str:
     """`name(a=1, b=2)`; with comments, one argument a line."""
     if any(comment for _, comment in args):
-        lines = "".join(f"  {text}," + (f"  # {comment}" if comment else "") + "\n" for text, comment in args)
-        return f"{name}(\n{lines})"
+        lines = (f"  {text}," + (f"  # {comment}" if comment else "") + "\n" for text, comment in args)
+        return f"{name}(\n{''.join(lines)})"
     return f"{name}({', '.join(text for text, _ in args)})"
+
+
+#: How much like a declaration a use looks, by its adapter.
+_DECLARED = {None: 0, "none": 1}
 
 
 def adapter_text(value: Any) -> str:
@@ -144,8 +146,8 @@ def own_adapter(layers: list[LayerSpec]) -> Any:
 
 def declared_use(uses: list[list[LayerSpec]]) -> list[LayerSpec]:
     """Of all uses of a shared item, the one to declare it by. A use gives one adapter to all its layers, so
-    where they differ it is as it was declared."""
-    return next((layers for layers in uses if own_adapter(layers) is None), uses[0])
+    where they differ it is as it was declared; else the one without, if there is one."""
+    return min(uses, key=lambda layers: _DECLARED.get(getattr(own_adapter(layers), "name", None), 2))
 
 
 def settings(fields: tuple[Field, ...], values: Values, *, full: bool) -> list[tuple[str, str]]:

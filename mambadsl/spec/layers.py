@@ -120,7 +120,7 @@ class Layers:
     def _no_layer(self, scope: FileScope, name: tree.Name) -> None:
         legal = [*scope.layers, *(n for n in scope.imports if n[0].isupper())]
         usual = [n for n in self.scopes.std().layers if n not in legal]
-        split = split_layers(name.text, {*legal, *usual})
+        split = split_layers(name.text, {*legal, *usual}) if len(name.text) <= 60 else None
         near = nearest(name.text, legal)
         if split:
             help = f"did you mean `{split}`? Layers are separated by spaces"
@@ -166,8 +166,8 @@ class Layers:
             self.report(Diagnostic(codes.E047, "a repeat is at least 1", place, label, help=help))
             return None
         element = self.item(node.item, scope)
-        if element is None:
-            return None
+        if element is None or node.count == 1:
+            return element
         plain = isinstance(element, Block) and element.count == 1 and not (element.shared or element.name)
         return self._block(node.span, element.items if plain else (element,), count=node.count)
 

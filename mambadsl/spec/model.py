@@ -190,6 +190,11 @@ class ModelSpec:
     file: tree.File | None = field(default=None, repr=False)
 
 
+def is_name(text: str) -> bool:
+    """Whether a model can be called that."""
+    return re.fullmatch("[a-z_][a-z0-9_]*", text) is not None and text not in tables.load().keywords
+
+
 def name_of(source: str) -> str:
     """A model's name from its file's: `Tiny-2.mdl` -> tiny_2; a legal name, whatever the file is called."""
     stem = re.sub(r"[^a-z0-9]+", "_", Path(source).stem.lower()).strip("_")

@@ -9,6 +9,8 @@ from mambadsl.syntax import tree
 from mambadsl.text.diagnostic import Code, Diagnostic, Label
 
 Key = TypeVar("Key", bound=Hashable)
+#: Places of a circle that are shown; in a larger one, the first and the last.
+MAX_SHOWN = 8
 
 
 class Circle(Exception):
@@ -43,5 +45,6 @@ def circle(code: Code, names: list[tree.Name], *, built: str) -> Diagnostic:
     first, *others = names
     after = [*others, first]
     label = f"needs `{after[0].text}`" if others else "needs itself"
-    labels = tuple(Label(name.span, f"which needs `{then.text}`") for name, then in zip(others, after[1:]))
+    labels = [Label(name.span, f"which needs `{then.text}`") for name, then in zip(others, after[1:])]
+    labels = (*labels[: MAX_SHOWN - 1], *labels[MAX_SHOWN - 1 :][-1:])
     return Diagnostic(code, f"`{first.text}` is {built} itself", first.span, label, labels)

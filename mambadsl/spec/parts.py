@@ -13,7 +13,7 @@ from mambadsl.parts.sets import SETS
 from mambadsl.spec import codes
 from mambadsl.spec.exact import text_of
 from mambadsl.spec.layers import Layers, layers_of, no_kind
-from mambadsl.spec.model import PartChoice, PartsSpec
+from mambadsl.spec.model import Element, PartChoice, PartsSpec
 from mambadsl.spec.order import Circle, circle, in_order
 from mambadsl.spec.recipes import FAILED
 from mambadsl.spec.scope import E025, FileScope
@@ -25,8 +25,10 @@ from mambadsl.text.spell import nearest
 Report = Callable[[Diagnostic], None]
 
 
-def resolve_parts(file: tree.File, main: FileScope, layers: Layers, report: Report) -> tuple[PartsSpec, ...]:
-    """The parts blocks of a file."""
+def resolve_parts(
+    file: tree.File, main: FileScope, layers: Layers, report: Report, *, model: tuple[Element, ...]
+) -> tuple[PartsSpec, ...]:
+    """The parts blocks of a file. model: everything that is laid out (nothing in a library)."""
     blocks = {}
     for block in (s for s in file.statements if isinstance(s, tree.Parts)):
         name = block.name.text
@@ -40,7 +42,8 @@ def resolve_parts(file: tree.File, main: FileScope, layers: Layers, report: Repo
         else:
             blocks[name] = block
     _bases(blocks, report)
-    return tuple(_block(block, main, layers, report) for block in blocks.values())
+    names = {mixer.name for element in model for use in layers_of(element) for mixer in use.layer.branches}
+    return tuple(_block(block, main, layers, report, names) for block in blocks.values())
 
 
 def _bases(blocks: dict[str, tree.Parts], report: Report) -> None:
@@ -66,11 +69,11 @@ def _bases(blocks: dict[str, tree.Parts], report: Report) -> None:
                 report(circle(E025, [blocks[key].name for key in found.keys], built="based on"))
 
 
-def _block(block: tree.Parts, main: FileScope, layers: Layers, report: Report) -> PartsSpec:
+def _block(block: tree.Parts, main: FileScope, layers: Layers, report: Report, used: set) -> PartsSpec:
     choices: dict[str, PartChoice] = {}
     for slot in block.slots:
         path = slot.path.text
-        _slot(slot.path, main, layers, report)
+        _slot(slot.path, main, layers, report, used)
         given = layers.arguments(slot.args or (), main, f"`{slot.part.text}`", None)
         args = tuple((key, _bare(g.value)) for key, g in given.items() if g.value is not FAILED)
         if path in choices:
@@ -81,8 +84,8 @@ def _block(block: tree.Parts, main: FileScope, layers: Layers, report: Report) -
     return PartsSpec(block.name.text, base, tuple(choices.values()), block.span)
 
 
-def _slot(path: tree.Name, main: FileScope, layers: Layers, report: Report) -> None:
-    """`mamba2.scan` or `W.core`: the owner and the slot must exist."""
+def _slot(path: tree.Name, main: FileScope, layers: Layers, report: Report, used: set) -> None:
+    """`mamba2.scan` or `W.core`: the owner and the slot must exist, and a layer be used in the model."""
     owner, dot, slot = path.text.partition(".")
     place = replace(path.span, end=path.span.start + len(owner))
     if not dot:
@@ -97,6 +100,10 @@ def _slot(path: tree.Name, main: FileScope, layers: Layers, report: Report) -> N
         if len(mixers) != 1:
             help = ("name the layers in it, or the kind: `mamba2.scan`",)
             report(Diagnostic(codes.E028, f"`{owner}` is not a single layer", place, help=help))
+            return
+        if used and owner not in used:
+            help = ("use it in the stack, or take the line out",)
+            report(Diagnostic(codes.E028, f"no layer of the model is a `{owner}`", place, help=help))
             return
         kinds = {mixers[0].kind}
     elif owner in registry.names():

@@ -36,8 +36,8 @@ def resolve(file: tree.File) -> ModelSpec:
         spec = resolver.run()
     except _Enough:
         spec = None
-    if resolver.problems:
-        raise MdlError(resolver.problems.values())
+    if problems := resolver.problems.values():
+        raise MdlError(map(resolver.scopes.located, problems) if resolver.scopes else problems)
     return spec
 
 
@@ -57,7 +57,7 @@ class _Resolver:
         self._once(blocks, "model")
         constants = Constants(MODEL_FIELDS, self._settings(blocks[0] if blocks else None))
         self.scopes = Scopes(file, constants, self.report)
-        main = constants.main = self.scopes.main
+        main = constants.main = self.scopes.of(file)
         model, origins = self._model(constants)
         layers = Layers(self.scopes, model, self.report)
         for let in main.lets.values():
@@ -65,7 +65,8 @@ class _Resolver:
         for layer in main.layers.values():
             layers.layer(main, layer.name)
         stack, mtp = self._stack(main, layers)
-        parts = resolve_parts(file, main, layers, self.report)
+        laid_out = (*stack, *(mtp.items if mtp else ()))
+        parts = resolve_parts(file, main, layers, self.report, model=laid_out)
         outside = from_outside(file)
         expects = tuple(ExpectSpec(s, main) for s in file.statements if isinstance(s, tree.Expect) and not outside)
         name = blocks[0].name.text if blocks else name_of(file.source.name)
@@ -74,8 +75,7 @@ class _Resolver:
     def report(self, diagnostic: Diagnostic) -> None:
         span = diagnostic.span
         key = (diagnostic.code, diagnostic.message, span)
-        if key not in self.problems:
-            self.problems[key] = self.scopes.located(diagnostic) if self.scopes else diagnostic
+        self.problems.setdefault(key, diagnostic)
         if len(self.problems) >= MAX_REPORTED:
             raise _Enough
 

@@ -20,17 +20,18 @@ class Scopes:
     def __init__(self, main: tree.File, constants: Constants, report: Callable[[Diagnostic], None]):
         self.files, self.constants, self.report = Files(main), constants, report
         self._scopes: dict[int, FileScope] = {}
+        self._std: FileScope | None = None
         self._open: list[tuple[tree.File, tree.Import | None]] = [(main, None)]
         #: How each other file came into the model.
         self._entrances: dict[Source, Label] = {}
-        self.main = self.of(main)
 
     def std(self, at: Span | None = None) -> FileScope:
         """The prelude's scope. at: the use that asks for it."""
-        file = self.files.std()
+        if self._std is None:
+            self._std = self.of(self.files.std())
         if at is not None:
-            self._entrances.setdefault(file.source, Label(at, "used here"))
-        return self.of(file)
+            self._entrances.setdefault(self._std.file.source, Label(at, "used here"))
+        return self._std
 
     def of(self, file: tree.File) -> FileScope:
         key = id(file)

@@ -33,8 +33,9 @@ E041 = declare(
     "E041",
     "an expression cannot be computed",
     """
-    Arithmetic (`+ - * / //`) is for numbers; nothing divides by zero; results stay below 1e30. Functions
-    are `round_up(x, multiple)`, `min(...)` and `max(...)`.
+    Arithmetic (`+ - * / //`) is for numbers; nothing divides by zero; results stay below 1e30, and are
+    fractions of numbers below 1e30 (they are exact, and would grow without limit). Functions are
+    `round_up(x, multiple)`, `min(...)` and `max(...)`.
     """,
 )
 E042 = declare(
@@ -153,8 +154,10 @@ def _binary(node: tree.Binary, scope: Scope) -> Fraction:
 
 
 def _bounded(value: Fraction, node: tree.Node) -> Fraction:
-    if abs(value.numerator) > MAX_NUMBER or value.denominator > MAX_NUMBER:
+    if abs(value) > MAX_NUMBER:
         raise Problem(Diagnostic(E041, "the result is too large a number (limit 1e30)", node.span))
+    if abs(value.numerator) > MAX_NUMBER or value.denominator > MAX_NUMBER:
+        raise Problem(Diagnostic(E041, "the exact result needs more than 30 digits", node.span))
     return value
 
 

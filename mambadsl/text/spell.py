@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Collection, Iterable
 
 
+#: Pairs of letters compared for one word, so that suggestions take milliseconds whatever a file holds.
+_MOST_PAIRS = 10_000
+
+
 def nearest(word: str, legal: Iterable[str]) -> str | None:
     """The legal word closest to `word`, or None where nothing is close."""
     return next(iter(nearest_all(word, legal, most=1)), None)
@@ -14,14 +18,18 @@ def nearest_all(word: str, legal: Iterable[str], *, most: int = 3) -> tuple[str,
     """Up to `most` legal words, nearest first: at most about half of the letters wrong, where case and
     underscores do not count and two exchanged neighbours are one mistake."""
     plain = _plain(word)[:64]
-    found = []
+    found, pairs = [], 0
     for candidate in dict.fromkeys(legal):
         other = _plain(candidate)
         longer = max(len(plain), len(other))
         limit = longer // 2 if longer > 3 else longer // 3
-        if abs(len(plain) - len(other)) <= limit and (distance := edits(plain, other)) <= limit:
-            if plain and other and candidate != word:
-                found.append((distance, plain[0] != other[0], len(found), candidate))
+        if abs(len(plain) - len(other)) > limit:
+            continue
+        pairs += len(plain) * len(other)
+        if pairs > _MOST_PAIRS:
+            break
+        if (distance := edits(plain, other)) <= limit and plain and other and candidate != word:
+            found.append((distance, plain[0] != other[0], len(found), candidate))
     return tuple(candidate for *_, candidate in sorted(found)[:most])
 
 
@@ -43,19 +51,22 @@ def edits(a: str, b: str) -> int:
 
 def split_layers(word: str, layers: Collection[str]) -> str | None:
     """`MMMA` with layers M and A -> `M M M A`: the fewest layers that spell the word, or None."""
-    fewest: list[list[str] | None] = [[]]
+    layers = [layer for layer in layers if layer and layer in word]
+    if len(word) * len(layers) > _MOST_PAIRS:
+        return None
+    # How many layers spell the word up to each letter, and the last of them.
+    fewest: list[tuple[int, str] | None] = [(0, "")]
     for end in range(1, len(word) + 1):
-        best = None
-        for layer in layers:
-            head = fewest[end - len(layer)] if layer and len(layer) <= end else None
-            if (
-                head is not None
-                and word.endswith(layer, 0, end)
-                and (best is None or len(head) + 1 < len(best))
-            ):
-                best = [*head, layer]
-        fewest.append(best)
-    return " ".join(fewest[-1]) if word and fewest[-1] else None
+        ways = (
+            (before[0] + 1, layer) for layer in layers
+            if len(layer) <= end and (before := fewest[end - len(layer)]) and word.endswith(layer, 0, end)
+        )
+        fewest.append(min(ways, default=None, key=lambda way: way[0]))
+    found, end = [], len(word)
+    while end and fewest[end]:
+        found.append(fewest[end][1])
+        end -= len(found[-1])
+    return " ".join(reversed(found)) if found and not end else None
 
 
 def _plain(word: str) -> str:

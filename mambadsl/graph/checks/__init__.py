@@ -32,7 +32,7 @@ MODEL = (
     # the whole
     "w505_lora_coverage", "w701_positions", "i702_first_attention", "i704_attention_share", "i705_last_mixer",
     # what the text itself claims
-    "expects",
+    "expects", "i052_unchecked", "w029_unused",
 )
 RUN = (
     # devices
