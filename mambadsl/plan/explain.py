@@ -50,6 +50,8 @@ class Alternative:
 
 def why_slowest(pricing: Pricing, cuts: Sequence[int], stage: int, *, marked: bool) -> str:
     """One sentence, without the stage's name."""
+    if pricing.program.stages == 1:
+        return "it is the only stage"
     chain = pricing.chain
     units = chain.units[chain.positions[cuts[stage]] : chain.positions[cuts[stage + 1]]]
     inner = [u for u in chain.units if u.path not in ("embed", "head")] or list(chain.units)
@@ -61,8 +63,6 @@ def why_slowest(pricing: Pricing, cuts: Sequence[int], stage: int, *, marked: bo
         return f"`{large.path}`{what} alone takes as long as {large.total_s / average:.1f} average layers"
     if marked:
         return "the `|` marks in the text put its layers there"
-    if pricing.program.stages == 1:
-        return "it is the only stage"
     if len(pricing.program.local_stages[0]) > 1:
         return _rank_sentence(pricing, cuts, stage)
     if reason := _full_neighbours(pricing, cuts, stage):
@@ -73,8 +73,7 @@ def why_slowest(pricing: Pricing, cuts: Sequence[int], stage: int, *, marked: bo
     at_borders = [unit for unit, inside in ((units[0], stage > 0), (units[-1], stage < last)) if inside]
     smallest = min(at_borders, key=lambda u: u.total_s)
     part = smallest.total_s / total if total else 0.0
-    step = f"`{smallest.path}` is {part:.0%} of it and does not fit better next door"
-    return f"a layer is the smallest step: {step}"
+    return f"layers are whole: with `{smallest.path}` ({part:.0%} of this stage) next door, the step takes longer"
 
 
 def _rank_sentence(pricing: Pricing, cuts: Sequence[int], stage: int) -> str:
@@ -122,7 +121,7 @@ def too_large(
     """E803 with the least memory that would do, and the number of stages that would fit."""
     stages, each = pricing.program.stages, len(pricing.program.local_stages[0])
     least = least_limit(pricing.chain.total, stages, room=pricing.room()) * each
-    where = f"{stages // each} stages" if each == 1 else f"{stages // each} ranks with {each} stages each"
+    where = stages_text(stages // each, each)
     message = (
         f"no split into {where} fits: {_gib(pricing.limit)} a rank on `{device.name}`, "
         f"{_gib(least)} would do"
@@ -135,7 +134,8 @@ def too_large(
     help.append(f"{enough} {what} would fit" if enough else f"more {what} do not help")
     kept = 1 - pricing.chain.static[-1] * each / stages / least if least else 0.0
     if kept > 0.5:
-        help.append(f"about {kept:.0%} is for microbatches in flight: `recompute`, or shorter microbatches")
+        fewer = "fewer or shorter microbatches" if microbatches is not None else "shorter microbatches"
+        help.append(f"about {kept:.0%} is for microbatches in flight: `recompute`, or {fewer}")
     if schedule == "gpipe":
         help.append("`1f1b` keeps fewer microbatches in memory")
     return Diagnostic(E803, message, help=tuple(help))
@@ -171,5 +171,12 @@ def _fits(pricing: Pricing) -> bool:
     return probe(chain.total, stages, edge=free, room=pricing.room(), bound=inf) is not None
 
 
+def stages_text(ranks: int, each: int) -> str:
+    """`4 stages`, `1 stage`, `4 ranks with 2 stages each`."""
+    if each > 1:
+        return f"{ranks} rank{'s' * (ranks != 1)} with {each} stages each"
+    return f"{ranks} stage{'s' * (ranks != 1)}"
+
+
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"

@@ -23,6 +23,7 @@ from mambadsl.plan.explain import (
     MICROBATCHES_PER_RANK,
     Alternative,
     difference,
+    stages_text,
     too_large,
     why_slowest,
 )
@@ -128,11 +129,11 @@ class Plan:
         assert len(self.stages) == self.ranks * self.virtual
 
     def stage_of(self, path: str) -> int:
-        """The stage that holds a unit. KeyError if there is no such unit."""
+        """The stage that holds a unit. ValueError if there is no such unit."""
         for stage in self.stages:
             if path in stage.paths:
                 return stage.index
-        raise KeyError(path)
+        raise ValueError(f"no stage has a unit `{path}`; `paths` of `stages` lists them")
 
     def orders(self) -> tuple[tuple[Action, ...], ...]:
         """What each rank runs, in order."""
@@ -225,12 +226,13 @@ def _ranks(units: Sequence[Unit], marks: list[int], *, stages: int | None, virtu
             Label(span, "and here") for k in marks if (span := units[k - 1].span) and span is not first
         )
         ranks = "" if stages is None else f", not {stages}" if virtual == 1 else f", not {stages} x {virtual}"
-        message = f"the text's {len(marks)} cut{'s' * (len(marks) > 1)} `|` make {total} stages{ranks}"
+        makes = "cuts `|` make" if len(marks) > 1 else "cut `|` makes"
+        message = f"the text's {len(marks)} {makes} {total} stages{ranks}"
         if total % virtual:
             message += f"; {total} cannot be shared by ranks with {virtual} stages each"
-        help = (f"ask for {total // virtual} stages, or take the `|` out",) if total % virtual == 0 else (
-            "take the `|` out to let the planner cut",
-        )
+        help = (f"ask for {stages_text(total // virtual, virtual)}, or take the `|` out",)
+        if total % virtual:
+            help = ("take the `|` out to let the planner cut",)
         found.append(Diagnostic(E801, message, first, "a cut here" if first else "", labels[:4], help=help))
     if found:
         raise MdlError(found)
@@ -247,10 +249,9 @@ def _index(units: Sequence[Unit], path: str) -> int:
 
 def _too_many(blocks: int, *, ranks: int, virtual: int) -> Diagnostic:
     most = blocks // virtual
-    wanted = f"{ranks} stages" if virtual == 1 else f"{ranks} ranks with {virtual} stages each"
-    message = f"the model can be cut into {blocks} stages at most: {wanted} are too many"
-    help = f"at most {most} ranks with {virtual} stages each" if virtual > 1 else f"at most {most} stages"
-    return Diagnostic(E802, message, help=(help,) if most else ())
+    wanted, possible = stages_text(ranks, virtual), stages_text(most, virtual)
+    message = f"the model can be cut into {stages_text(blocks, 1)} at most: {wanted} are too many"
+    return Diagnostic(E802, message, help=(f"at most {possible}",) if most else ())
 
 
 def _alternative(

@@ -99,11 +99,13 @@ def test_corners(text):
 
 def test_a_written_model_is_short():
     """What people would write: repeats found, only what differs, copies as copies."""
-    text = write(graph("model toy { d_model = 64 } layer A = attention(heads=4) stack { [M F]*3 A A(window=8) A(window=8) }"))
-    assert text == """\
-model toy { d_model = 64 }
+    text = "model toy { d_model = 64 } layer A = attention(heads=4) stack { [M F]*3 A A(window=8) A(window=8) }"
+    assert write(graph(text)) == """\
+model toy {
+  d_model = 64
+}
 
-layer M = mamba2(heads=2)
+layer M = mamba2()
 layer F = mlp(d_ff=192, gated=true)
 layer A = attention(heads=4)
 
@@ -112,10 +114,8 @@ stack {
 }
 
 expect layers == 9
-expect params == 4424352
-""".replace("model toy { d_model = 64 }", "model toy {\n  d_model = 64\n}").replace(
-        "4424352", str(re.search(r"params == (\d+)", text)[1])
-    ).replace("layer M = mamba2(heads=2)", re.search(r"layer M = .*", text)[0])
+expect params == 4484114
+"""
 
 
 @pytest.mark.parametrize("name", ["tiny", "nemotron_h_8b", "falcon_h1_0_5b"])
