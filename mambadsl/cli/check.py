@@ -142,7 +142,7 @@ def _one(model: Given, facts: Facts) -> _Checked:
     from mambadsl.show.units import count
 
     layers, params = len(program.layers.layers), program.cost().params
-    summary = f"{layers} layer{'s' * (layers > 1)}, {count(params)} params"
+    summary = f"{layers:,} layer{'s' * (layers > 1)}, {count(params)} params"
     return _Checked(model.name, program.diagnostics, summary, {"layers": layers, "params": params})
 
 

@@ -51,6 +51,9 @@ def run(files: tuple[str, ...], expression: str | None, check: bool, stdout: boo
             failures += error.diagnostics
             continue
         raw = source.path.read_bytes().decode("utf-8") if source.path is not None else source.text
+        if model.text is not None and not raw.endswith("\n"):
+            # An argument of a command line has no last line end.
+            raw += "\n"
         rows.append({"file": model.name, "changed": text != raw, "text": text})
         printed = stdout or source.path is None
         if not check and not printed and text != raw:

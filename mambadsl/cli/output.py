@@ -80,13 +80,13 @@ def colored(stream: Any) -> bool:
 
 def write(path: Path, words: str) -> None:
     """The whole file or nothing: beside it first, then in its place, with the mode it had. A link stays one."""
-    target = path.resolve()
     data = words.encode("utf-8")
     try:
-        if target.exists() and not target.is_file():
+        # Asked of the path as given: a pipe behind /dev/stdout has no other name.
+        if path.exists() and not path.is_file():
             path.write_bytes(data)
         else:
-            _replace(target, data)
+            _replace(path.resolve(), data)
     except OSError as error:
         raise click.ClickException(f"`{path}` cannot be written: {error.strerror or error}") from None
 

@@ -34,8 +34,8 @@ class Words(click.ParamType):
         from mambadsl.text.spell import nearest
 
         near = nearest(value, words)
-        meant = f"did you mean `{near}`? " if near else ""
-        self.fail(f"`{value}` is none of its words; {meant}There are {', '.join(words)}.", param, ctx)
+        meant = f"; did you mean `{near}`?" if near else ""
+        self.fail(f"`{value}` is none of {', '.join(f'`{word}`' for word in words)}{meant}", param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         from click.shell_completion import CompletionItem

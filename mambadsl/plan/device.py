@@ -28,7 +28,6 @@ from pathlib import Path
 
 from mambadsl.plan.unit import Unit
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
-from mambadsl.text.source import read
 
 E820 = declare(
     "E820",
@@ -50,6 +49,10 @@ E821 = declare(
 )
 
 GB, GIB = 10**9, 2**30
+#: Times of each of 10,000 layers take some 2 MB.
+MAX_BYTES = 16 * 2**20
+#: No device has a number beyond these; times computed from them stay finite.
+LEAST, MOST = 1e-15, 1e24
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +165,7 @@ _TIMES = ("forward_s", "backward_input_s", "backward_weight_s")
 
 
 def _from_file(path: Path) -> Device:
-    text = read(path).text
+    text = _text(path)
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -172,12 +175,16 @@ def _from_file(path: Path) -> Device:
     def bad(message: str, *help: str) -> None:
         found.append(Diagnostic(E821, f"`{path}`: {message}", help=help))
 
+    def wrong(key: str, within: dict, must: str) -> None:
+        bad(f"`{key}` must be {must}, not {_what(within[last])}" if (last := key.split(".")[-1]) in within
+            else f"`{key}` is missing; it is {must}")
+
     if not isinstance(data, dict):
         bad(f"a JSON object is needed, not {_what(data)}")
         raise MdlError(found)
     base = data.get("base")
     if not isinstance(base, str) or base not in DEVICES:
-        bad(f"`base` must be one of {', '.join(DEVICES)}, not {_what(base)}")
+        wrong("base", data, f"one of {', '.join(DEVICES)}")
     own: dict[str, object] = {"name": path.stem}
     for key, value in data.items():
         if key in ("base", "layers"):
@@ -187,14 +194,16 @@ def _from_file(path: Path) -> Device:
         elif key in _TEXT:
             own[key] = value
             if not isinstance(value, str):
-                bad(f"`{key}` must be text, not {_what(value)}")
+                wrong(key, data, "text")
+        elif key == "usable" and not (_positive(value) and value <= 1):
+            wrong(key, data, "a positive number, at most 1")
         elif not _positive(value) or (key in _COUNTS and int(value) != value):
-            bad(f"`{key}` must be a positive {'whole ' * (key in _COUNTS)}number, not {_what(value)}")
+            wrong(key, data, f"a positive {'whole ' * (key in _COUNTS)}number of a size that devices have")
         else:
             own[key] = value
     layers = data.get("layers", {})
     if not isinstance(layers, dict):
-        bad(f"`layers` must be an object, not {_what(layers)}")
+        wrong("layers", data, "an object")
         layers = {}
     if layers and "microbatch_tokens" not in data:
         bad("`microbatch_tokens` is missing: layer times mean nothing without it")
@@ -206,8 +215,8 @@ def _from_file(path: Path) -> Device:
         for key in (*_TIMES, *entry):
             if key not in (*_TIMES, "activation_bytes"):
                 bad(f"there is no key `layers.{name}.{key}`", f"keys: {', '.join(_TIMES)}, activation_bytes")
-            elif not (_number(entry.get(key)) and entry[key] >= 0):
-                bad(f"`layers.{name}.{key}` must be a number, 0 or more, not {_what(entry.get(key))}")
+            elif not (_number(entry.get(key)) and 0 <= entry[key] <= MOST):
+                wrong(f"layers.{name}.{key}", entry, "a number, 0 or more")
         times.append((name, entry))
     if found:
         raise MdlError(dict.fromkeys(found))
@@ -215,13 +224,26 @@ def _from_file(path: Path) -> Device:
     return replace(DEVICES[base], **own, layer_times=layer_times)
 
 
+def _text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():
+            raise MdlError([Diagnostic(E821, f"`{path}` is not a regular file")])
+        if path.stat().st_size > MAX_BYTES:
+            message = f"`{path}` is larger than any file of layer times ({MAX_BYTES // 2**20} MiB)"
+            raise MdlError([Diagnostic(E821, message)])
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise MdlError([Diagnostic(E821, f"`{path}` cannot be read: {reason}")]) from None
+
+
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _positive(value: object) -> bool:
-    return _number(value) and value > 0
+    return _number(value) and LEAST <= value <= MOST
 
 
 def _what(value: object) -> str:
-    return "nothing" if value is None else f"`{json.dumps(value)[:40]}`"
+    return f"`{json.dumps(value)[:40]}`"

@@ -48,7 +48,10 @@ def plan(
     bytes_per_param: float = TRAINING_BYTES_PER_PARAM,
 ) -> Plan:
     """Cuts a model for a pipeline: `units` by the device's roofline, then `plan_units` (which says what the
-    other keywords mean). Raises MdlError."""
+    other keywords mean). Raises MdlError; ValueError for a batch without tokens."""
+    for name, given in ("length", length), ("sequences", sequences):
+        if given is not None and given < 1:
+            raise ValueError(f"{name} must be at least 1, not {given}")
     where = devices.device(device)
     length = length or checked.graph.model.context
     chain = units(

@@ -107,7 +107,8 @@ def problems(name: str, *, ranks: int, virtual: int, microbatches: int) -> list[
         message = f"`{name}` has {wanted} stage{'s' * (low > 1)} a rank, not {virtual}"
         found.append(Diagnostic(E812, message, help=_others(virtual, not_=name)))
     if microbatches < 1 or not schedule.accepts(ranks, microbatches):
-        message = f"`{name}` on {ranks} ranks cannot run {microbatches} microbatches"
+        where, what = f"{ranks} rank{'s' * (ranks != 1)}", f"microbatch{'es' * (microbatches != 1)}"
+        message = f"`{name}` on {where} cannot run {microbatches} {what}"
         near = nearest_microbatches(name, ranks=ranks, microbatches=microbatches)
         help = f"the nearest it can run: {', '.join(map(str, near))}"
         found.append(Diagnostic(E811, message, help=(help,)))

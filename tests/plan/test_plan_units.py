@@ -145,7 +145,7 @@ def test_the_slowest_stage_and_why():
     assert plan.why.startswith("`head` (131,072 x 4,096 logits) alone takes as long as")
     assert "`|`" in plan_units(marked(uniform(9), 6)).why
     chain = [unit(f"stack.{n}", static_bytes=GIB * (4 if n < 4 else 1)) for n in range(12)]
-    assert "does not fit better next door" in plan_units(hybrid(2, 30, head=1.0), stages=4).why
+    assert "layers are whole" in plan_units(hybrid(2, 30, head=1.0), stages=4).why
     assert "no memory left" in plan_units(chain, stages=2, memory_limit=17 * GIB).why
 
 

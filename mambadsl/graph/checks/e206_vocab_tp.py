@@ -49,11 +49,13 @@ def check(subject: Subject) -> Iterator[Problem]:
             near = listed((f"vocab = {n}" for n in multiples_near(vocab, facts.tp)), word="or")
             message = "`vocab` must be a multiple of the tensor-parallel size"
             label = f"{vocab:,} rows cannot be split over {facts.tp} devices"
-            yield Problem(Diagnostic(E206, message, span, label, help=(near,)))
+            notes = () if span else (label,)
+            yield Problem(Diagnostic(E206, message, span, label, notes=notes, help=(near,)))
         return
     multiple = facts.tool.pads_vocab * facts.tp
     if vocab % multiple:
         padded = -(-vocab // multiple) * multiple
         message = f"`vocab` is padded to {padded:,} rows, a multiple of {facts.tool.pads_vocab} * {facts.tp}"
         label = f"{padded - vocab:,} rows more than {vocab:,}"
-        yield Problem(Diagnostic(W206, message, span, label, help=("export with the true number of tokens",)))
+        notes, help = () if span else (label,), ("export with the true number of tokens",)
+        yield Problem(Diagnostic(W206, message, span, label, notes=notes, help=help))

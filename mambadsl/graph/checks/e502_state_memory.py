@@ -31,14 +31,15 @@ def check(subject: Subject) -> Iterator[Problem]:
     needed = each * facts.max_sequences
     if needed > facts.memory_bytes:
         message = (
-            f"{facts.max_sequences} sequences need {_mb(needed)} of state, more than the "
-            f"{_mb(facts.memory_bytes)} there are"
+            f"{facts.max_sequences:,} sequences need {_size(needed)} of state, more than the "
+            f"{_size(facts.memory_bytes)} there are"
         )
-        notes = (f"{_mb(each)} for one sequence on one device",)
-        help = (f"at most {facts.memory_bytes // each} sequences",)
+        notes = (f"{_size(each)} for one sequence on one device",)
+        most = facts.memory_bytes // each
+        help = (f"at most {most:,} sequence{'s' * (most != 1)}" if most else "there is no room for one sequence",)
         first = next(subject.recurrent(), None)
         yield Problem(Diagnostic(E502, message, first.span if first else None, notes=notes, help=help))
 
 
-def _mb(n: int) -> str:
-    return f"{n / 1e6:,.1f} MB"
+def _size(n: int) -> str:
+    return f"{n / 2**30:,.1f} GiB" if n >= 2**30 else f"{n / 2**20:,.2f} MiB"
