@@ -1,5 +1,5 @@
-"""The whole front of the compiler over one text, as the fuzz tests drive it: read, resolve, unroll, check, and
-every diagnostic rendered. Any exception but MdlError comes through."""
+"""The whole front of the compiler over one text, as the fuzz tests drive it: read, resolve, unroll, check;
+and every diagnostic rendered. Any exception but MdlError comes through."""
 
 from __future__ import annotations
 

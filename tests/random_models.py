@@ -40,7 +40,9 @@ class Author:
     # -- values
 
     def whole(self, low: int, high: int) -> str:
-        number = self.random.choice([v for v in (1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 100) if low <= v <= high] or [low])
+        number = self.random.choice(
+            [v for v in (1, 2, 3, 4, 8, 16, 32, 48, 64, 96, 100) if low <= v <= high] or [low]
+        )
         match self.random.randrange(8):
             case 0:
                 return f"{2 * number} // 2"
@@ -183,7 +185,9 @@ class Author:
         stack = f"stack {{ {lead}{self.row(depth=2, cuts=True)} }}"
         lines.append(stack)
         if self.often(0.25):
-            settings = f"(depths={self.random.randint(1, 2)}, weights={self.random.choice(['own', 'shared'])})"
+            settings = (
+                f"(depths={self.random.randint(1, 2)}, weights={self.random.choice(['own', 'shared'])})"
+            )
             lines.append(f"mtp{settings} {{ {self.row(depth=1, cuts=False)} }}")
         if self.often(0.25):
             lines.append(self.parts(stack))
@@ -192,7 +196,9 @@ class Author:
         return "\n".join(lines) + "\n"
 
     def parts(self, stack: str) -> str:
-        slots = {f"{k.name}.{s.name}": self.random.choice(["a.fast", "mine"]) for k in all_kinds() for s in k.slots}
+        slots = {
+            f"{k.name}.{s.name}": self.random.choice(["a.fast", "mine"]) for k in all_kinds() for s in k.slots
+        }
         for name, kind in self.single.items():
             if re.search(rf"\b{name}\b", stack):
                 slots |= {f"{name}.{s.name}": "own" for k in all_kinds() if k.name == kind for s in k.slots}
@@ -203,19 +209,55 @@ class Author:
 
 _TOKEN = re.compile(r'"[^"\n]*"|[A-Za-z_][A-Za-z0-9_]*|[0-9][0-9_.e]*(?:e-?\d+)?|[^\s\w]|\s+')
 _WORDS = (
-    "heads kv_heads head_dim d_state d_model d_ff window rope norm none layernorm rmsnorm adapter lora vocab context "
-    "relu2 silu depths shared own experts top_k dropout act mamba2 attention mlp moe mamba3 reference fused scan core"
+    "heads kv_heads head_dim d_state d_model d_ff window rope norm none layernorm rmsnorm adapter lora vocab "
+    "context relu2 silu depths shared own experts top_k dropout act mamba2 attention mlp moe mamba3 reference "
+    "fused scan core"
 ).split()
 _VALUES = (
-    "0", "-1", "1 / 3", "1 / 0", "1e300", "9007199254740992", "none", "[1]", "[]", '"text"', "true", "M", "M(heads=2)",
-    "rope(theta=0)", "rope(x=1)", "min()", "round_up(1, 0)", "d_model", "d_model * d_model * d_model * d_model", "1e-308",
+    "0",
+    "-1",
+    "1 / 3",
+    "1 / 0",
+    "1e300",
+    "9007199254740992",
+    "none",
+    "[1]",
+    "[]",
+    '"text"',
+    "true",
+    "M",
+    "M(heads=2)",
+    "rope(theta=0)",
+    "rope(x=1)",
+    "min()",
+    "round_up(1, 0)",
+    "d_model",
+    "d_model * d_model * d_model * d_model",
+    "1e-308",
 )
 _STATEMENTS = (
-    "stack { M }", "stack { | }", "mtp { M | M }", "model again { vocab = 3 }", "let wide = wide", "layer M = M", "|",
-    'from "std/tiny.mdl" import M', 'from "nowhere.mdl" import Q, q', "layer Q = [Q Q]", "shared A = [A | A]",
-    "parts mine : mine { }", "expect layers == 0", "expect layrs > 1", "expect count(M) / 0 == 1", "let d_model = 7",
-    "layer L = [[[M*9999]*9999]*9999]", "layer K = [M F](window=3)", "shared T = attention() stack { T(heads=3) T+M }",
-    "let a = b let b = a", "layer V = U layer U = [V M]", "parts p { Q.scan = x M.nope = y scan = z mamba2.scan = a(1) }",
+    "stack { M }",
+    "stack { | }",
+    "mtp { M | M }",
+    "model again { vocab = 3 }",
+    "let wide = wide",
+    "layer M = M",
+    "|",
+    'from "std/tiny.mdl" import M',
+    'from "nowhere.mdl" import Q, q',
+    "layer Q = [Q Q]",
+    "shared A = [A | A]",
+    "parts mine : mine { }",
+    "expect layers == 0",
+    "expect layrs > 1",
+    "expect count(M) / 0 == 1",
+    "let d_model = 7",
+    "layer L = [[[M*9999]*9999]*9999]",
+    "layer K = [M F](window=3)",
+    "shared T = attention() stack { T(heads=3) T+M }",
+    "let a = b let b = a",
+    "layer V = U layer U = [V M]",
+    "parts p { Q.scan = x M.nope = y scan = z mamba2.scan = a(1) }",
 )
 
 
@@ -228,7 +270,9 @@ def spoiled(random: Random, text: str) -> str:
             continue
         at = random.randrange(len(tokens))
         if random.random() < 0.1:
-            tokens[at : at + random.randrange(2)] = random.choice([[], [random.choice(tokens)], list("+*|=,[]")])
+            tokens[at : at + random.randrange(2)] = random.choice(
+                [[], [random.choice(tokens)], list("+*|=,[]")]
+            )
         else:
             while not tokens[at][0].isalnum():
                 at = random.randrange(len(tokens))

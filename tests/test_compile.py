@@ -56,10 +56,20 @@ def test_a_path_or_text_and_not_both():
     assert load(str(TINY)).layers == load(path=Path(TINY)).layers
 
 
-@pytest.mark.parametrize("text, code", [
-    ("M (", "E012"), ("MMMA", "E020"), ("stack { | }", "E029"), ("layer W = A", "E029"), ("A(heads=6, kv_heads=4)", "E204"),
-    ("stack { M } expect layers == 2", "E050"), ("M\0", "E003"), ("", "E010"), ("M " * 200_000, "E002"),
-])
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("M (", "E012"),
+        ("MMMA", "E020"),
+        ("stack { | }", "E029"),
+        ("layer W = A", "E029"),
+        ("A(heads=6, kv_heads=4)", "E204"),
+        ("stack { M } expect layers == 2", "E050"),
+        ("M\0", "E003"),
+        ("", "E010"),
+        ("M " * 200_000, "E002"),
+    ],
+)
 def test_each_stage_refuses_with_its_own_problems_only(text, code):
     with pytest.raises(MdlError) as caught:
         load(text=text)
@@ -75,8 +85,11 @@ def test_no_stage_runs_after_one_that_failed():
 
 def test_files_that_cannot_be_read(tmp_path):
     for path, words in (
-        (tmp_path, "is a folder"), (tmp_path / "no.mdl", "there is no file"), ("/dev/zero", "not a regular file"),
-        (tmp_path / ("x" * 5000), "cannot be read"), ("a\0b", "cannot be read"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "no.mdl", "there is no file"),
+        ("/dev/zero", "not a regular file"),
+        (tmp_path / ("x" * 5000), "cannot be read"),
+        ("a\0b", "cannot be read"),
     ):
         with pytest.raises(MdlError, match=words):
             load(path)
@@ -126,8 +139,11 @@ def test_the_same_text_gives_the_same_text_in_every_process():
     )
     outs = {
         subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(mambadsl.__file__).parent.parent)},
-            capture_output=True, text=True, check=True,
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(mambadsl.__file__).parent.parent)},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("0", "1", "77")
     }

@@ -96,11 +96,17 @@ class _Stored:
         from safetensors import SafetensorError, safe_open
 
         self.folder, self.shapes, self.files = folder, {}, {}
-        found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        if not folder.is_dir():
+            raise _refuse(f"`{folder}` is a file; the folder it is in is needed" if folder.exists()
+                          else f"there is no folder `{folder}`")
+        found = sorted(folder.glob("*.safetensors"))
         if not found:
             raise _refuse(f"there are no weights (`*.safetensors`) in `{folder}`")
         for index in sorted(folder.glob("*.index.json")):
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            try:
+                named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise _refuse(f"`{index}` is no index of weights: it has no `weight_map`") from None
             if lost := sorted(named - {file.name for file in found}):
                 raise _refuse(f"`{folder}` lacks files that `{index.name}` names", notes=lost)
         for file in found:

@@ -24,14 +24,23 @@ def next_tokens(tokens_BT: Tensor, *, segments: Tensor | None = None, valid: Ten
 def cross_entropy(
     logits_BTV: Tensor, targets_BT: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
-    """Mean over the tokens that count (target not negative, not padding), float32; 0 if there are none."""
+    """Mean over the tokens that count (target not negative, not padding), float32; 0 if there are none.
+    ValueError for targets of another shape or outside the vocabulary (on a CPU; elsewhere torch says so)."""
+    wanted, given = list(logits_BTV.shape[:-1]), list(targets_BT.shape)
+    if wanted != given:
+        raise ValueError(f"targets must be {wanted} like the tokens, not {given}")
     targets_BT = targets_BT.long()
     if segments is not None:
         targets_BT = targets_BT.masked_fill(segments < 0, IGNORE)
     if valid is not None:
         targets_BT = targets_BT.masked_fill(~valid.bool(), IGNORE)
     targets_BT = targets_BT.masked_fill(targets_BT < 0, IGNORE)
-    total = F.cross_entropy(
-        logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    try:
+        total = F.cross_entropy(
+            logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+    except IndexError:
+        vocab = logits_BTV.shape[-1]
+        found = f"there is {targets_BT.max().item()}"
+        raise ValueError(f"targets must be less than {vocab} (vocab = {vocab}); {found}") from None
     return total / (targets_BT != IGNORE).sum().clamp_min(1)

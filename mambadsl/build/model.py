@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambadsl.build.device import device as usable
 from mambadsl.build.failure import located
 from mambadsl.build.init import initialise
 from mambadsl.build.loss import cross_entropy, next_tokens
@@ -52,18 +53,21 @@ def build(
     values (`init.materialise` gives both later, the same ones). stage: build this pipeline stage only, of
     `plan` (a Plan, or a list of lists of node paths), or of the text's `|` marks.
 
-    Raises MdlError: E901 and E906 what cannot be built, E902 part sets, E904 stages.
+    Raises MdlError: E901 and E906 what cannot be built, E902 part sets, E904 stages. ValueError: a dtype that
+    weights cannot have, a device that this machine does not.
     """
     graph = graph if isinstance(graph, LayerGraph) else graph.graph
     if found := problems(graph, parts=parts):
         raise MdlError(found)
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise ValueError(f"dtype must be {', '.join(map(repr, DTYPES))} or a torch dtype, not {dtype!r}")
+    made = DTYPES.get(dtype, dtype)
+    if not (isinstance(made, torch.dtype) and made.is_floating_point):
+        known = ", ".join(map(repr, DTYPES))
+        raise ValueError(f"dtype must be {known} or a float torch dtype, not {dtype!r}")
+    place = usable(device)
     model = Model(
-        graph, choose(graph, plan=plan, stage=stage), dtype=DTYPES.get(dtype, dtype), device=device,
-        choices=(_choice(parts),),
+        graph, choose(graph, plan=plan, stage=stage), dtype=made, device=place, choices=(_choice(parts),)
     )
-    if torch.device(device).type != "meta":
+    if place.type != "meta":
         initialise(model, seed=seed)
     return model
 
@@ -147,9 +151,11 @@ class Model(nn.Module):
         Logits are float32 in any dtype of the weights: losses and sampling want them so, and the multiplier
         and the soft cap are applied after the widening.
         """
-        if len(inputs) != len(self.stage.takes):
-            takes = ", ".join(self.stage.takes)
-            raise TypeError(f"stage {self.stage.index} takes {takes}; {len(inputs)} tensors were given")
+        if len(inputs) != len(self.stage.takes) or not all(isinstance(x, Tensor) for x in inputs):
+            takes, given = ", ".join(self.stage.takes), ", ".join(type(x).__name__ for x in inputs)
+            raise TypeError(f"stage {self.stage.index} takes {takes} (tensors), not {given or 'nothing'}")
+        if last is not None and last < 1:
+            raise ValueError(f"`last` is a number of tokens, at least 1, not {last}")
         axes = ("batch", "time") if self.stage.takes[0] == "tokens" else ("batch", "time", "d_model")
         if inputs[0].dim() != len(axes):
             wanted = f"{self.stage.takes[0]} [{', '.join(axes)}]"
@@ -174,6 +180,8 @@ class Model(nn.Module):
         """The decoding state of `batch` rows before their first token. dtype: of what kinds do not declare
         float32; default: the model's."""
         made = dict(dtype=dtype or self.dtype, device=device or self.device)
+        if batch < 1:
+            raise ValueError(f"a batch has at least one row, not {batch}")
         layers = {}
         for node, sublayer in self.sublayers():
             for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
@@ -195,6 +203,9 @@ class Model(nn.Module):
         targets_BT: the id to predict at each token, negative where nothing counts; default: each token's
         successor in its own document. The keywords are as in `forward`.
         """
+        if self.stage.count > 1:
+            last = "give the last stage's logits to `mambadsl.build.loss.cross_entropy`"
+            raise ValueError(f"the loss is of a whole model; of a pipeline, {last}")
         padding = dict(segments=segments, valid=valid)
         if targets_BT is None:
             targets_BT = next_tokens(tokens_BT, **padding)
@@ -206,15 +217,14 @@ class Model(nn.Module):
 
     def _embed(self, node, stream, tokens, state, last) -> None:
         model = self.graph.model
-        if stream["tokens"].is_floating_point():
-            raise TypeError(f"token ids must be whole numbers, not {stream['tokens'].dtype}")
+        if stream["tokens"].dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"token ids must be int64 or int32, not {stream['tokens'].dtype}")
         try:
             x_BTD = F.embedding(stream["tokens"], self.embed.weight)
-        except IndexError as error:
+        except IndexError:
             low, high = stream["tokens"].min().item(), stream["tokens"].max().item()
             legal = f"token ids must be from 0 to {model.vocab - 1} (vocab = {model.vocab})"
-            error.add_note(f"{legal}; here they are from {low} to {high}")
-            raise
+            raise ValueError(f"{legal}; here they are from {low} to {high}") from None
         x_BTD = scaled(x_BTD, model.embedding_multiplier)
         stream["x"] = x_BTD.float() if model.residual_dtype == "fp32" else x_BTD
         if self.stage.keeps_embedding:

@@ -65,6 +65,11 @@ def describe(
     B, T = shape
     if not (B and T):
         raise ValueError(f"a batch needs at least one row and one token, not {B} x {T}")
+    for name, given in ("segments", segments), ("valid", valid), ("positions", positions):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, not {type(given).__name__}")
+    if state is not None and not isinstance(state, DecodingState):
+        raise TypeError(f"`state` comes from `init_state`, and is no {type(state).__name__}")
     for name, given in ("segments", segments), ("valid", valid):
         if given is not None and tuple(given.shape) != (B, T):
             raise ValueError(f"`{name}` must be [{B}, {T}] like the tokens, not {list(given.shape)}")

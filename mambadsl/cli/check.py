@@ -139,10 +139,10 @@ def _one(model: Given, facts: Facts) -> _Checked:
         part_set(facts.parts, program)
     except MdlError as error:
         return _Checked(model.name, error.diagnostics)
-    from mambadsl.show.units import count
+    from mambadsl.show import units
 
     layers, params = len(program.layers.layers), program.cost().params
-    summary = f"{layers:,} layer{'s' * (layers > 1)}, {count(params)} params"
+    summary = f"{units.layers(layers)}, {units.count(params)} params"
     return _Checked(model.name, program.diagnostics, summary, {"layers": layers, "params": params})
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mambadsl.cli import output
 from mambadsl.cli.command import command
+from mambadsl.cli.planning import plans
 from mambadsl.cli.source import Given, part_set, takes_model
-from mambadsl.cli.types import COUNT
 
 
 @command(
@@ -17,11 +18,12 @@ from mambadsl.cli.types import COUNT
     examples=(
         "mambadsl compile models/tiny.mdl -o tiny_compiled",
         "mambadsl compile models/nemotron_h_8b.mdl --stages 4 -o nemotron_compiled",
+        "mambadsl compile models/jamba_v0_1.mdl --stages 16 --length 4096 -o jamba_compiled",
         'mambadsl compile -e "[M F]*6 A F" --set d_model=512',
     ),
 )
 @takes_model
-@click.option("--stages", type=COUNT, metavar="N", help="Pipeline stages (default: as the text cuts).")
+@plans
 @click.option("--parts", default="reference", metavar="SET", help="The part set that will run it.")
 @click.option(
     "-o",
@@ -30,7 +32,7 @@ from mambadsl.cli.types import COUNT
     metavar="DIR",
     help="Write graph.json, plan.json and summary.txt here.",
 )
-def run(model: Given, stages: int | None, parts: str, out: Path | None, as_json: bool) -> None:
+def run(model: Given, how: dict[str, Any], parts: str, out: Path | None, as_json: bool) -> None:
     """Check and plan a model, and write the result into a folder.
 
     The folder needs no model file any more: `mambadsl.load_compiled(DIR)` builds the model, or any stage of
@@ -38,7 +40,7 @@ def run(model: Given, stages: int | None, parts: str, out: Path | None, as_json:
     """
     program = model.program()
     part_set(parts, program)
-    plan = program.plan(stages=stages)
+    plan = program.plan(**how)
     paths = ()
     if out is not None:
         from mambadsl.run.compiled import save
@@ -46,7 +48,8 @@ def run(model: Given, stages: int | None, parts: str, out: Path | None, as_json:
         try:
             paths = save(program, plan, out, parts=parts)
         except OSError as error:
-            raise click.ClickException(f"`{out}` cannot be written: {error.strerror or error}") from None
+            where = error.filename or out
+            raise click.ClickException(f"`{where}` cannot be written: {error.strerror or error}") from None
     if as_json:
         written, doubts = [str(path) for path in paths], output.plain(program.diagnostics)
         output.json(name=program.spec.name, files=written, plan=plan.to_json(), diagnostics=doubts)

@@ -43,7 +43,9 @@ def run(topic: str, as_json: bool) -> None:
 
         text = story(topic)
         if text is None:
-            raise click.UsageError(_unknown(f"there is no code {topic.upper()}", similar(topic)))
+            near = similar(topic)
+            others = f"there are {', '.join(near)}" if near else "`mambadsl explain codes` lists all"
+            raise click.UsageError(f"there is no code {topic.upper()}; {others}")
         rows = ()
     else:
         from mambadsl.show.reference import page, topics
@@ -51,14 +53,12 @@ def run(topic: str, as_json: bool) -> None:
 
         found = page(topic)
         if found is None:
-            near = nearest_all(topic, topics())
-            raise click.UsageError(_unknown(f"there is nothing about `{topic}`", near or topics()))
+            near = " or ".join(f"`{word}`" for word in nearest_all(topic, topics()))
+            meant = f"; did you mean {near}?" if near else "."
+            known = f"Topics: {', '.join(topics())}, and codes such as E204"
+            raise click.UsageError(f"there is nothing about `{topic}`{meant} {known}")
         text, rows = found.text, found.rows
     if as_json:
         output.json(topic=topic, text=text, rows=list(rows))
     else:
         output.text(text)
-
-
-def _unknown(what: str, near: tuple[str, ...]) -> str:
-    return f"{what}; there are {', '.join(near)}" if near else f"{what}; `mambadsl explain codes` lists all"

@@ -59,19 +59,23 @@ def run(
     """
     if (prompt is None) == (tokens is None):
         raise click.UsageError("give --prompt or --tokens, and not both")
+    if tokenizer is not None and prompt is None:
+        raise click.UsageError("--tokenizer is for --prompt; --tokens are ids already")
     program = model.program()
     try:
-        from mambadsl.run.device import device as usable
-        from mambadsl.run.generate import generate, stream
+        from mambadsl.build.device import device as usable
+        from mambadsl.run.generate import generate, read_prompts, stream
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise click.ClickException("generate needs PyTorch: pip install 'mambadsl[torch]'") from None
     try:
         place = usable(device)
-        words = _tokenizer(tokenizer, program.spec.settings.vocab) if prompt is not None else None
-        ids = tuple(words.encode(prompt)) if words else tokens
-        stops = [tuple(words.encode(text)) if words else Numbers().convert(text, None, None) for text in stop]
+        vocab = program.spec.settings.vocab
+        words = _tokenizer(tokenizer, vocab) if prompt is not None else None
+        [ids] = read_prompts([words.encode(prompt) if words else tokens], vocab=vocab)
+        stops = [tuple(words.encode(text)) if words else _ids(text) for text in stop]
+        _fits(program.cost().params * (2 if dtype == "bf16" else 4), place.type)
         built = program.build(dtype=dtype, device=place, seed=seed)
         if weights is not None:
             from mambadsl.build.checkpoint import load_weights
@@ -79,6 +83,8 @@ def run(
             load_weights(built, weights, device=place)
         else:
             output.note("no --weights: they are random, and so is the text")
+        if how["temperature"] == 0 and (how["top_k"] or how["top_p"]):
+            output.note("--temperature is 0: nothing is drawn, so --top-k and --top-p change nothing")
         if as_json:
             found = generate(built, [ids], seed=seed, stop=stops, **how)[0]
             text = words.decode(found.tokens) if words else None
@@ -93,6 +99,26 @@ def run(
         sys.stdout.write("\n")
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+
+
+def _fits(weight_bytes: int, place: str) -> None:
+    """Weights beyond the machine's memory would end in the kernel's killing the process, without a word."""
+    import os
+
+    from mambadsl.show.units import size
+
+    if place != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if weight_bytes > there:
+        raise click.ClickException(f"the weights take {size(weight_bytes)}, this machine has {size(there)} of memory")
+
+
+def _ids(stop: str) -> tuple[int, ...]:
+    try:
+        return Numbers().convert(stop, None, None)
+    except click.BadParameter as error:
+        raise click.BadParameter(error.message, param_hint="--stop") from None
 
 
 def _tokenizer(path: str | None, vocab: int) -> Any:

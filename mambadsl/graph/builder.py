@@ -89,8 +89,11 @@ class Graph:
         if not is_name(name):
             help = (f"for instance `{name_of(name)}`",)
             raise MdlError([Diagnostic(E061, f"`{name}` is no name for a model", span, help=help)])
-        given = (tree.Setting(tree.Name(k, span=span), _value(v, span), span=span) for k, v in settings.items())
-        model = tree.Model(tree.Name(name, span=span), tuple(given), span=span)
+        given = tuple(
+            tree.Setting(tree.Name(key, span=span), _value(value, span), span=span)
+            for key, value in settings.items()
+        )
+        model = tree.Model(tree.Name(name, span=span), given, span=span)
         self._statements: list[tree.Statement] = [model]
         self._source = span.source
 

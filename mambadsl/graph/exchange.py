@@ -110,7 +110,8 @@ def _chain(g: Any, roles: dict[Any, Role], tail: set) -> list[Any]:
         raise _refuse("the nodes `embed` and `head` must be there")
     chain, at = ["embed"], "embed"
     while at != "head":
-        after = [v for _, v, data in g.out_edges(at, data=True) if "x" in _tensors(at, v, data) and v not in tail]
+        edges = g.out_edges(at, data=True)
+        after = [v for _, v, data in edges if "x" in _tensors(at, v, data) and v not in tail]
         if len(after) != 1:
             follow = ", ".join(f"`{k}`" for k in after) or "nothing"
             raise _refuse(f"after `{at}` the residual stream must lead to one node; here follows {follow}")
@@ -152,7 +153,8 @@ def _layer(key: Any, data: dict, model: Values) -> LayerSpec:
 def _same_edges(g: Any, graph: LayerGraph, renamed: dict) -> None:
     """The edges are the tensors that layers read, no more and no less."""
     said = {
-        (renamed.get(u, u), renamed.get(v, v), t) for u, v, data in g.edges(data=True) for t in _tensors(u, v, data)
+        (renamed.get(u, u), renamed.get(v, v), t)
+        for u, v, data in g.edges(data=True) for t in _tensors(u, v, data)
     }
     reads = {(e.source, e.target, e.tensor) for e in graph.edges}
     if extra := sorted(said - reads, key=str):
@@ -160,7 +162,7 @@ def _same_edges(g: Any, graph: LayerGraph, renamed: dict) -> None:
         raise _refuse(f"nothing in `{v}` reads the tensor `{t}` of `{u}`")
     if missing := sorted(reads - said):
         u, v, t = missing[0]
-        help = f'add it: `g.add_edge("{u}", ..., tensors={{"{t}": width}})`, or let the layer read the stream only'
+        help = f'add it, `g.add_edge("{u}", ..., tensors={{"{t}": width}})`, or let the layer not read it'
         raise _refuse(f"`{v}` reads the tensor `{t}` of `{u}`, and there is no such edge", help=help)
 
 

@@ -36,7 +36,8 @@ def to_data(graph: LayerGraph) -> dict[str, Any]:
     nodes = []
     for n in graph.nodes:
         at = layers.setdefault(n.layer, len(layers)) if n.layer else None
-        nodes.append({"path": n.path, "role": str(n.role), "layer": at, "owner": n.owner, "cut_after": n.cut_after})
+        own = {"path": n.path, "role": str(n.role), "layer": at}
+        nodes.append({**own, "owner": n.owner, "cut_after": n.cut_after})
     return {
         "version": VERSION,
         "name": graph.name,
@@ -77,7 +78,8 @@ def loads(text: str, *, name: str = "graph.json") -> LayerGraph:
     if version != VERSION:
         raise MdlError([Diagnostic(E062, f"`{name}` has format {version}; this version reads {VERSION}")])
     if content_hash(data) != expected:
-        raise MdlError([Diagnostic(E062, f"`{name}` was changed: its content does not have the hash it carries")])
+        message = f"`{name}` was changed: its content does not have the hash it carries"
+        raise MdlError([Diagnostic(E062, message)])
     try:
         graph = from_data(data)
         ends = [node.role for node in (graph.nodes[0], graph.nodes[-1])]
@@ -98,9 +100,9 @@ def from_data(data: dict[str, Any]) -> LayerGraph:
     if settings(model) != model:
         raise ValueError("settings are missing")
     layers = [_layer_from(layer, model) for layer in data["layers"]]
+    at = {None: None, **dict(enumerate(layers))}
     nodes = tuple(
-        Node(n["path"], Role(n["role"]), None if n["layer"] is None else layers[n["layer"]], n["owner"], n["cut_after"])
-        for n in data["nodes"]
+        Node(n["path"], Role(n["role"]), at[n["layer"]], n["owner"], n["cut_after"]) for n in data["nodes"]
     )
     mtp = MtpSpec(_values(data["mtp"]), ()) if data["mtp"] is not None else None
     edges = tuple(Edge(*e) for e in data["edges"])
@@ -108,8 +110,10 @@ def from_data(data: dict[str, Any]) -> LayerGraph:
 
 
 def _layer_from(data: dict[str, Any], model: Values) -> LayerSpec:
-    mixers = [Mixer(b["kind"], _values(b["fields"]), _values(b["branch"]), b["name"]) for b in data["branches"]]
-    return checked(LayerSpec(tuple(mixers), _values(data["sub"]), data["name"]), model=model)
+    mixers = tuple(
+        Mixer(b["kind"], _values(b["fields"]), _values(b["branch"]), b["name"]) for b in data["branches"]
+    )
+    return checked(LayerSpec(mixers, _values(data["sub"]), data["name"]), model=model)
 
 
 def _parts_from(data: dict[str, Any]) -> PartsSpec:

@@ -21,12 +21,11 @@ def unroll(spec: ModelSpec) -> LayerGraph:
     walk.elements(spec.stack, ())
     if walk.problems:
         raise MdlError(walk.problems)
-    nodes = [Node("embed", Role.EMBED, None, "embed", walk.leading is not None, cut_span=walk.leading), *walk.nodes]
-    nodes += _mtp(spec)
-    nodes.append(Node("head", Role.HEAD, None, "head"))
+    embed = Node("embed", Role.EMBED, None, "embed", walk.leading is not None, cut_span=walk.leading)
+    nodes = [embed, *walk.nodes, *_mtp(spec), Node("head", Role.HEAD, None, "head")]
     return LayerGraph(
-        spec.name, spec.settings, tuple(nodes), connect(nodes, spec.settings), spec.mtp, spec.parts, spec.expects,
-        spec.file,
+        spec.name, spec.settings, tuple(nodes), connect(nodes, spec.settings), spec.mtp, spec.parts,
+        spec.expects, spec.file,
     )
 
 
@@ -89,7 +88,9 @@ class _Walk:
     leading: Span | None = None
     _before: Span | None = None
 
-    def elements(self, elements: tuple[Element, ...], trail: tuple[Frame, ...], shared: Iterator[str] | None = None):
+    def elements(
+        self, elements: tuple[Element, ...], trail: tuple[Frame, ...], shared: Iterator[str] | None = None
+    ) -> None:
         for element in elements:
             match element:
                 case Use():
@@ -116,7 +117,8 @@ class _Walk:
         self._before = cut.span
 
     def _block(self, block: Block, trail: tuple[Frame, ...], shared: Iterator[str] | None) -> None:
-        label = block.name or (block.items[0].name if len(block.items) == 1 and isinstance(block.items[0], Block) else None)
+        only = block.items[0] if len(block.items) == 1 else None
+        label = block.name or (only.name if isinstance(only, Block) else None)
         label = label or " ".join(_label(item) for item in block.items)
         for i in range(block.count):
             if self.problems:

@@ -2,7 +2,8 @@
 
 Paths are global and stage-free: `embed.weight`, `stack.3.norm.weight`, `stack.3.mixer.in_proj.weight`,
 `stack.4.1.qkv_proj.weight` (second branch of a sum), `shared.S.mixer.qkv_proj.weight`,
-`stack.7.mixer.adapter.o_proj.up.weight` (per-use), `final_norm.weight`, `head.weight`, `mtp.0.eh_proj.weight`.
+`stack.7.mixer.adapter.o_proj.up.weight` (per-use), `final_norm.weight`, `head.weight`,
+`mtp.0.eh_proj.weight`.
 """
 
 from __future__ import annotations

@@ -86,7 +86,10 @@ def _runs(nodes: Sequence[Node]) -> Iterator[tuple[str | None, list[Node]]]:
         _, _, shared = nodes[at].owner.partition("shared.")
         name, _, number = shared.partition(".")
         run = [nodes[at]]
-        while number and at + len(run) < len(nodes) and nodes[at + len(run)].owner == f"shared.{name}.{len(run)}":
-            run.append(nodes[at + len(run)])
+        while number and at + len(run) < len(nodes):
+            node = nodes[at + len(run)]
+            if node.owner != f"shared.{name}.{len(run)}":
+                break
+            run.append(node)
         yield name or None, run
         at += len(run)

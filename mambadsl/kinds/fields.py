@@ -108,13 +108,15 @@ class Int(Type):
             raise Mismatch(f"must be {self.says}, not `{show(raw)}`")
         if raw.denominator != 1:
             near = sorted({max(self.low, raw.__floor__()), max(self.low, raw.__ceil__())})
-            exact = f"{raw.numerator}/{raw.denominator}" if max(abs(raw), raw.denominator) < 10**6 else show(raw)
-            nearest = "s are " if len(near) > 1 else " is "
-            help = (f"the nearest whole number{nearest}" + " and ".join(map(str, near)),) if near[-1] <= _EXACT else ()
+            small = max(abs(raw), raw.denominator) < 10**6
+            exact = f"{raw.numerator}/{raw.denominator}" if small else show(raw)
+            nearest = "the nearest whole number" + ("s are " if len(near) > 1 else " is ")
+            help = (nearest + " and ".join(map(str, near)),) if near[-1] <= _EXACT else ()
             raise Mismatch(f"must be a whole number; {exact} is not", help=help)
         value = int(raw)
         if value < self.low:
-            raise Mismatch(f"must be at least {self.low}, not {show(raw)}", help=(f"the least is {self.low}",))
+            help = (f"the least is {self.low}",)
+            raise Mismatch(f"must be at least {self.low}, not {show(raw)}", help=help)
         if value > self.high:
             raise Mismatch(f"must be at most {self.high:,}, not {show(raw)}")
         return value
@@ -281,7 +283,8 @@ def fill(fields: tuple[Field, ...], given: Call, *, owner: str) -> Values:
 
             near = nearest(key, names)
             help = (f"did you mean `{near}`?",) if near else (_takes(owner, names),)
-            raise Mismatch(f"{owner} has no field `{key}`", help=help, at=given.keys.get(key), name_problem=True)
+            message, place = f"{owner} has no field `{key}`", given.keys.get(key)
+            raise Mismatch(message, help=help, at=place, name_problem=True)
     done: dict[str, Any] = {}
     for f in fields:
         if f.name in given.args:

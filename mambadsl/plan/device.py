@@ -28,6 +28,7 @@ from pathlib import Path
 
 from mambadsl.plan.unit import Unit
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
+from mambadsl.text.source import E001
 
 E820 = declare(
     "E820",
@@ -175,16 +176,16 @@ def _from_file(path: Path) -> Device:
     def bad(message: str, *help: str) -> None:
         found.append(Diagnostic(E821, f"`{path}`: {message}", help=help))
 
-    def wrong(key: str, within: dict, must: str) -> None:
-        bad(f"`{key}` must be {must}, not {_what(within[last])}" if (last := key.split(".")[-1]) in within
-            else f"`{key}` is missing; it is {must}")
+    def wrong(key: str, value: object, must: str) -> None:
+        missing = value is None
+        bad(f"`{key}` is missing; it is {must}" if missing else f"`{key}` must be {must}, not {_what(value)}")
 
     if not isinstance(data, dict):
         bad(f"a JSON object is needed, not {_what(data)}")
         raise MdlError(found)
     base = data.get("base")
     if not isinstance(base, str) or base not in DEVICES:
-        wrong("base", data, f"one of {', '.join(DEVICES)}")
+        wrong("base", base, f"one of {', '.join(DEVICES)}")
     own: dict[str, object] = {"name": path.stem}
     for key, value in data.items():
         if key in ("base", "layers"):
@@ -194,16 +195,16 @@ def _from_file(path: Path) -> Device:
         elif key in _TEXT:
             own[key] = value
             if not isinstance(value, str):
-                wrong(key, data, "text")
+                wrong(key, value, "text")
         elif key == "usable" and not (_positive(value) and value <= 1):
-            wrong(key, data, "a positive number, at most 1")
+            wrong(key, value, "a positive number, at most 1")
         elif not _positive(value) or (key in _COUNTS and int(value) != value):
-            wrong(key, data, f"a positive {'whole ' * (key in _COUNTS)}number of a size that devices have")
+            wrong(key, value, f"a positive {'whole ' * (key in _COUNTS)}number of a size that devices have")
         else:
             own[key] = value
     layers = data.get("layers", {})
     if not isinstance(layers, dict):
-        wrong("layers", data, "an object")
+        wrong("layers", layers, "an object")
         layers = {}
     if layers and "microbatch_tokens" not in data:
         bad("`microbatch_tokens` is missing: layer times mean nothing without it")
@@ -216,7 +217,7 @@ def _from_file(path: Path) -> Device:
             if key not in (*_TIMES, "activation_bytes"):
                 bad(f"there is no key `layers.{name}.{key}`", f"keys: {', '.join(_TIMES)}, activation_bytes")
             elif not (_number(entry.get(key)) and 0 <= entry[key] <= MOST):
-                wrong(f"layers.{name}.{key}", entry, "a number, 0 or more")
+                wrong(f"layers.{name}.{key}", entry.get(key), "a number, 0 or more")
         times.append((name, entry))
     if found:
         raise MdlError(dict.fromkeys(found))
@@ -227,14 +228,14 @@ def _from_file(path: Path) -> Device:
 def _text(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():
-            raise MdlError([Diagnostic(E821, f"`{path}` is not a regular file")])
+            raise MdlError([Diagnostic(E001, f"`{path}` is not a regular file")])
         if path.stat().st_size > MAX_BYTES:
             message = f"`{path}` is larger than any file of layer times ({MAX_BYTES // 2**20} MiB)"
             raise MdlError([Diagnostic(E821, message)])
         return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not text"
-        raise MdlError([Diagnostic(E821, f"`{path}` cannot be read: {reason}")]) from None
+        raise MdlError([Diagnostic(E001, f"`{path}` cannot be read: {reason}")]) from None
 
 
 def _number(value: object) -> bool:

@@ -1,7 +1,8 @@
 """Text generation: prompts of token ids in, token ids out, with the model's decoding state.
 
 The prompts are read in one pass, then one token a step. Prompts of unequal length are padded on the left;
-padding reaches nothing. Refuses (ValueError) empty prompts, ids outside the vocabulary, a pipeline stage.
+padding reaches nothing. Refuses (ValueError) empty prompts, ids outside the vocabulary, a pipeline stage, a
+model without values; and (TypeError) text where ids should be.
 Letters: B batch, T time, V vocab.
 """
 
@@ -96,12 +97,13 @@ def steps(
     """Every new token of every prompt, as it comes. Arguments as `generate`, checked at once."""
     sampling = Sampling(temperature, top_k, top_p)
     stops = _stops(stop)
-    _check(model, prompts, max_tokens)
-    return _steps(model, prompts, max_tokens, sampling, seed, stops)
+    _check(model, max_tokens)
+    read = read_prompts(prompts, vocab=model.graph.model.vocab)
+    return _steps(model, read, max_tokens, sampling, seed, stops)
 
 
 def _steps(
-    model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling, seed: int,
+    model: Model, prompts: list[list[int]], max_tokens: int, sampling: Sampling, seed: int,
     stops: tuple[tuple[int, ...], ...],
 ) -> Iterator[Step]:
     if not prompts or not max_tokens:
@@ -141,10 +143,10 @@ def _read(model: Model, tokens_BT: Tensor, valid_BT: Tensor | None, state: Decod
     return model(tokens_BT, valid=valid_BT, state=state, last=1)[:, -1]
 
 
-def _padded(prompts: Sequence[Sequence[int]], *, device) -> tuple[Tensor, Tensor | None]:
+def _padded(prompts: list[list[int]], *, device) -> tuple[Tensor, Tensor | None]:
     """Token ids [B, T] with padding on the left, and which are real (None: all)."""
     T = max(map(len, prompts))
-    tokens_BT = torch.tensor([[0] * (T - len(p)) + [int(t) for t in p] for p in prompts], device=device)
+    tokens_BT = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)
     if all(len(p) == T for p in prompts):
         return tokens_BT, None
     lengths_B = torch.tensor([len(p) for p in prompts], device=device)
@@ -152,6 +154,8 @@ def _padded(prompts: Sequence[Sequence[int]], *, device) -> tuple[Tensor, Tensor
 
 
 def _stops(stop: Stop) -> tuple[tuple[int, ...], ...]:
+    if isinstance(stop, str) or any(isinstance(s, str) for s in stop):
+        raise TypeError("`stop` holds token ids, or sequences of ids, not text: encode it")
     found = tuple((s,) if isinstance(s, int) else tuple(s) for s in stop)
     if () in found:
         raise ValueError("an empty stop sequence would stop before the first token")
@@ -163,17 +167,27 @@ def _stopped(tokens: list[int], stops: tuple[tuple[int, ...], ...]) -> tuple[int
     return max((s for s in stops if tuple(tokens[-len(s) :]) == s), key=len, default=())
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+def _check(model: Model, max_tokens: int) -> None:
     if model.stage.count > 1:
         raise ValueError("text comes from a whole model; this is one stage of a pipeline")
+    if model.device.type == "meta":
+        raise ValueError("the model is on `meta`, without values; `build.init.materialise` gives them")
+    if not hasattr(max_tokens, "__index__"):
+        raise TypeError(f"max_tokens must be a whole number, not {max_tokens!r}")
     if max_tokens < 0:
         raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")
-    vocab = model.graph.model.vocab
+
+
+def read_prompts(prompts: Sequence[Sequence[int]], *, vocab: int) -> list[list[int]]:
+    """Prompts as lists of ids, checked."""
+    found = []
     for row, prompt in enumerate(prompts):
-        if isinstance(prompt, int):
-            raise ValueError("`prompts` is a list of prompts, each a list of token ids")
-        if not len(prompt):
-            raise ValueError(f"prompt {row} is empty; a model needs at least one token to go on from")
-        if bad := [int(t) for t in prompt if not 0 <= t < vocab]:
-            legal = f"from 0 to {vocab - 1} (vocab = {vocab})"
-            raise ValueError(f"prompt {row} has the id {bad[0]}; ids are {legal}")
+        if isinstance(prompt, (int, str)):
+            raise ValueError(f"`prompts` is a list of prompts, each a list of token ids, not {prompt!r}")
+        ids, which = [int(t) for t in prompt], f"prompt {row}" if len(prompts) > 1 else "the prompt"
+        if not ids:
+            raise ValueError(f"{which} is empty; a model needs at least one token to go on from")
+        if bad := [t for t in ids if not 0 <= t < vocab]:
+            raise ValueError(f"{which} has the id {bad[0]}; ids are from 0 to {vocab - 1} (vocab = {vocab})")
+        found.append(ids)
+    return found

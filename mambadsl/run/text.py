@@ -62,7 +62,10 @@ class JsonFile:
             raise ValueError(f"`{path}` needs the package `tokenizers` (pip install tokenizers)") from error
         if not Path(path).is_file():
             raise ValueError(f"there is no tokenizer file `{path}`")
-        self.loaded = Loaded.from_file(str(path))
+        try:
+            self.loaded = Loaded.from_file(str(path))
+        except Exception as error:  # The package raises nothing narrower.
+            raise ValueError(f"`{path}` is no tokenizer file: {error}") from None
         size = self.loaded.get_vocab_size()
         if size > vocab:
             raise ValueError(f"the tokenizer has {size} ids and the model {vocab}: some have no embedding")

@@ -16,7 +16,7 @@ from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import all_weights
 from mambadsl.show.describe import all_fields, kind_text, mixer_text, model_texts, shape_text
 from mambadsl.show.fold import Group, Item, Leaf, fold, group_text
-from mambadsl.show.units import count, flops, percent, size
+from mambadsl.show.units import count, flops, layers, percent, size
 
 WIDTH = 110
 INDENT = 2
@@ -148,7 +148,7 @@ def _head(graph: LayerGraph, whole: Cost, length: int | None) -> list[str]:
     cuts = sum(node.cut_after for node in graph.nodes)
     stages = [f"{cuts + 1} stages by `|`"] if cuts else []
     first = [
-        f"{len(graph.layers)} layers",
+        layers(len(graph.layers)),
         *tail,
         *stages,
         f"{count(whole.params)} params",

@@ -17,7 +17,7 @@ from mambadsl.show.describe import kind_text, mixer_text, shape_text
 from mambadsl.show.flow import Flow, Link, flow
 from mambadsl.show.fold import Group, Item, Leaf, group_text
 from mambadsl.show.marks import fitted, page, path, rect, text, wide
-from mambadsl.show.units import count, percent
+from mambadsl.show.units import count, layers, percent
 
 if TYPE_CHECKING:
     from mambadsl.plan.plan import Plan
@@ -86,12 +86,12 @@ def svg_text(graph: LayerGraph, *, plan: Plan | None = None) -> str:
         *_side_lines(lanes, layout, right + 14),
         *legend,
     ]
-    return page(width, height, f"{graph.name}: {len(graph.layers)} layers", body)
+    return page(width, height, f"{graph.name}: {layers(len(graph.layers))}", body)
 
 
 def _title(graph: LayerGraph, whole: Cost, picture: Flow, width: float) -> list[str]:
     model = graph.model
-    size_ = [f"{len(graph.layers)} layers", f"{count(whole.params)} params"]
+    size_ = [layers(len(graph.layers)), f"{count(whole.params)} params"]
     size_ += [f"{count(whole.active_params)} active"] * (whole.active_params != whole.params)
     size_ += [f"{picture.stage_count} stages"] * bool(picture.stages)
     shape = [f"d_model {model.d_model}", f"vocab {model.vocab}", f"context {model.context}"]

@@ -12,6 +12,11 @@ def count(n: int) -> str:
     return _scaled(n, _COUNTS, "")
 
 
+def layers(n: int) -> str:
+    """`52 layers`, `1 layer`."""
+    return f"{n:,} layer{'s' * (n != 1)}"
+
+
 def flops(n: float) -> str:
     """Floating-point operations: `16.2 G`."""
     return _scaled(n, _FLOPS, "")

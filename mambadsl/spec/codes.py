@@ -8,6 +8,7 @@ from mambadsl.text.diagnostic import declare
 
 MAX_LAYERS = 10_000
 MAX_DEPTH = 64
+MAX_BRANCHES = 64
 
 E020 = declare(
     "E020",
@@ -69,7 +70,7 @@ E045 = declare(
     """
     `M + A` runs single layers side by side on one normed input and adds their outputs. Blocks have their
     own norms and residual additions, so they cannot be branches; the branches' `norm`, `residual`,
-    `input` and `recompute` are the sum's and must agree.
+    `input` and `recompute` are the sum's and must agree. A sum has at most 64 branches.
     """,
 )
 E046 = declare(

@@ -20,6 +20,8 @@ from mambadsl.spec.model import LayerSpec, Mixer, Origin
 LAYER_NAME = re.compile("[A-Z][A-Za-z0-9_]*")
 #: A mixer of a layer.
 _Branch: TypeAlias = "tuple[Mixer, LayerSpec]"
+#: Fields, their values and where these came from.
+_Group: TypeAlias = "tuple[tuple[Field, ...], Values, dict[str, Origin]]"
 #: `name=value`, and a comment or None.
 _Arg: TypeAlias = "tuple[str, str | None]"
 
@@ -107,7 +109,7 @@ class Emitter:
         return out
 
 
-def _groups(mixer: Mixer, layer: LayerSpec) -> tuple[tuple[tuple[Field, ...], Values, dict[str, Origin]], ...]:
+def _groups(mixer: Mixer, layer: LayerSpec) -> tuple[_Group, ...]:
     """Fields with their values and origins: of the kind, the branch, the sublayer."""
     return (
         (get(mixer.kind).fields, mixer.fields, mixer.origins),

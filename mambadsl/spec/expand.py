@@ -136,10 +136,12 @@ def _note(origin: Origin | None) -> str | None:
 def _inlined(expect: ExpectSpec) -> tree.Expect:
     """The statement with constants of its file replaced by their values."""
 
+    scope = expect.scope
+
     def walk(node):
         match node:
-            case tree.Term(args=None) if expect.scope.constant(node.name.text) and node.name.text not in FACTS:
-                return exact.node(expect.scope.lookup(node.name))
+            case tree.Term(args=None, name=name) if scope.constant(name.text) and name.text not in FACTS:
+                return exact.node(scope.lookup(name))
             case tree.Binary():
                 return replace(node, left=walk(node.left), right=walk(node.right))
             case tree.Negative() | tree.Paren():

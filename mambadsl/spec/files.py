@@ -79,7 +79,8 @@ class Files:
         if path.is_dir():
             raise MdlError([Diagnostic(E030, f"`{text}` is a folder, not a model file", span)])
         if not path.is_file():
-            near = nearest(path.name, [p.name for p in path.parent.glob("*.mdl")]) if path.parent.is_dir() else None
+            siblings = [p.name for p in path.parent.glob("*.mdl")] if path.parent.is_dir() else []
+            near = nearest(path.name, siblings)
             help = (f'did you mean "{text.removesuffix(path.name)}{near}"?',) if near else ()
             raise MdlError([Diagnostic(E030, f"there is no file `{text}`", span, "not there", help=help)])
         if path not in self._read and len(self._read) >= MAX_FILES:

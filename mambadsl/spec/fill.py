@@ -41,7 +41,8 @@ E023 = declare(
 #: What other libraries call our fields.
 ELSEWHERE = {
     "hidden_size": "d_model", "width": "d_model", "dim": "d_model", "n_embd": "d_model",
-    "vocab_size": "vocab", "max_position_embeddings": "context", "max_seq_len": "context", "seq_len": "context",
+    "vocab_size": "vocab",
+    "max_position_embeddings": "context", "max_seq_len": "context", "seq_len": "context",
     "tie_word_embeddings": "tie_embeddings", "tied": "tie_embeddings",
     "intermediate_size": "d_ff", "ffn_hidden_size": "d_ff", "hidden": "d_ff", "ffn_dim": "d_ff",
     "num_heads": "heads", "n_heads": "heads", "nheads": "heads", "num_attention_heads": "heads",
@@ -80,7 +81,8 @@ def fill(
             try:
                 done[field.name] = field.type.convert(g.value)
                 how = "set" if is_outside(g.key) else "given"
-                origins[field.name] = Origin(how, g.key.to(g.place) if g.key.source is g.place.source else g.place)
+                whole = g.key.to(g.place) if g.key.source is g.place.source else g.place
+                origins[field.name] = Origin(how, whole)
                 continue
             except Mismatch as mismatch:
                 report(_mismatch(field, g, mismatch))

@@ -20,12 +20,20 @@ from mambadsl.text.source import Span
 MODEL_FIELDS: tuple[Field, ...] = (
     Field("vocab", Int(), 32768, "rows of the embedding table", "tokens"),
     Field("d_model", Int(), 1024, "width of the residual stream", "channels"),
-    Field("context", Int(), 4096, "tokens of a training sequence; the length that costs are given for", "tokens"),
-    Field("norm", NORM, NORM.convert_word("rmsnorm"), "norm of every layer that does not say otherwise, and the last"),
+    Field(
+        "context", Int(), 4096, "tokens of a training sequence; the length that costs are given for", "tokens"
+    ),
+    Field(
+        "norm", NORM, NORM.convert_word("rmsnorm"),
+        "norm of every layer that does not say otherwise, and the last",
+    ),
     Field("tie_embeddings", Flag(), False, "the head uses the embedding table"),
     Field("embedding_multiplier", Real(), 1, "scale of the embeddings"),
     Field("logits_multiplier", Real(), 1, "scale of the logits"),
-    Field("logits_softcap", OrWord("none", Real(above=0)), None, "logits are squashed to cap * tanh(logit / cap)"),
+    Field(
+        "logits_softcap", OrWord("none", Real(above=0)), None,
+        "logits are squashed to cap * tanh(logit / cap)",
+    ),
     Field("residual_dtype", OneOf("model", "fp32"), "model", "dtype of the residual stream"),
     Field("init_std", Real(above=0), 0.02, "standard deviation of initial projection weights"),
     Field(
@@ -36,7 +44,10 @@ MODEL_FIELDS: tuple[Field, ...] = (
 
 MTP_FIELDS: tuple[Field, ...] = (
     Field("depths", Int(1, 16), 1, "how many tokens ahead, one after the other", "tokens"),
-    Field("weights", OneOf("own", "shared"), "own", "own: each depth has its weights; shared: all use the same"),
+    Field(
+        "weights", OneOf("own", "shared"), "own",
+        "own: each depth has its weights; shared: all use the same",
+    ),
 )
 
 

@@ -70,7 +70,8 @@ class _Option:
         self.name = name
         self.source = from_text(f"--set {name}={text}", name=f"--set {name}")
         self.whole = Span(self.source, 0, len(self.source.text))
-        self.key = tree.Name(name.rpartition(".")[2], span=Span(self.source, len("--set "), len(f"--set {name}")))
+        place = Span(self.source, len("--set "), len(f"--set {name}"))
+        self.key = tree.Name(name.rpartition(".")[2], span=place)
         self.value = self._read(text)
 
     def into(self, file: tree.File) -> tree.File:
@@ -110,7 +111,8 @@ class _Option:
         if "." in field:
             self._refuse(f"`{field}` is no field: only a whole field can be set", ())
         for s in file.statements:
-            yield replace(s, item=self._changed(s)) if isinstance(s, tree.Layer) and s.name.text == owner else s
+            mine = isinstance(s, tree.Layer) and s.name.text == owner
+            yield replace(s, item=self._changed(s)) if mine else s
 
     def _changed(self, layer: tree.Layer) -> tree.Item:
         item = layer.item
@@ -139,7 +141,10 @@ class _Option:
         legal = list(legal)
         near = nearest(word or self.name, legal)
         listed = ", ".join(legal[:20]) + (", ..." if len(legal) > 20 else "")
-        help = (f"did you mean `{near}`?",) if near else (f"there are {listed}",) if legal else ()
+        if near or legal:
+            help = (f"did you mean `{near}`?" if near else f"there are {listed}",)
+        else:
+            help = (f"declare it in the file: `layer {word} = ...`",) if word else ()
         raise MdlError([Diagnostic(E048, message, self.key.span, help=help)])
 
 
@@ -151,5 +156,6 @@ def _moved(value: Any, source: Source, shift: int) -> Any:
     if isinstance(value, tuple):
         return tuple(_moved(v, source, shift) for v in value)
     if isinstance(value, (tree.Node, Diagnostic, Label)):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), source, shift) for f in fields(value)})
+        parts = {f.name: _moved(getattr(value, f.name), source, shift) for f in fields(value)}
+        return replace(value, **parts)
     return value

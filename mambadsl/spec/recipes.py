@@ -9,7 +9,7 @@ from mambadsl.kinds.fields import Mismatch
 from mambadsl.kinds.kind import Kind
 from mambadsl.kinds.sublayer import BRANCH_FIELDS, SUBLAYER_FIELDS
 from mambadsl.kinds.values import Values
-from mambadsl.spec.codes import E045
+from mambadsl.spec.codes import E045, MAX_BRANCHES, short_count
 from mambadsl.spec.fill import Given, fill
 from mambadsl.spec.model import LayerSpec, Mixer
 from mambadsl.text.diagnostic import Diagnostic, Label
@@ -86,6 +86,10 @@ def joined(recipes: list[Recipe], place: Span, report: Callable[[Diagnostic], No
                 return None
             sub.setdefault(key, given)
     branches = tuple(replace(b, chain=b.chain + r.chain) for r in recipes for b in r._named())
+    if len(branches) > MAX_BRANCHES:
+        message = f"a sum joins at most {MAX_BRANCHES} layers, not {short_count(len(branches))}"
+        report(Diagnostic(E045, message, place))
+        return None
     return Recipe(branches, sub, chain=(place,))
 
 

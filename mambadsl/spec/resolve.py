@@ -67,8 +67,8 @@ class _Resolver:
         stack, mtp = self._stack(main, layers)
         laid_out = (*stack, *(mtp.items if mtp else ()))
         parts = resolve_parts(file, main, layers, self.report, model=laid_out)
-        outside = from_outside(file)
-        expects = tuple(ExpectSpec(s, main) for s in file.statements if isinstance(s, tree.Expect) and not outside)
+        facts = [s for s in file.statements if isinstance(s, tree.Expect)]
+        expects = () if from_outside(file) else tuple(ExpectSpec(s, main) for s in facts)
         name = blocks[0].name.text if blocks else name_of(file.source.name)
         return ModelSpec(name, model, stack, mtp, parts, expects, origins, file)
 
@@ -83,8 +83,8 @@ class _Resolver:
 
     def _once(self, found: list, what: str) -> None:
         for again in found[1:]:
-            first = Label(found[0].span, "the first one")
-            self.report(Diagnostic(codes.E026, f"a file has one `{what}`", again.span, "another one", (first,)))
+            labels = (Label(found[0].span, "the first one"),)
+            self.report(Diagnostic(codes.E026, f"a file has one `{what}`", again.span, "another one", labels))
 
     def _settings(self, block: tree.Model | None) -> dict[str, tree.Setting]:
         legal = [f.name for f in MODEL_FIELDS]

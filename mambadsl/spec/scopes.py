@@ -73,6 +73,8 @@ class Scopes:
         scope = self.of(there)
         self._open.pop()
         for name in statement.names:
+            if name.text in into.layers or name.text in into.lets:
+                continue  # declared twice, which was reported
             if name.text in scope.declared():
                 into.imports.setdefault(name.text, Imported(scope, name))
             elif name.text in scope.broken:
@@ -95,6 +97,6 @@ class Scopes:
         declared = scope.declared()
         near = nearest(name.text, declared)
         listed = ", ".join(declared[:20]) + (", ..." if len(declared) > 20 else "")
-        help = f"did you mean `{near}`?" if near else f"it declares {listed}" if listed else "it declares nothing"
+        help = f"did you mean `{near}`?" if near else f"it declares {listed or 'nothing'}"
         message = f"`{statement.path.value}` declares no `{name.text}`"
         return Diagnostic(codes.E027, message, name.span, "not there", help=(help,))

@@ -14,8 +14,8 @@ from mambadsl.syntax import tree
 from mambadsl.text.diagnostic import Diagnostic, Label, declare
 from mambadsl.text.spell import nearest
 
-#: Bound on the size of any number on the way, so that no expression can grow without limit.
-MAX_NUMBER = 10**30
+#: Bounds on any number on the way, and on the parts of a list or a form, so that nothing grows without limit.
+MAX_NUMBER, MAX_PARTS = 10**30, 1000
 
 E040 = declare(
     "E040",
@@ -35,7 +35,7 @@ E041 = declare(
     """
     Arithmetic (`+ - * / //`) is for numbers; nothing divides by zero; results stay below 1e30, and are
     fractions of numbers below 1e30 (they are exact, and would grow without limit). Functions are
-    `round_up(x, multiple)`, `min(...)` and `max(...)`.
+    `round_up(x, multiple)`, `min(...)` and `max(...)`. Lists and forms have at most 1,000 parts in all.
     """,
 )
 E042 = declare(
@@ -80,7 +80,7 @@ def evaluate(node: tree.Value, scope: Scope) -> Any:
         case tree.Paren():
             return evaluate(node.value, scope)
         case tree.List():
-            return [evaluate(item, scope) for item in node.items]
+            return _small([evaluate(item, scope) for item in node.items], node)
         case tree.Negative():
             return -_number(node.value, scope)
         case tree.Binary():
@@ -90,12 +90,24 @@ def evaluate(node: tree.Value, scope: Scope) -> Any:
             return Word(node.name.text) if value is None else value
         case tree.Term():
             function = FUNCTIONS.get(node.name.text)
-            return function(node, scope) if function else call(node.name.text, node.args, scope)
+            return function(node, scope) if function else _small(call(node.name.text, node.args, scope), node)
         case tree.Use():
-            raise Problem(
-                Diagnostic(E040, f"the layer `{node.name.text}` is not a value", node.span, "no field takes a layer")
-            )
+            message = f"the layer `{node.name.text}` is not a value"
+            raise Problem(Diagnostic(E040, message, node.span, "no field takes a layer"))
     raise TypeError(type(node).__name__)
+
+
+def _small(value: Any, node: tree.Node) -> Any:
+    """The value, if it has few parts: constants in constants would make it grow like 2**n."""
+    todo, parts = [value], 0
+    while todo:
+        part = todo.pop()
+        inner = part if isinstance(part, list) else part.args.values() if isinstance(part, Call) else ()
+        todo += inner
+        parts += len(inner)
+        if parts > MAX_PARTS:
+            raise Problem(Diagnostic(E041, f"the value has more than {MAX_PARTS:,} parts", node.span))
+    return value
 
 
 def call(name: str, args: tuple[tree.Arg, ...], scope: Scope) -> Call:
@@ -131,7 +143,8 @@ def _number(node: tree.Value, scope: Scope) -> Fraction:
     if isinstance(value, Word):
         near = nearest(value.text, scope.names())
         help = (f"did you mean `{near}`?",) if near else ("constants are declared by `let name = value`",)
-        raise Problem(Diagnostic(E041, f"`{value.text}` is not a number here", node.span, "no such constant", help=help))
+        message = f"`{value.text}` is not a number here"
+        raise Problem(Diagnostic(E041, message, node.span, "no such constant", help=help))
     raise Problem(Diagnostic(E041, f"arithmetic needs numbers, not `{show(value)}`", node.span))
 
 

@@ -129,9 +129,18 @@ def test_one_name_with_two_values_is_refused(tmp_path):
 
 
 def test_folders_that_hold_nothing_or_damage(tmp_path):
-    with pytest.raises(MdlError, match="there are no weights"):
+    with pytest.raises(MdlError, match="there is no folder"):
         load_weights(blank("M"), tmp_path / "nowhere")
-    save_weights(made("M"), tmp_path)
+    with pytest.raises(MdlError, match="there are no weights"):
+        load_weights(blank("M"), tmp_path)
+    file, = save_weights(made("M"), tmp_path)
+    with pytest.raises(MdlError, match="is a file; the folder"):
+        load_weights(blank("M"), file)
+    for text in "{", "[]", "{}", '{"weight_map": 3}':
+        (tmp_path / "weights.index.json").write_text(text)
+        with pytest.raises(MdlError, match="is no index of weights"):
+            load_weights(blank("M"), tmp_path)
+    (tmp_path / "weights.index.json").unlink()
     (tmp_path / "weights.safetensors").write_bytes(b"no such thing")
     with pytest.raises(MdlError, match="damaged"):
         load_weights(blank("M"), tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,8 @@ def test_bad_usage_is_exit_2(args):
         ((TINY,), "mambadsl check"),
         (("plan", TINY, "--device", "h20"), "`h200`"),
         (("explain", "mamba"), "mamba2"),
+        (("explain", "E20"), "codes such as E204"),
+        (("check", TINY, "--target", "vlm"), "none of `none`, `hf`, `megatron`, `vllm`"),
         (("explain", "E998"), "there is no code E998"),
     ],
 )
@@ -292,6 +296,39 @@ def test_a_place_that_cannot_be_written_in_json(tmp_path):
 def test_a_picture_goes_to_a_device_too():
     assert call("graph", TINY, "-o", "/dev/null").exit_code == 0
     assert Path("/dev/null").exists() and not Path("/dev/null").is_file()
+
+
+def test_a_picture_goes_to_standard_output_by_name_too():
+    args = [sys.executable, "-m", "mambadsl", "graph", TINY, "-o", "/dev/stdout"]
+    made = subprocess.run(args, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 0 and made.stdout == call("graph", TINY).stdout, made.stderr
+
+
+def test_fmt_check_of_an_argument_asks_for_no_line_end():
+    assert call("fmt", "--check", "-e", "M M A").exit_code == 0
+    assert call("fmt", "--check", "-e", "M   M A").exit_code == 1
+
+
+def test_numbers_of_a_large_model_are_readable():
+    assert ": 3,000 layers" in call("check", "-e", "M*3000").stdout
+
+
+def test_facts_about_a_default_are_told_without_a_place():
+    assert "32,768 rows cannot be split over 3 devices" in call("check", "-e", "M", "--tp", "3").stderr
+
+
+def test_compile_plans_as_it_is_told(tmp_path):
+    told = ("--stages", "2", "--schedule", "zb", "--microbatches", "6", "--device", "h100", "--length", "128")
+    call("compile", TINY, *told, "-o", tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    assert plan == data("plan", TINY, *told)["plan"]
+    assert (plan["schedule"], plan["microbatches"], plan["device"]) == ("zb", 6, "h100")
+
+
+def test_a_folder_in_the_way_is_named(tmp_path):
+    (tmp_path / "plan.json").mkdir()
+    result = call("compile", TINY, "-o", tmp_path)
+    assert result.exit_code == 1 and f"`{tmp_path / 'plan.json'}` cannot be written" in result.stderr
 
 
 def test_a_part_set_of_the_text_is_known(tmp_path):

@@ -57,14 +57,32 @@ def test_weights_of_a_checkpoint(tmp_path):
     [
         (("--tokens", "999"), "999"),
         (("--prompt", "a", "--device", "abacus"), "abacus"),
-        (("--prompt", ""), "empty"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "a", "--tokenizer", TINY), "is no tokenizer file"),
+        (("--tokens", "1", "--tokenizer", "t.json"), "--tokenizer is for --prompt"),
         (("--prompt", "a", "--tokenizer", "nope.json"), "nope.json"),
-        (("--tokens", "1", "--stop", "x"), "token ids"),
+        (("--tokens", "1", "--stop", "x"), "for --stop: `x` is not a list of token ids"),
     ],
 )
 def test_refusals_are_bad_usage(args, words):
     result = call(*args)
     assert result.exit_code == 2 and words in result.stderr, result.output
+
+
+def test_a_bad_request_is_refused_before_anything_is_built():
+    assert "random" not in call("--tokens", "999").stderr
+
+
+def test_a_model_beyond_the_memory_is_refused():
+    large = str(MODELS / "jamba_1_5_large.mdl")
+    refused = CliRunner().invoke(cli, ["generate", large, "--tokens", "1", "--set", "vocab=100_000_000"])
+    assert refused.exit_code == 1 and "the weights take 7.41 TiB" in refused.stderr
+
+
+def test_what_changes_nothing_is_said():
+    printed = call("--tokens", "1", "--max-tokens", "2", "--top-k", "3")
+    assert printed.exit_code == 0 and "nothing is drawn" in printed.stderr
+    assert "nothing is drawn" not in call("--tokens", "1", "--max-tokens", "2", "--temperature", "1").stderr
 
 
 def test_a_folder_without_a_checkpoint(tmp_path):

@@ -23,12 +23,15 @@ def test_layers_sums_groups_repeats_cuts_and_copies():
     M = g.layer("M", "mamba2", head_dim=16)
     A = g.layer("A", "attention", heads=4, rope=form("rope", theta=1e6))
     g.stack([M, A] * 2, M + A, g.cut, A(window=8), 3 * M, [M, [A] * 2], (M + A) * 2, M * 2 * 2)
-    same(g, """
+    same(
+        g,
+        """
         model toy { vocab = 256 d_model = 64 norm = layernorm(bias=false) tie_embeddings = true }
         layer M = mamba2(head_dim=16)
         layer A = attention(heads=4, rope=rope(theta=1e6))
         stack { [M A M A] M+A | A(window=8) M*3 [M [A A]] [M+A]*2 [M*2]*2 }
-    """)
+    """,
+    )
 
 
 def test_blocks_shared_items_tails_and_facts():
@@ -42,7 +45,9 @@ def test_blocks_shared_items_tails_and_facts():
     g.stack(B, S, B * 2, S(adapter=form("lora", rank=4)), T, H(recompute=True), T)
     g.mtp(M, [F], depths=2, weights="shared")
     g.expect("layers", "==", 2 + 1 + 4 + 1 + 3 + 1 + 3)
-    same(g, """
+    same(
+        g,
+        """
         model zamba { d_model = 64 }
         layer M = mamba2()
         layer F = mlp(act=relu2)
@@ -52,20 +57,31 @@ def test_blocks_shared_items_tails_and_facts():
         shared T = [M*2 F]
         stack { B S B*2 S(adapter=lora(rank=4)) T H(recompute=true) T }
         mtp(depths=2, weights=shared) { M [F] }
-    """)
+    """,
+    )
 
 
 def test_every_sort_of_value():
     g = Graph(d_model=64)
     M = g.layer("M", "mamba2", dt_limit=(0.001, "inf"), a_range=[0.5, 8], bias=True, norm_eps=1e-6)
-    A = g.layer("A", "attention", heads=4, window=None, softcap=30, rope=form("rope", scaling=form("linear", factor=2)))
+    A = g.layer(
+        "A",
+        "attention",
+        heads=4,
+        window=None,
+        softcap=30,
+        rope=form("rope", scaling=form("linear", factor=2)),
+    )
     g.stack(M, A)
-    same(g, """
+    same(
+        g,
+        """
         model a_model { d_model = 64 }
         layer M = mamba2(dt_limit=[0.001, inf], a_range=[0.5, 8], bias=true, norm_eps=1e-6)
         layer A = attention(heads=4, softcap=30, rope=rope(scaling=linear(factor=2)))
         stack { M A }
-    """)
+    """,
+    )
 
 
 def lines(error: MdlError) -> list[tuple[str, int]]:
@@ -93,10 +109,14 @@ except mambadsl.MdlError as error:
         print(d.code.id, d.span.source.name == __file__, d.span.line, d.span.text)
 """)
     out = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
-    assert sorted(out.splitlines()) == sorted([
-        'E023 True 2 g = mambadsl.Graph("toy", d_modle=64)', 'E022 True 3 M = g.layer("M", "mamba2",',
-        'E040 True 5 A = g.layer("A", "attention", heads=0)', "E047 True 10 M * 0)",
-    ])
+    assert sorted(out.splitlines()) == sorted(
+        [
+            'E023 True 2 g = mambadsl.Graph("toy", d_modle=64)',
+            'E022 True 3 M = g.layer("M", "mamba2",',
+            'E040 True 5 A = g.layer("A", "attention", heads=0)',
+            "E047 True 10 M * 0)",
+        ]
+    )
 
 
 def test_a_line_of_the_checker_too():
@@ -125,9 +145,18 @@ def test_misuse_is_a_plain_python_error():
     g = Graph("toy")
     M = g.layer("M", "mamba2")
     for wrong in (
-        lambda: M + 3, lambda: M * 1.5, lambda: M * True, lambda: g.cut * 2, lambda: M + g.cut, lambda: g.cut + M,
-        lambda: (M + M)(heads=2), lambda: g.stack("M"), lambda: g.stack(3), lambda: g.layer("N", "mlp", act=object()),
-        lambda: g.layer("N", [M], heads=3), lambda: (M * 2) + M,
+        lambda: M + 3,
+        lambda: M * 1.5,
+        lambda: M * True,
+        lambda: g.cut * 2,
+        lambda: M + g.cut,
+        lambda: g.cut + M,
+        lambda: (M + M)(heads=2),
+        lambda: g.stack("M"),
+        lambda: g.stack(3),
+        lambda: g.layer("N", "mlp", act=object()),
+        lambda: g.layer("N", [M], heads=3),
+        lambda: (M * 2) + M,
     ):
         with pytest.raises(TypeError):
             wrong()

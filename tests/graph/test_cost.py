@@ -47,7 +47,9 @@ def test_a_window_is_state_of_a_fixed_size():
     cost = of(f"layer A = {A} stack {{ A(window=3) }}")
     assert cost.kv_bytes_per_token == 0 and cost.state_bytes == 3 * 2 * 2 * 4 * 2
     # Tokens see 1, 2, 3, 3, 3, 3, 3, 3 tokens.
-    assert cost.flops.forward - of(f"stack {{ {A} }}").flops.forward == 4 * 16 * (Fraction(21, 8) - Fraction(9, 2))
+    assert cost.flops.forward - of(f"stack {{ {A} }}").flops.forward == 4 * 16 * (
+        Fraction(21, 8) - Fraction(9, 2)
+    )
     assert of(f"layer A = {A} stack {{ A(window=8) }}").flops == of(f"stack {{ {A} }}").flops
 
 
@@ -57,7 +59,7 @@ def test_length_matters_where_tokens_look_at_tokens():
 
 
 def test_mamba2():
-    """heads 4, head_dim 8: d_inner 32; in_proj [z 32 | x 32 | B 16 | C 16 | dt 4]; 64 channels of conv, 4 taps."""
+    """d_inner 4 * 8 = 32; in_proj [z 32 | x 32 | B 16 | C 16 | dt 4]; 64 channels of conv, 4 taps."""
     cost = of("stack { mamba2(heads=4, head_dim=8, d_state=16) }")
     assert cost.params == 16 + 16 * 100 + 64 * 4 + 64 + 3 * 4 + 32 + 32 * 16
     assert cost.state_bytes == 64 * 3 * 2 + 4 * 8 * 16 * 4 and cost.kv_bytes_per_token == 0
@@ -88,7 +90,11 @@ def test_embedding_and_head():
     parts = costs(graph("stack { mlp(d_ff=32) }"))
     assert parts["embed"].params == 1600 and parts["embed"].flops.forward == 0
     assert parts["head"].params == 1600 + 16 and parts["head"].flops.forward == 2 * 1600
-    tied = costs(unroll(resolve(read(from_text("model m { vocab = 100 d_model = 16 tie_embeddings = true } stack { F }")))))
+    tied = costs(
+        unroll(
+            resolve(read(from_text("model m { vocab = 100 d_model = 16 tie_embeddings = true } stack { F }")))
+        )
+    )
     assert tied["head"].params == 16 and tied["head"].used_params == 1616
 
 
@@ -115,14 +121,20 @@ def test_adapters_are_each_use_s_own():
     text = f"shared S = {A} stack {{ S S(adapter=lora(rank=2, targets=[o_proj])) S(adapter=lora(rank=3)) }}"
     by_path = costs(graph(text))
     assert [by_path[f"stack.{i}"].params for i in range(3)] == [
-        A_PARAMS, 2 * (16 + 16), 3 * (16 + 32) + 3 * (16 + 16)
+        A_PARAMS,
+        2 * (16 + 16),
+        3 * (16 + 32) + 3 * (16 + 16),
     ]
 
 
-@pytest.mark.parametrize("text", [
-    "shared S = [A F] stack { S M S(adapter=lora(rank=2)) } mtp(depths=2, weights=shared) { S A }",
-    "stack { E*3 M+A } mtp { E }", "model m { tie_embeddings = true } stack { M A(window=3) F }",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "shared S = [A F] stack { S M S(adapter=lora(rank=2)) } mtp(depths=2, weights=shared) { S A }",
+        "stack { E*3 M+A } mtp { E }",
+        "model m { tie_embeddings = true } stack { M A(window=3) F }",
+    ],
+)
 def test_costs_and_the_table_of_weights_agree(text):
     g = unroll(resolve(read(from_text(text))))
     weights = all_weights(g)
@@ -149,23 +161,38 @@ def test_ten_thousand_layers_are_counted_at_once():
     import time
 
     g = graph("shared S = [A F] stack { [M F]*2500 S*2500 }")
-    start = time.perf_counter()
+    start = time.process_time()
     cost = total(costs(g))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert cost.params == whole("shared S = [A F] stack { [M F] S }").params + 2499 * (
         of("stack { M }").params + of("stack { F }").params
     )
 
 
 def test_paths_of_weights():
-    g = graph("shared S = [A F] stack { M S M+A S(adapter=lora(rank=2, targets=[up_proj])) } mtp(weights=shared) { F }")
+    g = graph(
+        "shared S = [A F] stack { M S M+A S(adapter=lora(rank=2, targets=[up_proj])) }"
+        "mtp(weights=shared) { F }"
+    )
     paths = all_weights(g)
     for path in (
-        "embed.weight", "stack.0.norm.weight", "stack.0.mixer.in_proj.weight", "stack.0.mixer.A_log",
-        "shared.S.0.norm.weight", "shared.S.0.mixer.qkv_proj.weight", "shared.S.1.mixer.down_proj.weight",
-        "stack.3.norm.weight", "stack.3.0.in_proj.weight", "stack.3.1.qkv_proj.weight",
-        "mtp.0.eh_proj.weight", "mtp.0.enorm.weight", "mtp.0.hnorm.weight", "mtp.0.0.mixer.down_proj.weight",
-        "mtp.0.final_norm.weight", "final_norm.weight", "head.weight",
+        "embed.weight",
+        "stack.0.norm.weight",
+        "stack.0.mixer.in_proj.weight",
+        "stack.0.mixer.A_log",
+        "shared.S.0.norm.weight",
+        "shared.S.0.mixer.qkv_proj.weight",
+        "shared.S.1.mixer.down_proj.weight",
+        "stack.3.norm.weight",
+        "stack.3.0.in_proj.weight",
+        "stack.3.1.qkv_proj.weight",
+        "mtp.0.eh_proj.weight",
+        "mtp.0.enorm.weight",
+        "mtp.0.hnorm.weight",
+        "mtp.0.0.mixer.down_proj.weight",
+        "mtp.0.final_norm.weight",
+        "final_norm.weight",
+        "head.weight",
     ):
         assert path in paths, path
     assert paths["stack.5.mixer.adapter.gate_up_proj.down.weight"].shape[0] == 2

@@ -136,7 +136,9 @@ def test_a_layer_copied_has_its_own_weights():
 
 def test_a_layer_that_reads_the_embedding():
     g = graph()
-    g.nodes["stack.2"]["layer"] = make_layer("attention", model=g.graph["model"], heads=4, input="with_embedding")
+    g.nodes["stack.2"]["layer"] = make_layer(
+        "attention", model=g.graph["model"], heads=4, input="with_embedding"
+    )
     refused(g, "`stack.2` reads the tensor `x0`", "add it")
     g.add_edge("embed", "stack.2", tensors={"x0": 64})
     assert taken_back(g).layers.layers[2].layer.sub.input == "with_embedding"
@@ -183,8 +185,12 @@ def test_wrong_fields_of_a_new_layer():
 def test_make_layer_refuses_what_the_text_would():
     model = load(text="M").layers.model
     for kind, fields, code in (
-        ("attention", {"rope": Variant("ropee")}, "E040"), ("mamba9", {}, "E021"), ("mlp", {"d_f": 1}, "E022"),
-        ("mlp", {"d_ff": 1.5}, "E040"), ("mlp", {"act": object()}, "E040"), ("mlp", {"dropout": "x"}, "E040"),
+        ("attention", {"rope": Variant("ropee")}, "E040"),
+        ("mamba9", {}, "E021"),
+        ("mlp", {"d_f": 1}, "E022"),
+        ("mlp", {"d_ff": 1.5}, "E040"),
+        ("mlp", {"act": object()}, "E040"),
+        ("mlp", {"dropout": "x"}, "E040"),
     ):
         with pytest.raises(MdlError, match=code):
             make_layer(kind, model=model, **fields)
@@ -192,7 +198,9 @@ def test_make_layer_refuses_what_the_text_would():
 
 def test_make_layer():
     model = load(text="M").layers.model
-    made = make_layer("mamba2", model=model, heads=4, dt_limit=(0, None), norm=Variant("layernorm"), dropout=0.5)
+    made = make_layer(
+        "mamba2", model=model, heads=4, dt_limit=(0, None), norm=Variant("layernorm"), dropout=0.5
+    )
     text = "M(heads=4, dt_limit=[0, inf], norm=layernorm, dropout=0.5)"
     (node,) = load(text=f"layer M = mamba2() stack {{ {text} }}").layers.layers
     assert made == node.layer
@@ -283,14 +291,30 @@ def edits():
 
 
 MALFORMED = {
-    "circle": "in a circle: stack.", "detached": "not on the way", "fork": "lead to one node", "gap": "follows nothing",
-    "no_embed": "must be there", "no_head": "lead to one node|must be there", "two_heads": "`head` are one node each",
-    "head_in_the_middle": "one node each", "layer_as_embed": "one node each", "unknown_role": "`king`",
-    "wrong_tensor": "reads the tensor `kv`", "no_reader": "nothing in `stack.3` reads the tensor `x0`",
-    "tensors_of_nothing": "`tensors` of the edge", "no_layer": "neither `layer` nor `kind`", "not_a_spec": "no LayerSpec",
-    "not_fields": "is no layer", "no_model": "no `model` attribute", "bad_name": "no name for a model",
-    "half_a_shared_item": "no text", "shared_with_other_fields": "no text", "cut_inside_a_shared_item": "no text",
-    "empty": "follows nothing", "tail_from_nowhere": "no text|reads", "name_of_shared": "no text",
+    "circle": "in a circle: stack.",
+    "detached": "not on the way",
+    "fork": "lead to one node",
+    "gap": "follows nothing",
+    "no_embed": "must be there",
+    "no_head": "lead to one node|must be there",
+    "two_heads": "`head` are one node each",
+    "head_in_the_middle": "one node each",
+    "layer_as_embed": "one node each",
+    "unknown_role": "`king`",
+    "wrong_tensor": "reads the tensor `kv`",
+    "no_reader": "nothing in `stack.3` reads the tensor `x0`",
+    "tensors_of_nothing": "`tensors` of the edge",
+    "no_layer": "neither `layer` nor `kind`",
+    "not_a_spec": "no LayerSpec",
+    "not_fields": "is no layer",
+    "no_model": "no `model` attribute",
+    "bad_name": "no name for a model",
+    "half_a_shared_item": "no text",
+    "shared_with_other_fields": "no text",
+    "cut_inside_a_shared_item": "no text",
+    "empty": "follows nothing",
+    "tail_from_nowhere": "no text|reads",
+    "name_of_shared": "no text",
 }
 
 

@@ -20,13 +20,21 @@ def labels(text: str) -> str:
     return " ".join(n.layer.label for n in graph(text).layers)
 
 
-@pytest.mark.parametrize("text, row", [
-    ("M A F", "M A F"), ("M*3 A", "M M M A"), ("[M F]*2", "M F M F"), ("[M [A F]*2]*2", "M A F A F M A F A F"),
-    ("[[M]*2]*2", "M M M M"), ("M+A F", "M+A F"), ("[M+A]*2", "M+A M+A"),
-    ("layer B = [M F]*2 stack { B A B*2 }", "M F M F A M F M F M F M F"),
-    ("layer B = [M F] layer C = [B A]*2 stack { C }", "M F A M F A"),
-    ("shared S = [A F]*2 stack { S M }", "A F A F M"),
-])
+@pytest.mark.parametrize(
+    "text, row",
+    [
+        ("M A F", "M A F"),
+        ("M*3 A", "M M M A"),
+        ("[M F]*2", "M F M F"),
+        ("[M [A F]*2]*2", "M A F A F M A F A F"),
+        ("[[M]*2]*2", "M M M M"),
+        ("M+A F", "M+A F"),
+        ("[M+A]*2", "M+A M+A"),
+        ("layer B = [M F]*2 stack { B A B*2 }", "M F M F A M F M F M F M F"),
+        ("layer B = [M F] layer C = [B A]*2 stack { C }", "M F A M F A"),
+        ("shared S = [A F]*2 stack { S M }", "A F A F M"),
+    ],
+)
 def test_rows(text, row):
     assert labels(text) == row
 
@@ -34,11 +42,29 @@ def test_rows(text, row):
 def test_paths_and_roles():
     g = graph("model m { vocab = 10 } stack { M | [A F]*2 } mtp(depths=2) { A F }")
     assert [n.path for n in g.nodes] == [
-        "embed", "stack.0", "stack.1", "stack.2", "stack.3", "stack.4", "mtp.0.in", "mtp.0.0", "mtp.0.1",
-        "mtp.0.out", "mtp.1.in", "mtp.1.0", "mtp.1.1", "mtp.1.out", "head",
+        "embed",
+        "stack.0",
+        "stack.1",
+        "stack.2",
+        "stack.3",
+        "stack.4",
+        "mtp.0.in",
+        "mtp.0.0",
+        "mtp.0.1",
+        "mtp.0.out",
+        "mtp.1.in",
+        "mtp.1.0",
+        "mtp.1.1",
+        "mtp.1.out",
+        "head",
     ]
     assert [n.role for n in g.nodes if n.role is not Role.LAYER] == [
-        Role.EMBED, Role.MTP_IN, Role.MTP_OUT, Role.MTP_IN, Role.MTP_OUT, Role.HEAD
+        Role.EMBED,
+        Role.MTP_IN,
+        Role.MTP_OUT,
+        Role.MTP_IN,
+        Role.MTP_OUT,
+        Role.HEAD,
     ]
     assert all(n.owner == n.path for n in g.nodes)
     assert [n.path for n in g.layers] == [f"stack.{i}" for i in range(5)]
@@ -48,7 +74,8 @@ def test_paths_and_roles():
 def test_branches_have_paths_of_their_own():
     (node,) = graph("M + A").layers
     assert [(path, prefix) for path, prefix, _ in node.branches()] == [
-        ("stack.0.0", "stack.0.0"), ("stack.0.1", "stack.0.1")
+        ("stack.0.0", "stack.0.0"),
+        ("stack.0.1", "stack.0.1"),
     ]
     (single,) = graph("M").layers
     assert [(path, prefix) for path, prefix, _ in single.branches()] == [("stack.0", "stack.0.mixer")]
@@ -63,7 +90,14 @@ def test_owners():
     """)
     five = [f"shared.S.{i}" for i in range(5)]
     assert [n.owner for n in g.layers] == [
-        *five, "shared.T", "stack.6", *five, "shared.T", "stack.13", "shared.T", "stack.15"
+        *five,
+        "shared.T",
+        "stack.6",
+        *five,
+        "shared.T",
+        "stack.13",
+        "shared.T",
+        "stack.15",
     ]
     tail = [n.owner for n in g.nodes if n.path.startswith("mtp.")]
     assert tail == ["mtp.0.in", "shared.T", "mtp.0.1", "mtp.0.out"] * 2
@@ -97,8 +131,11 @@ def test_two_cuts_in_a_row(text, guilty):
 def test_edges():
     g = graph("model m { d_model = 8 } stack { M A(input=with_embedding) F }")
     assert set(g.edges) == {
-        Edge("embed", "stack.0", "x", 8), Edge("stack.0", "stack.1", "x", 8), Edge("embed", "stack.1", "x0", 8),
-        Edge("stack.1", "stack.2", "x", 8), Edge("stack.2", "head", "x", 8),
+        Edge("embed", "stack.0", "x", 8),
+        Edge("stack.0", "stack.1", "x", 8),
+        Edge("embed", "stack.1", "x0", 8),
+        Edge("stack.1", "stack.2", "x", 8),
+        Edge("stack.2", "head", "x", 8),
     }
 
 
@@ -111,10 +148,18 @@ def test_edges_of_the_tail():
     g = graph("model m { d_model = 8 } stack { M } mtp(depths=2) { A(input=with_embedding) F }")
     tail = {(e.source, e.target, e.tensor) for e in g.edges if e.target.startswith("mtp.")}
     assert tail == {
-        ("stack.0", "mtp.0.in", "h"), ("embed", "mtp.0.in", "next"), ("mtp.0.in", "mtp.0.0", "x"),
-        ("embed", "mtp.0.0", "x0"), ("mtp.0.0", "mtp.0.1", "x"), ("mtp.0.1", "mtp.0.out", "x"),
-        ("mtp.0.1", "mtp.1.in", "h"), ("embed", "mtp.1.in", "next"), ("mtp.1.in", "mtp.1.0", "x"),
-        ("embed", "mtp.1.0", "x0"), ("mtp.1.0", "mtp.1.1", "x"), ("mtp.1.1", "mtp.1.out", "x"),
+        ("stack.0", "mtp.0.in", "h"),
+        ("embed", "mtp.0.in", "next"),
+        ("mtp.0.in", "mtp.0.0", "x"),
+        ("embed", "mtp.0.0", "x0"),
+        ("mtp.0.0", "mtp.0.1", "x"),
+        ("mtp.0.1", "mtp.0.out", "x"),
+        ("mtp.0.1", "mtp.1.in", "h"),
+        ("embed", "mtp.1.in", "next"),
+        ("mtp.1.in", "mtp.1.0", "x"),
+        ("embed", "mtp.1.0", "x0"),
+        ("mtp.1.0", "mtp.1.1", "x"),
+        ("mtp.1.1", "mtp.1.out", "x"),
     }
     assert [e for e in g.edges if e.target == "head"] == [Edge("stack.0", "head", "x", 8)]
 

@@ -60,7 +60,12 @@ def test_a_path_comes_before_a_kind(tmp_path):
         ({"base": "h200", "layers": []}, "`layers` must be an object"),
         ({"base": "h200", "layers": {"M": TIMES}}, "`microbatch_tokens` is missing"),
         (GOOD | {"layers": {"M": 1}}, "`layers.M` must be an object"),
-        (GOOD | {"layers": {"M": {}}}, "`layers.M.forward_s` must be a number, 0 or more, not nothing"),
+        (GOOD | {"layers": {"M": {}}}, "`layers.M.forward_s` is missing; it is a number, 0 or more"),
+        ({}, "`base` is missing; it is one of h200"),
+        ({"base": "h200", "usable": 1.5}, "`usable` must be a positive number, at most 1"),
+        ('{"base": "cpu", "bf16_flops": 1e-300}', "`bf16_flops` must be a positive number of a size"),
+        (GOOD | {"layers": {"M": {**TIMES, "forward_s": 1e308}}}, "`layers.M.forward_s`"),
+        ("\xff" + "[" * 17 * 2**20, "is larger than any file of layer times"),
         (GOOD | {"layers": {"M": {**TIMES, "forward_s": -1}}}, "`layers.M.forward_s`"),
         (GOOD | {"layers": {"M": {**TIMES, "forwards": 1}}}, "there is no key `layers.M.forwards`"),
     ],
@@ -70,6 +75,11 @@ def test_bad_files(tmp_path, data, message):
         device(written(tmp_path, data))
     assert {d.code.id for d in error.value.diagnostics} == {"E821"}
     assert any(message in d.message for d in error.value.diagnostics)
+
+
+def test_times_of_ten_thousand_layers_are_read(tmp_path):
+    layers = {f"stack.{n}": TIMES for n in range(10_000)}
+    assert len(device(written(tmp_path, GOOD | {"layers": layers})).layer_times) == 10_000
 
 
 def test_times_of_other_models_or_microbatches_are_refused(tmp_path):

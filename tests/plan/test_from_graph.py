@@ -109,3 +109,26 @@ def test_planning_loads_nothing_slow():
         "assert not {'torch', 'numpy', 'networkx', 'lark', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_numbers_in_messages_agree_with_their_nouns():
+    def said(stack, **how):
+        with pytest.raises(MdlError) as error:
+            plan(text(stack).checked, **how)
+        return str(error.value)
+
+    assert "1 cut `|` makes 2 stages, not 3" in (one := said("M | M", stages=3)) and "ask for 2 stages" in one
+    assert "ask for 1 rank with 2 stages each" in said("M | M", stages=2, schedule="interleaved")
+    assert "`1f1b` on 2 ranks cannot run 1 microbatch\n" in said("M M", stages=2, microbatches=1)
+    tight = said("M M", stages=1, memory_limit=2**20)
+    assert "no split into 1 stage fits: 1.0 MiB a rank" in tight
+    assert "GiB" not in tight
+
+
+def test_a_batch_has_tokens_and_a_unit_a_stage():
+    checked = text("M M").checked
+    for wrong in dict(length=0), dict(sequences=-1):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            plan(checked, **wrong)
+    with pytest.raises(ValueError, match="no stage has a unit `stack.7`"):
+        plan(checked).stage_of("stack.7")

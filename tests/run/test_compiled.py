@@ -74,7 +74,17 @@ def test_another_model_is_another_hash(folder, tmp_path):
 @pytest.mark.parametrize("name", ["graph.json", "plan.json"])
 def test_missing_and_unreadable(folder, name):
     path = folder / name
-    for data in (b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"{}", b"null", b"[" * 100_000, b'{"graph": 1, "sha256": 2}'):
+    for data in (
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"\xff\xfe",
+        b"{}",
+        b"null",
+        b"[" * 100_000,
+        b'{"graph": 1, "sha256": 2}',
+    ):
         path.write_bytes(data)
         refused(folder, name)
     path.unlink()
@@ -92,10 +102,15 @@ def test_no_folder_at_all(tmp_path):
     refused(tmp_path / "file", "cannot be read")
 
 
-@pytest.mark.parametrize("name, old, new", [
-    ("graph.json", '"d_model": 64', '"d_model": 128'), ("plan.json", '"parts": "auto"', '"parts": "fused"'),
-    ("plan.json", '"microbatches": ', '"microbatches": 1'), ("plan.json", '"schedule": "1f1b"', '"schedule": "gpipe"'),
-])
+@pytest.mark.parametrize(
+    "name, old, new",
+    [
+        ("graph.json", '"d_model": 64', '"d_model": 128'),
+        ("plan.json", '"parts": "auto"', '"parts": "fused"'),
+        ("plan.json", '"microbatches": ', '"microbatches": 1'),
+        ("plan.json", '"schedule": "1f1b"', '"schedule": "gpipe"'),
+    ],
+)
 def test_tampering(folder, name, old, new):
     path = folder / name
     text = path.read_text()
@@ -121,11 +136,21 @@ def forge(folder, change) -> None:
     (folder / "plan.json").write_text(json.dumps({"sha256": graph_json.content_hash(data), **data}))
 
 
-@pytest.mark.parametrize("change", [
-    lambda d: d.pop("plan"), lambda d: d.update(plan=3), lambda d: d["plan"].pop("stages"), lambda d: d["plan"].update(stages=[]),
-    lambda d: d["plan"]["stages"].pop(), lambda d: d["plan"].update(cuts=[0, 1]), lambda d: d["plan"].update(more=1),
-    lambda d: d["plan"]["stages"][0].update(paths=[]), lambda d: d.update(graph="0" * 64),
-], ids=range(9))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("plan"),
+        lambda d: d.update(plan=3),
+        lambda d: d["plan"].pop("stages"),
+        lambda d: d["plan"].update(stages=[]),
+        lambda d: d["plan"]["stages"].pop(),
+        lambda d: d["plan"].update(cuts=[0, 1]),
+        lambda d: d["plan"].update(more=1),
+        lambda d: d["plan"]["stages"][0].update(paths=[]),
+        lambda d: d.update(graph="0" * 64),
+    ],
+    ids=range(9),
+)
 def test_a_forged_plan_is_refused_without_a_crash(folder, change):
     forge(folder, change)
     refused(folder)

@@ -114,6 +114,7 @@ def test_bf16_generates():
         (dict(prompts=[[1], []]), "prompt 1 is empty"),
         (dict(prompts=[[VOCAB]]), f"from 0 to {VOCAB - 1}"),
         (dict(prompts=[1, 2]), "a list of prompts"),
+        (dict(prompts=["ab"]), "a list of prompts"),
         (dict(max_tokens=-1), "max_tokens"),
         (dict(temperature=-1.0), "temperature"),
         (dict(top_k=0), "top_k"),
@@ -124,6 +125,23 @@ def test_bf16_generates():
 def test_senseless_requests_are_refused(model, change, said):
     with pytest.raises(ValueError, match=said):
         generate(model, **{"prompts": [[1]], "max_tokens": 2, **change})
+
+
+@pytest.mark.parametrize(("change", "said"), [(dict(max_tokens=2.5), "whole number"), (dict(stop="ab"), "encode")])
+def test_what_is_of_another_type_is_refused(model, change, said):
+    with pytest.raises(TypeError, match=said):
+        generate(model, **{"prompts": [[1]], "max_tokens": 2, **change})
+
+
+def test_a_tensor_of_prompts_is_a_list_of_them(model):
+    assert generate(model, torch.tensor([[1, 2], [3, 0]]), max_tokens=4) == generate(
+        model, [[1, 2], [3, 0]], max_tokens=4
+    )
+
+
+def test_a_model_without_values_does_not_write():
+    with pytest.raises(ValueError, match="without values"):
+        generate(build(graph("M A"), device="meta"), [[1]], max_tokens=1)
 
 
 def test_a_stage_does_not_write():

@@ -11,7 +11,7 @@ from mambadsl import load
 from mambadsl.files import MODELS
 from mambadsl.graph.weights import all_weights
 from mambadsl.show.summary import WIDTH, rows, summary_data, summary_text
-from mambadsl.show.units import count, flops, percent, size
+from mambadsl.show.units import count, flops, layers, percent, size
 
 
 @pytest.mark.parametrize("name", ["nemotron_h_8b", "falcon_h1_0_5b", "tiny", "shared"])
@@ -116,6 +116,8 @@ def test_plain_data():
         (size, 4097, "4.00 KiB"),
         (size, 96, "96 B"),
         (size, 3 * 2**29, "1.50 GiB"),
+        (layers, 1, "1 layer"),
+        (layers, 3000, "3,000 layers"),
     ],
 )
 def test_numbers_have_three_digits(function, value, text):

@@ -66,8 +66,10 @@ def test_layers_scale_with_the_model_and_constants_stay(project):
 
 def test_relative_to_the_importing_file_and_up_to_the_project(project):
     project(
-        main='from "lib/deep/a.mdl" import B\nstack { B }', lib__deep__a='from "../b.mdl" import B\n',
-        lib__b='from "../c.mdl" import W\nlayer B = [W W]', c=LAYERS,
+        main='from "lib/deep/a.mdl" import B\nstack { B }',
+        lib__deep__a='from "../b.mdl" import B\n',
+        lib__b='from "../c.mdl" import W\nlayer B = [W W]',
+        c=LAYERS,
     )
     assert len(compiled().layers) == 2
 
@@ -82,8 +84,10 @@ def test_compiled_from_another_folder(project, monkeypatch):
 
 def test_a_diamond_is_one_file(project):
     project(
-        main='from "a.mdl" import X\nfrom "b.mdl" import Y\nstack { X Y }', a='from "c.mdl" import W\nlayer X = W',
-        b='from "c.mdl" import W\nlayer Y = W', c="shared S = mamba2()\nlayer W = [S S]",
+        main='from "a.mdl" import X\nfrom "b.mdl" import Y\nstack { X Y }',
+        a='from "c.mdl" import W\nlayer X = W',
+        b='from "c.mdl" import W\nlayer Y = W',
+        c="shared S = mamba2()\nlayer W = [S S]",
     )
     assert {n.owner for n in compiled().layers} == {"shared.S"}
 
@@ -91,7 +95,8 @@ def test_a_diamond_is_one_file(project):
 def test_several_names_and_names_of_names(project):
     project(
         main='from "a.mdl" import W, N, wide\nstack { W N(d_conv=wide) }',
-        a='from "b.mdl" import W, N, wide\n', b=LAYERS + "let wide = 3",
+        a='from "b.mdl" import W, N, wide\n',
+        b=LAYERS + "let wide = 3",
     )
     assert [n.layer.branches[0].kind for n in compiled().layers] == ["attention", "mamba2"]
 
@@ -103,7 +108,9 @@ def test_the_prelude_of_an_imported_file_is_its_own(project):
 
 
 def test_an_unused_broken_layer_of_a_library_says_nothing(project):
-    project(main='from "a.mdl" import W\nstack { W }', a=LAYERS + "layer Bad = mamba2(headz=1)\nlet x = 1 / 0")
+    project(
+        main='from "a.mdl" import W\nstack { W }', a=LAYERS + "layer Bad = mamba2(headz=1)\nlet x = 1 / 0"
+    )
     assert len(compiled().layers) == 1
 
 
@@ -187,7 +194,8 @@ def test_circles(project):
     project(main='from "main.mdl" import W\nstack { M }')
     only("E032", "circle")
     project(
-        main='from "a.mdl" import A\nstack { M }', a='from "b.mdl" import B\nlayer A = B',
+        main='from "a.mdl" import A\nstack { M }',
+        a='from "b.mdl" import B\nlayer A = B',
         b='from "a.mdl" import A\nlayer B = A',
     )
     found = only("E032", "back to the start")
@@ -207,7 +215,9 @@ def test_long_chains_and_too_many(project):
 
 def test_a_problem_inside_points_there_and_says_who_imports(project):
     project(
-        main='\nfrom "a.mdl" import W\nstack { W }', a='from "b.mdl" import W\n', b="layer W = mamba2(\n  headz=1)",
+        main='\nfrom "a.mdl" import W\nstack { W }',
+        a='from "b.mdl" import W\n',
+        b="layer W = mamba2(\n  headz=1)",
     )
     found = only("E022", "--> b.mdl:2:3", "::: a.mdl:1:6", "::: main.mdl:2:6", "imported here")
     assert [label.text for label in found.labels] == ["imported here", "imported here"]
@@ -239,6 +249,7 @@ def test_the_prelude_names_its_use():
 
 def test_two_shared_items_of_one_name(project):
     project(
-        main='from "a.mdl" import B\nshared S = mamba2()\nstack { B S }', a="shared S = attention()\nlayer B = [S S]",
+        main='from "a.mdl" import B\nshared S = mamba2()\nstack { B S }',
+        a="shared S = attention()\nlayer B = [S S]",
     )
     only("E024", "two files of the model declare `shared S`", "the other one", "imported here")

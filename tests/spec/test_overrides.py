@@ -72,24 +72,32 @@ def test_facts_of_the_file_are_left_unchecked_and_that_is_said():
         program(wrong)
 
 
-@pytest.mark.parametrize("sets, code, place, words", [
-    ({"d_modle": "64"}, "E048", "d_modle", ["no setting or constant `d_modle`", "did you mean `d_model`?"]),
-    ({"zzzzzzzzz": "64"}, "E048", "zzzzzzzzz", ["there are vocab, d_model"]),
-    ({"Q__heads": "1"}, "E048", "Q.heads", ["no layer `Q`", "there are F, W, B, H"]),
-    ({"B__d_ff": "1"}, "E048", "B.d_ff", ["`B` is a block", "declared here"]),
-    ({"H__d_ff": "1"}, "E048", "H.d_ff", ["`H` is a sum"]),
-    ({"W__rope.theta": "1"}, "E048", "W.rope.theta", ["`rope.theta` is no field"]),
-    ({"d_model": "3 let y = 4"}, "E048", "let y = 4", ["an option takes one value"]),
-    ({"d_model": ""}, "E010", "", ["--set d_model="]),
-    ({"d_model": "3 +"}, "E010", "", ["--set d_model=3 +"]),
-    ({"d_model": "$"}, "E011", "$", []),
-    ({"d_model": "1 / 2"}, "E040", "1 / 2", ["must be a whole number"]),
-    ({"d_model": "wid"}, "E040", "wid", ["did you mean `wide`?"]),
-    ({"wide": "1 / 0"}, "E041", "0", ["division by zero", "--> --set wide:1:16"]),
-    ({"F__d_ff": "0"}, "E040", "0", ["`d_ff` must be at least 1"]),
-    ({"F__dff": "4"}, "E022", "F.dff", ["has no field `dff`", "`d_ff`?"]),
-    ({"wide": "wide"}, "E025", None, ["needs itself"]),
-])
+@pytest.mark.parametrize(
+    "sets, code, place, words",
+    [
+        (
+            {"d_modle": "64"},
+            "E048",
+            "d_modle",
+            ["no setting or constant `d_modle`", "did you mean `d_model`?"],
+        ),
+        ({"zzzzzzzzz": "64"}, "E048", "zzzzzzzzz", ["there are vocab, d_model"]),
+        ({"Q__heads": "1"}, "E048", "Q.heads", ["no layer `Q`", "there are F, W, B, H"]),
+        ({"B__d_ff": "1"}, "E048", "B.d_ff", ["`B` is a block", "declared here"]),
+        ({"H__d_ff": "1"}, "E048", "H.d_ff", ["`H` is a sum"]),
+        ({"W__rope.theta": "1"}, "E048", "W.rope.theta", ["`rope.theta` is no field"]),
+        ({"d_model": "3 let y = 4"}, "E048", "let y = 4", ["an option takes one value"]),
+        ({"d_model": ""}, "E010", "", ["--set d_model="]),
+        ({"d_model": "3 +"}, "E010", "", ["--set d_model=3 +"]),
+        ({"d_model": "$"}, "E011", "$", []),
+        ({"d_model": "1 / 2"}, "E040", "1 / 2", ["must be a whole number"]),
+        ({"d_model": "wid"}, "E040", "wid", ["did you mean `wide`?"]),
+        ({"wide": "1 / 0"}, "E041", "0", ["division by zero", "--> --set wide:1:16"]),
+        ({"F__d_ff": "0"}, "E040", "0", ["`d_ff` must be at least 1"]),
+        ({"F__dff": "4"}, "E022", "F.dff", ["has no field `dff`", "`d_ff`?"]),
+        ({"wide": "wide"}, "E025", None, ["needs itself"]),
+    ],
+)
 def test_complaints_point_into_the_option(sets, code, place, words):
     found = problem(**sets)
     shown = to_text(found)
@@ -99,6 +107,11 @@ def test_complaints_point_into_the_option(sets, code, place, words):
         assert found.span.source.text.startswith("--set ")
     for word in words:
         assert word in shown, shown
+
+
+def test_layers_of_the_prelude_have_to_be_declared_first():
+    found = problem("M M A", M__heads="4")
+    assert found.code.id == "E048" and found.help == ("declare it in the file: `layer M = ...`",)
 
 
 def test_all_options_complain_at_once():

@@ -34,7 +34,12 @@ PROBLEMS = [
     ("E024", "layer W = M layer «W» = A stack { W }", ["`W` is declared twice", "first declared here"]),
     ("E024", "let a = 1 let «a» = 2 stack { M }", ["`a` is declared twice"]),
     ("E024", 'from "std/tiny.mdl" import M layer «M» = A stack { M }', ["declared twice"]),
-    ("E025", "let «a» = b let b = a + 1 stack { M }", ["`a` is defined by itself", "needs `b`", "which needs `a`"]),
+    ("E024", 'layer M = F from "std/tiny.mdl" import «M» stack { M }', ["twice"]),
+    (
+        "E025",
+        "let «a» = b let b = a + 1 stack { M }",
+        ["`a` is defined by itself", "needs `b`", "which needs `a`"],
+    ),
     ("E025", "let «a» = max(1, [2], a) stack { M }", ["needs itself"]),
     ("E025", "model m { «d_model» = w } let w = d_model stack { M }", ["`d_model` is defined by itself"]),
     ("E025", "layer «W» = [M X] layer X = W stack { X }", ["`W` is built from itself", "which needs `W`"]),
@@ -47,7 +52,11 @@ PROBLEMS = [
     ("E027", 'from "std/tiny.mdl" import «Q» stack { Q }', ["declares no `Q`"]),
     ("E027", 'from "std/std.mdl" import «Mm» stack { M }', ["it declares M, A, S, F, E"]),
     ("E028", "stack { M } parts p : «fusd» {}", ["no part set `fusd`", "did you mean `fused`?"]),
-    ("E028", "stack { M } parts p { «mamba2.scann» = a }", ["no slot `scann`", "did you mean `mamba2.scan`?"]),
+    (
+        "E028",
+        "stack { M } parts p { «mamba2.scann» = a }",
+        ["no slot `scann`", "did you mean `mamba2.scan`?"],
+    ),
     ("E028", "stack { M } parts p { «scan» = a }", ["names no slot", "`mamba2.scan`"]),
     ("E028", "stack { M } parts p { «A».core = a }", ["no layer of the model is a `A`"]),
     ("E028", "layer B = [M A] stack { B } parts p { «B».core = a }", ["`B` is not a single layer"]),
@@ -59,19 +68,35 @@ PROBLEMS = [
     ("E030", 'from «"std/tinny.mdl"» import M stack { M }', ["no file", 'did you mean "std/tiny.mdl"?']),
     ("E031", 'from «"std/../pyproject.toml"» import M stack { M }', ["inside the project's folder"]),
     # values
-    ("E040", "layer M = mamba2(heads=«4096 / 24») stack { M }", ["whole number; 512/3 is not", "170 and 171"]),
-    ("E040", "layer M = mamba2(heads=«0») stack { M }", ["`heads` must be at least 1, not 0", "the least is 1"]),
+    (
+        "E040",
+        "layer M = mamba2(heads=«4096 / 24») stack { M }",
+        ["whole number; 512/3 is not", "170 and 171"],
+    ),
+    (
+        "E040",
+        "layer M = mamba2(heads=«0») stack { M }",
+        ["`heads` must be at least 1, not 0", "the least is 1"],
+    ),
     ("E040", "layer M = mamba2(heads=«1e300») stack { M }", ["at most 1,099,511,627,776, not 1e300"]),
     ("E040", "layer M = mamba2(heads=«wid») let wide = 2 stack { M(heads=wide) }", ["did you mean `wide`?"]),
     ("E040", "layer F = mlp(act=«relu3») stack { F }", ["one of `silu`", "did you mean `relu"]),
     ("E040", "layer F = mlp(gated=«1») stack { F }", ["`true` or `false`, not `1`"]),
     ("E040", "layer A = attention(window=«non») stack { A }", ["or `none`", "did you mean `none`?"]),
     ("E040", "layer A = attention(rope=rope(theta=«0»)) stack { A }", ["`theta` must be", "not 0"]),
-    ("E040", "layer A = attention(rope=rope(«thet»=2)) stack { A }", ["`rope` has no field `thet`", "`theta`"]),
-    ("E040", "layer A = attention(rope=«rop(theta=2)») stack { A }", ["must be one of `none`, `rope`", "did you mean `rope`?"]),
+    (
+        "E040",
+        "layer A = attention(rope=rope(«thet»=2)) stack { A }",
+        ["`rope` has no field `thet`", "`theta`"],
+    ),
+    (
+        "E040",
+        "layer A = attention(rope=«rop(theta=2)») stack { A }",
+        ["must be one of `none`, `rope`", "did you mean `rope`?"],
+    ),
     ("E040", "layer M = mamba2(dt_limit=«[1]») stack { M }", ["must have 2 values, not 1"]),
     ("E040", "layer M = mamba2(heads=«M») stack { M }", ["the layer `M` is not a value"]),
-    ("E040", "layer M = mamba2(heads=«\"8\"») stack { M }", ['not `"8"`']),
+    ("E040", 'layer M = mamba2(heads=«"8"») stack { M }', ['not `"8"`']),
     ("E040", "model m { d_model = «0.5» } stack { M }", ["must be a whole number; 1/2 is not"]),
     ("E040", "layer F = mlp(dropout=«1e-20 - 1») stack { F }", ["at least 0"]),
     ("E040", "layer F = mlp(dropout=«1e308») stack { F }", ["at most 0.99, not 1e308"]),
@@ -98,7 +123,8 @@ PROBLEMS = [
     ("E045", "layer B = [M F] stack { «B»+A }", ["joins single layers", "this is a block"]),
     ("E045", "shared S = A stack { M+«S» }", ["this is a shared layer", "share the sum instead"]),
     (
-        "E045", "layer N = M(norm=layernorm) stack { N+A(norm=«rmsnorm») }",
+        "E045",
+        "layer N = M(norm=layernorm) stack { N+A(norm=«rmsnorm») }",
         ["the branches of a sum share one `norm`", "and here another"],
     ),
     ("E046", "shared S = A stack { S(«heads»=4) }", ["`S` is shared", "only `adapter` may"]),
@@ -180,14 +206,25 @@ def test_all_problems_of_a_file_at_once_and_each_once():
     with pytest.raises(MdlError) as caught:
         resolve(read(from_text(SEVERAL)))
     found = [(d.code.id, d.span.text) for d in caught.value.diagnostics]
-    assert sorted(found) == sorted([
-        ("E023", "d_modle"), ("E040", "0"), ("E041", "0"), ("E022", "windw"), ("E020", "Q"), ("E047", "0"),
-        ("E028", "mamba2.nope"), ("E040", "none"), ("E020", "Q"),
-    ])
+    assert sorted(found) == sorted(
+        [
+            ("E023", "d_modle"),
+            ("E040", "0"),
+            ("E041", "0"),
+            ("E022", "windw"),
+            ("E020", "Q"),
+            ("E047", "0"),
+            ("E028", "mamba2.nope"),
+            ("E040", "none"),
+            ("E020", "Q"),
+        ]
+    )
 
 
 def test_a_broken_thing_is_not_reported_again_where_it_is_used():
-    text = "let a = 1 / 0 let b = a layer M = mamba2(heads=b) layer N = M layer O = [N N] stack { O M N a(x=1) }"
+    text = (
+        "let a = 1 / 0 let b = a layer M = mamba2(heads=b) layer N = M layer O = [N N] stack { O M N a(x=1) }"
+    )
     with pytest.raises(MdlError) as caught:
         resolve(read(from_text(text)))
     assert [d.code.id for d in caught.value.diagnostics] == ["E041", "E021"]

@@ -54,6 +54,9 @@ CHECKS = MODEL + RUN + KERNEL
 #: The model alone, on one device, in bf16.
 NO_FACTS = Facts()
 
+#: One rule reports no more different problems than this, so that looking takes no time.
+MAX_REPORTED = 50
+
 _SEVERITIES = ("error", "warning", "info")
 _SEAL = object()
 
@@ -78,8 +81,11 @@ def check(graph: LayerGraph, facts: Facts = NO_FACTS) -> CheckedGraph:
     found: dict[Diagnostic, list[Node]] = {}
     names = MODEL + (RUN if facts != NO_FACTS else ()) + (KERNEL if subject.kernels else ())
     for rule in rules(names):
+        enough = len(found) + MAX_REPORTED
         for problem in rule.check(subject):
             found.setdefault(problem.diagnostic, []).extend(problem.nodes)
+            if len(found) >= enough:
+                break
     diagnostics = [with_uses(diagnostic, nodes) for diagnostic, nodes in found.items()]
     diagnostics.sort(key=lambda d: _SEVERITIES.index(d.severity))
     if any(d.severity == "error" for d in diagnostics):

@@ -21,7 +21,7 @@ def check(subject: Subject) -> Iterator[Problem]:
         for name, what in _declares(statement):
             if name.text not in used:
                 message = f"the {what} `{name.text}` is never used"
-                help = "take it out of the import" if isinstance(statement, tree.Import) else "delete it, or use it"
+                help = "take it out of the import" if what == "import" else "delete it, or use it"
                 yield Problem(Diagnostic(W029, message, name.span, "not used in this file", help=(help,)))
 
 

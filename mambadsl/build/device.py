@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def device(name: str) -> torch.device:
+def device(name: str | torch.device) -> torch.device:
     try:
         found = torch.device(name)
         torch.empty(0, device=found)

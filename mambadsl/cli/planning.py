@@ -1,0 +1,59 @@
+"""The options of a plan, for the commands that make one. Out: `how`, the keywords of `Program.plan`.
+
+Refuses (bad usage) a device and a file of measured times at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from mambadsl.cli.types import COUNT, Size, Words
+
+
+def _schedules() -> tuple[str, ...]:
+    from mambadsl.plan.schedule import SCHEDULES
+
+    return tuple(SCHEDULES)
+
+
+def _devices() -> tuple[str, ...]:
+    from mambadsl.plan.device import DEVICES
+
+    return tuple(DEVICES)
+
+
+#: By keyword: (flag, type, metavar, help).
+_OPTIONS = {
+    "stages": ("--stages", COUNT, "N", "Ranks of the pipeline (default: as the text cuts)."),
+    "schedule": ("--schedule", Words(_schedules), "NAME", "gpipe, 1f1b (default), interleaved, zb or zbv."),
+    "microbatches": ("--microbatches", COUNT, "N", "Of a batch (default: 4 a rank)."),
+    "virtual": ("--virtual", COUNT, "N", "Stages a rank (default: the schedule's least)."),
+    "memory_limit": ("--memory", Size(), "SIZE", "Of a rank, as in 80GiB (default: the device's)."),
+    "device": ("--device", Words(_devices), "NAME", "h200 (default), h100, a100 or cpu."),
+    "measured": ("--measured", click.Path(dir_okay=False), "FILE", "A .json file of measured layer times."),
+    "length": ("--length", COUNT, "TOKENS", "Of a sequence (default: the model's context)."),
+    "sequences": ("--batch", COUNT, "N", "Sequences of a microbatch (default 1)."),
+}
+
+
+def plans(function: Callable) -> Callable:
+    """Hands the options over as `how`; what was not given is not in it."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **rest: Any) -> Any:
+        how = {name: value for name in _OPTIONS if (value := rest.pop(name)) is not None}
+        if measured := how.pop("measured", None):
+            if "device" in how:
+                raise click.UsageError("--device and --measured do not go together; the file names its base device")
+            if not measured.endswith(".json"):
+                raise click.BadParameter(f"`{measured}` is not a .json file", param_hint="--measured")
+            how["device"] = measured
+        return function(*args, how=how, **rest)
+
+    for name, (flag, type, metavar, help) in reversed(_OPTIONS.items()):
+        inner = click.option(flag, name, type=type, metavar=metavar, help=help)(inner)
+    return inner
