@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mambadsl.graph.checks import CheckedGraph
+    from mambadsl.graph.checks import CheckedGraph, Facts
     from mambadsl.graph.cost import Cost
     from mambadsl.graph.graph import LayerGraph
     from mambadsl.plan.plan import Plan
@@ -77,42 +77,43 @@ class Program:
 
 
 def load(
-    path: str | Path | None = None, *, text: str | None = None, set: Mapping[str, str] | None = None,
-    facts: Any = None,
+    path: str | Path | None = None, *, text: str | None = None, set: Mapping[str, Any] | None = None,
+    facts: Facts | None = None,
 ) -> Program:
-    """Compiles a file, or text. set: values from outside, as `--set` takes them. Raises MdlError with
-    every problem of the first stage that has one."""
-    if (path is None) == (text is None):
-        raise TypeError("load() takes a path or text=")
+    """Compiles a file, or text. set: values from outside by name, as `--set` takes them: text of the language,
+    or numbers. facts: of a run, for the checks. Raises MdlError with every problem of the first stage that
+    has one."""
+    if (path is None) == (text is None) or not isinstance(text, str | None):
+        raise TypeError("load() takes a path, or text=")
     from mambadsl.text.source import from_text, read
 
     source = read(path) if path is not None else from_text(text, name="<text>")
     return compile_source(source, set=set, facts=facts)
 
 
-def compile_source(source: Source, *, set: Mapping[str, str] | None = None, facts: Any = None) -> Program:
+def compile_source(source: Source, *, set: Mapping[str, Any] | None = None, facts: Facts | None = None) -> Program:
     from mambadsl.syntax.read import read
 
     return compile_file(read(source), set=set, facts=facts)
 
 
-def compile_file(file: File, *, set: Mapping[str, str] | None = None, facts: Any = None) -> Program:
-    from mambadsl.graph.checks import Facts, check
+def compile_file(file: File, *, set: Mapping[str, Any] | None = None, facts: Facts | None = None) -> Program:
+    from mambadsl.graph.checks import NO_FACTS, check
     from mambadsl.graph.unroll import unroll
     from mambadsl.spec.overrides import override
     from mambadsl.spec.resolve import resolve
 
     spec = resolve(override(file, set or {}))
-    return Program(spec, check(unroll(spec), facts or Facts()))
+    return Program(spec, check(unroll(spec), facts or NO_FACTS))
 
 
-def program_from_graph(graph: LayerGraph, *, facts: Any = None) -> Program:
+def program_from_graph(graph: LayerGraph, *, facts: Facts | None = None) -> Program:
     """A Program from a graph that did not come from text: checked, and written as text to have a spec."""
-    from mambadsl.graph.checks import Facts, check
+    from mambadsl.graph.checks import NO_FACTS, check
     from mambadsl.graph.write import write
     from mambadsl.spec.resolve import resolve
     from mambadsl.syntax.read import read
     from mambadsl.text.source import from_text
 
-    checked = check(graph, facts or Facts())
+    checked = check(graph, facts or NO_FACTS)
     return Program(resolve(read(from_text(write(graph), name=f"{graph.name}.mdl"))), checked)

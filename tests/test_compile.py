@@ -51,7 +51,7 @@ def test_warnings_do_not_stop_and_are_kept():
 
 def test_a_path_or_text_and_not_both():
     for wrong in ({}, {"path": TINY, "text": "M"}):
-        with pytest.raises(TypeError, match="a path or text="):
+        with pytest.raises(TypeError, match="a path, or text="):
             load(**wrong)
     assert load(str(TINY)).layers == load(path=Path(TINY)).layers
 
@@ -152,3 +152,10 @@ def test_the_same_text_gives_the_same_text_in_every_process():
 
 def test_compiling_a_source():
     assert compile_source(from_text("M A", name="x.mdl"), set={"d_model": "64"}).layers.model.d_model == 64
+
+
+def test_facts_are_facts():
+    with pytest.raises(TypeError, match="mambadsl.Facts"):
+        mambadsl.load(text="M", facts={"tp": 2})
+    with pytest.raises(MdlError, match="E201|E202"):
+        mambadsl.load(text="M", facts=mambadsl.Facts(tp=7))

@@ -16,16 +16,16 @@ from pathlib import Path
 from random import Random
 
 import pytest
-
 from front import STAGES, front
 from hostile import TEXTS
+from random_models import Author, spoiled
+
 from mambadsl.files import MODELS
 from mambadsl.spec.overrides import override
 from mambadsl.spec.resolve import resolve
 from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.text.source import from_text
-from random_models import Author, spoiled
 
 #: CPU seconds for one input. Ordinary ones take 5 milliseconds, hostile ones up to 1 s on a slow machine.
 ORDINARY, HOSTILE = 1.0, 2.5

@@ -57,9 +57,8 @@ def test_the_model_shown_is_the_shipped_one():
 def test_commands_named_exist():
     from mambadsl.cli.commands import cli
 
-    names = set(cli.list_commands(None))
-    for command in re.findall(r"mambadsl (compile|check|plan|expand|fmt|summary|graph|explain|generate)\b", README.read_text()):
-        assert command in names
+    said = re.findall(r"`mambadsl (\w+)|bin/mambadsl (\w+)|\$ mambadsl (\w+)", README.read_text())
+    assert {"".join(words) for words in said} <= set(cli.list_commands(None))
 
 
 def test_the_language_page_compiles():

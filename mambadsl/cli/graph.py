@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mambadsl.cli import output
 from mambadsl.cli.command import command
+from mambadsl.cli.planning import plans
 from mambadsl.cli.source import Given, takes_model
-from mambadsl.cli.types import COUNT
 
 #: By name: the module of `show` and its function.
 _FORMS = {
@@ -39,13 +40,16 @@ _FORMS = {
     help="text: a tree. dot: Graphviz. explorer: JSON for Google's Model Explorer.",
 )
 @click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write it here.")
-@click.option("--stages", type=COUNT, metavar="N", help="Plan for N pipeline stages and show them.")
-def run(model: Given, form: str, out: Path | None, stages: int | None, as_json: bool) -> None:
-    """Draw a model: text tree, DOT, Mermaid, SVG, Model Explorer."""
+@plans
+def run(model: Given, form: str, out: Path | None, how: dict[str, Any], as_json: bool) -> None:
+    """Draw a model: text tree, DOT, Mermaid, SVG, Model Explorer.
+
+    With --stages (or another option of a plan) it is planned, and the stages are shown.
+    """
     from importlib import import_module
 
     program = model.program()
-    plan = program.plan(stages=stages) if stages is not None else None
+    plan = program.plan(**how) if how else None
     module, function = _FORMS[form]
     picture = getattr(import_module(f"mambadsl.show.{module}"), function)(program.layers, plan=plan)
     if out is not None:

@@ -12,11 +12,13 @@ Same defaults, same checks, same graph; errors point at the Python line that gav
 from __future__ import annotations
 
 import linecache
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from mambadsl.spec.codes import MAX_DEPTH
 from mambadsl.spec.emit import LAYER_NAME
 from mambadsl.spec.model import is_name, name_of
 from mambadsl.syntax import build, tree
@@ -34,17 +36,17 @@ E061 = declare(
 
 
 class Item:
-    """Something a pattern can hold: a layer, a sum, a repeat, a group."""
+    """Something a pattern can hold: a layer, a sum, a repeat, a group. graph: whose layers it names."""
 
-    def __init__(self, node: tree.Item):
-        self.node = node
+    def __init__(self, node: tree.Item, graph: Graph):
+        self.node, self.graph = node, graph
 
     def __call__(self, **fields: Any) -> Item:
         """A changed copy: A(window=4096)."""
         span = _here()
         if not isinstance(self.node, tree.Use):
             raise TypeError("only a named layer can be changed")
-        return Item(replace(self.node, args=_args(fields, span), span=span))
+        return Item(replace(self.node, args=_args(fields, span), span=span), self.graph)
 
     def __add__(self, other: Item) -> Item:
         """In parallel: M + A."""
@@ -52,10 +54,11 @@ class Item:
         units = (tree.Use, tree.Term, tree.Group)
         if not isinstance(other, Item) or not isinstance(other.node, units):
             return NotImplemented
+        self.graph._owns(other)
         if isinstance(self.node, units):
-            return Item(tree.Parallel((self.node, other.node), span=span))
+            return Item(tree.Parallel((self.node, other.node), span=span), self.graph)
         if isinstance(self.node, tree.Parallel):
-            return Item(tree.Parallel((*self.node.branches, other.node), span=span))
+            return Item(tree.Parallel((*self.node.branches, other.node), span=span), self.graph)
         return NotImplemented
 
     def __mul__(self, count: int) -> Item:
@@ -66,7 +69,7 @@ class Item:
             return NotImplemented
         if isinstance(inner, (tree.Repeat, tree.Parallel)):
             inner = tree.Group(tree.Pattern((inner,), span=span), span=span)
-        return Item(tree.Repeat(inner, count, span, span=span))
+        return Item(tree.Repeat(inner, count, span, span=span), self.graph)
 
     __rmul__ = __mul__
 
@@ -86,6 +89,8 @@ class Graph:
 
     def __init__(self, name: str = "a_model", **settings: Any):
         span = _here()
+        if not isinstance(name, str):
+            raise TypeError(f"a model's name is text, not {type(name).__name__}")
         if not is_name(name):
             help = (f"for instance `{name_of(name)}`",)
             raise MdlError([Diagnostic(E061, f"`{name}` is no name for a model", span, help=help)])
@@ -100,7 +105,7 @@ class Graph:
     @property
     def cut(self) -> Item:
         """`|`: a pipeline stage ends here."""
-        return Item(tree.Cut(span=_here()))
+        return Item(tree.Cut(span=_here()), self)
 
     def layer(self, name: str, kind: str | Item | list, **fields: Any) -> Item:
         """Declares a layer: of a kind with fields, or an item (a block, a sum, a changed layer)."""
@@ -112,11 +117,11 @@ class Graph:
 
     def stack(self, *items: Item | Iterable) -> None:
         span = _here()
-        self._statements.append(tree.Stack(_pattern(items, span), span=span))
+        self._statements.append(tree.Stack(self._pattern(items, span), span=span))
 
     def mtp(self, *items: Item | Iterable, **settings: Any) -> None:
         span = _here()
-        self._statements.append(tree.Mtp(_args(settings, span) or (), _pattern(items, span), span=span))
+        self._statements.append(tree.Mtp(_args(settings, span) or (), self._pattern(items, span), span=span))
 
     def expect(self, fact: str, op: str, value: Any) -> None:
         """A fact to check: expect("layers", "==", 52)."""
@@ -144,25 +149,34 @@ class Graph:
         if isinstance(kind, str):
             item: tree.Item = tree.Term(tree.Name(kind, span=span), _args(fields, span) or (), span=span)
         else:
-            item = _item(kind, span)
+            item = self._item(kind, span)
             if fields:
                 if not isinstance(item, tree.Use):
                     raise TypeError("fields go with a kind or a named layer")
                 item = replace(item, args=_args(fields, span))
         self._statements.append(tree.Layer(tree.Name(name, span=span), item, shared, span=span))
-        return Item(tree.Use(tree.Name(name, span=span), span=span))
+        return Item(tree.Use(tree.Name(name, span=span), span=span), self)
 
+    def _pattern(self, items: Iterable, span: Span, *, depth: int = 0) -> tree.Pattern:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"lists stand inside one another more than {MAX_DEPTH} deep")
+        nodes = tuple(self._item(item, span, depth=depth) for item in items)
+        if not nodes:
+            raise ValueError("an empty list is no pattern")
+        return tree.Pattern(nodes, span=span)
 
-def _pattern(items: Iterable, span: Span) -> tree.Pattern:
-    return tree.Pattern(tuple(_item(i, span) for i in items), span=span)
+    def _item(self, item: Any, span: Span, *, depth: int = 0) -> tree.Item:
+        if isinstance(item, Item):
+            self._owns(item)
+            return item.node
+        if isinstance(item, (list, tuple)):
+            return tree.Group(self._pattern(item, span, depth=depth + 1), span=span)
+        raise TypeError(f"a pattern holds layers and lists of layers, not {type(item).__name__}")
 
-
-def _item(item: Any, span: Span) -> tree.Item:
-    if isinstance(item, Item):
-        return item.node
-    if isinstance(item, (list, tuple)):
-        return tree.Group(_pattern(item, span), span=span)
-    raise TypeError(f"a pattern holds layers and lists of layers, not {type(item).__name__}")
+    def _owns(self, item: Item) -> None:
+        """A name of another Graph would mean something else here."""
+        if item.graph is not self:
+            raise ValueError("this layer belongs to another Graph; declare it in this one")
 
 
 def _args(fields: dict[str, Any], span: Span) -> tuple[tree.Arg, ...] | None:
@@ -176,8 +190,11 @@ def _value(value: Any, span: Span) -> tree.Value:
         return tree.Term(tree.Name(value.name, span=value.span), args, span=value.span)
     if isinstance(value, (list, tuple)):
         return tree.List(tuple(_value(v, span) for v in value), span=span)
-    node = build.value(value)
-    return replace(node, span=span)
+    if isinstance(value, float) and not math.isfinite(value):
+        if value != math.inf:
+            raise ValueError(f"{value} is no value of a field")
+        value = "inf"
+    return replace(build.value(value), span=span)
 
 
 _sources: dict[str, Source] = {}

@@ -54,7 +54,9 @@ class Cost:
 
 def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
     """Cost of each node by path. length: tokens of a sequence (default: the model's context)."""
-    length = length or graph.model.context
+    length = graph.model.context if length is None else length
+    if length < 1:
+        raise ValueError(f"length is a number of tokens, at least 1, not {length}")
     seen: set[str] = set()
     tables: dict = {}
     shapes: dict = {}

@@ -11,7 +11,17 @@ from dataclasses import replace
 from mambadsl.spec import exact
 from mambadsl.spec.emit import Emitter, adapter_text, declared_use, own_adapter, settings
 from mambadsl.spec.model import (
-    FACTS, MODEL_FIELDS, MTP_FIELDS, Block, Cut, Element, ExpectSpec, LayerSpec, ModelSpec, Origin, Use,
+    FACTS,
+    MODEL_FIELDS,
+    MTP_FIELDS,
+    Block,
+    Cut,
+    Element,
+    ExpectSpec,
+    LayerSpec,
+    ModelSpec,
+    Origin,
+    Use,
 )
 from mambadsl.spec.parts import parts_text
 from mambadsl.syntax import tree

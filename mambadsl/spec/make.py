@@ -13,7 +13,7 @@ from mambadsl.kinds.values import Values
 from mambadsl.spec.codes import E021
 from mambadsl.spec.emit import default
 from mambadsl.spec.fill import E022
-from mambadsl.spec.model import LayerSpec, MODEL_FIELDS, Mixer
+from mambadsl.spec.model import MODEL_FIELDS, LayerSpec, Mixer
 from mambadsl.spec.scope import raw
 from mambadsl.spec.values import E040
 from mambadsl.text.diagnostic import Diagnostic, MdlError

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
+from mambadsl.spec.exact import text_of
+from mambadsl.spec.files import Files
 from mambadsl.spec.model import MODEL_FIELDS, name_of
+from mambadsl.spec.scope import raw
 from mambadsl.syntax import tree
 from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
@@ -29,12 +32,13 @@ E048 = declare(
 _SETTINGS = tuple(f.name for f in MODEL_FIELDS)
 
 
-def override(file: tree.File, sets: Mapping[str, str]) -> tree.File:
-    """The file with those values instead of its own. Raises MdlError, at the text of the option."""
+def override(file: tree.File, sets: Mapping[str, Any]) -> tree.File:
+    """The file with those values instead of its own: text of the language, or numbers, bools, None, lists.
+    Raises MdlError, at the text of the option."""
     problems: list[Diagnostic] = []
     for name, text in sets.items():
         try:
-            file = _Option(name, text).into(file)
+            file = _Option(name, text if isinstance(text, str) else text_of(raw(text))).into(file)
         except MdlError as error:
             problems += error.diagnostics
     if problems:
@@ -76,7 +80,7 @@ class _Option:
 
     def into(self, file: tree.File) -> tree.File:
         if "." in self.name:
-            return replace(file, statements=tuple(self._layer(file)))
+            return self._layer(file)
         lets = [s for s in file.statements if isinstance(s, tree.Let)]
         if any(let.name.text == self.name for let in lets):
             return replace(file, statements=tuple(self._let(s) for s in file.statements))
@@ -99,20 +103,34 @@ class _Option:
                 statements[i] = replace(s, settings=(*kept, setting))
                 return replace(file, statements=tuple(statements))
         model = tree.Model(tree.Name(name_of(file.source.name), span=self.whole), (setting,), span=self.whole)
-        if file.pattern is not None:
-            statements = [tree.Stack(file.pattern, span=file.pattern.span)]
-        return replace(file, statements=(model, *statements), pattern=None)
+        return replace(file, statements=(model, *self._statements(file)), pattern=None)
 
-    def _layer(self, file: tree.File) -> Iterable[tree.Statement]:
+    def _layer(self, file: tree.File) -> tree.File:
         owner, _, field = self.name.partition(".")
-        layers = [s.name.text for s in file.statements if isinstance(s, tree.Layer)]
-        if owner not in layers:
-            self._refuse(f"the file declares no layer `{owner}`", layers, word=owner)
         if "." in field:
             self._refuse(f"`{field}` is no field: only a whole field can be set", ())
-        for s in file.statements:
-            mine = isinstance(s, tree.Layer) and s.name.text == owner
-            yield replace(s, item=self._changed(s)) if mine else s
+        layers = [s.name.text for s in file.statements if isinstance(s, tree.Layer)]
+        if owner not in layers:
+            return self._prelude_layer(file, owner, layers)
+        return replace(file, statements=tuple(
+            replace(s, item=self._changed(s)) if isinstance(s, tree.Layer) and s.name.text == owner else s
+            for s in file.statements
+        ))
+
+    def _prelude_layer(self, file: tree.File, owner: str, layers: list[str]) -> tree.File:
+        """The file with a layer of the prelude of its own, changed."""
+        usual = {s.name.text: s for s in Files(file).std().statements if isinstance(s, tree.Layer)}
+        if owner not in usual:
+            self._refuse(f"neither the file nor std.mdl declares a layer `{owner}`", [*layers, *usual], word=owner)
+        mine = replace(usual[owner], item=self._changed(usual[owner]))
+        return replace(file, statements=(*self._statements(file), mine), pattern=None)
+
+    @staticmethod
+    def _statements(file: tree.File) -> tuple[tree.Statement, ...]:
+        """A bare pattern as a file's statements."""
+        if file.pattern is None:
+            return file.statements
+        return (tree.Stack(file.pattern, span=file.pattern.span),)
 
     def _changed(self, layer: tree.Layer) -> tree.Item:
         item = layer.item

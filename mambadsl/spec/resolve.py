@@ -13,7 +13,15 @@ from mambadsl.spec import codes
 from mambadsl.spec.fill import E023, Given, fill, unknown
 from mambadsl.spec.layers import Layers
 from mambadsl.spec.model import (
-    MODEL_FIELDS, MTP_FIELDS, Element, ExpectSpec, ModelSpec, MtpSpec, Origin, first_cut, name_of,
+    MODEL_FIELDS,
+    MTP_FIELDS,
+    Element,
+    ExpectSpec,
+    ModelSpec,
+    MtpSpec,
+    Origin,
+    first_cut,
+    name_of,
 )
 from mambadsl.spec.overrides import from_outside
 from mambadsl.spec.parts import resolve_parts

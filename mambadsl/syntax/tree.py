@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 from mambadsl.text.source import Source, Span
 
-
 # No slots and one repr for all: a command spends more time making these classes than using them.
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Collection, Iterable
 
-
 #: Pairs of letters compared for one word, so that suggestions take milliseconds whatever a file holds.
 _MOST_PAIRS = 10_000
 
@@ -15,14 +14,14 @@ def nearest(word: str, legal: Iterable[str]) -> str | None:
 
 
 def nearest_all(word: str, legal: Iterable[str], *, most: int = 3) -> tuple[str, ...]:
-    """Up to `most` legal words, nearest first: at most about half of the letters wrong, where case and
+    """Up to `most` legal words, nearest first: at most two in five letters wrong, where case and
     underscores do not count and two exchanged neighbours are one mistake."""
     plain = _plain(word)[:64]
     found, pairs = [], 0
     for candidate in dict.fromkeys(legal):
         other = _plain(candidate)
         longer = max(len(plain), len(other))
-        limit = longer // 2 if longer > 3 else longer // 3
+        limit = 2 * longer // 5 if longer > 2 else 0
         if abs(len(plain) - len(other)) > limit:
             continue
         pairs += len(plain) * len(other)

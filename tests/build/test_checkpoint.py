@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import EVERYTHING, graph, made
 
 from mambadsl.build.checkpoint import load_weights, save_weights
 from mambadsl.build.model import build
 from mambadsl.text.diagnostic import MdlError
-from small_models import EVERYTHING, graph, made
 
 TIED = dict(tie_embeddings="true")
 

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import EVERYTHING, graph
 
 from mambadsl.build.init import LAWS, draw, initialise, materialise, param_groups
 from mambadsl.build.model import build
 from mambadsl.kinds.kind import Init, Weight
 from mambadsl.kinds.registry import all_kinds
-from small_models import EVERYTHING, graph
 
 
 def values(init: Init, *shape: int, stack: str = "M A F A", seed: int = 0, **settings) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import D_MODEL, EVERYTHING, MIXERS, VOCAB, graph, ids, made
 
 from mambadsl.build.model import build
 from mambadsl.build.state import describe
@@ -19,7 +20,6 @@ from mambadsl.spec.resolve import resolve
 from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.text.source import read as open_file
-from small_models import D_MODEL, EVERYTHING, MIXERS, VOCAB, graph, ids, made
 
 VARIANTS = {
     "untied": {},

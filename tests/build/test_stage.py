@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import graph, ids, made, shaken
 
 from mambadsl.build.model import build
 from mambadsl.build.stage import at_marks, stages
 from mambadsl.graph.weights import all_weights
 from mambadsl.text.diagnostic import MdlError
-from small_models import graph, ids, made, shaken
 
 #: Shared layers and blocks on several stages, the first embedding read early and late.
 STACK = "R S M B F S A B W Z N"

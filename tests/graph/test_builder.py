@@ -187,3 +187,29 @@ def test_a_graph_may_be_compiled_again_after_more_was_added():
     assert isinstance(g.compile().layers, LayerGraph)
     g.mtp(F)
     assert g.compile().layers.mtp is not None
+
+
+def test_a_layer_of_another_graph_is_refused():
+    """It would silently mean whatever its name means here."""
+    one, other = Graph("one"), Graph("other")
+    M = one.layer("M", "mamba2", head_dim=16)
+    mine = other.layer("A", "attention")
+    stacked = (lambda: other.stack(M)), (lambda: other.stack([mine, [M]]))
+    for use in (*stacked, lambda: mine + M, lambda: other.layer("B", M)):
+        with pytest.raises(ValueError, match="another Graph"):
+            use()
+
+
+def test_what_is_no_pattern_is_said_at_once():
+    g = Graph("toy")
+    M = g.layer("M", "mamba2", dt_limit=(0, float("inf")))
+    loop = [M]
+    loop.append(loop)
+    with pytest.raises(ValueError, match="more than 64 deep"):
+        g.stack(loop)
+    with pytest.raises(ValueError, match="an empty list"):
+        g.stack([])
+    with pytest.raises(ValueError, match="nan"):
+        g.layer("N", "mamba2", heads=float("nan"))
+    with pytest.raises(TypeError, match="a model's name is text"):
+        Graph(1)

@@ -101,7 +101,7 @@ stack { M*20 [A W]*2 }
         check(graph)
     (error,) = found.value.diagnostics
     assert error.span.text == "kv_heads=12"
-    assert error.notes == ("used 4 times: A and W (stack.20, stack.22, stack.21, ...), line 4",)
+    assert error.notes == ("used 4 times: A and W (stack.20, stack.22, stack.21, ...), in line 4",)
 
 
 def test_equal_problems_at_two_places_are_two_errors():

@@ -204,3 +204,10 @@ def test_tied_heads_read_the_embedding():
     g = unroll(resolve(read(from_text("model m { tie_embeddings = true } stack { F }"))))
     assert [p for p, _ in node_weights(g, g.by_path["head"])] == ["final_norm.weight", "embed.weight"]
     assert "head.weight" not in all_weights(g)
+
+
+def test_a_length_is_at_least_one_token():
+    program = load(text="M")
+    for length in (0, -1):
+        with pytest.raises(ValueError, match="length"):
+            program.cost(length=length)

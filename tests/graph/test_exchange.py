@@ -11,6 +11,7 @@ import networkx as nx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_models import Author
 
 from mambadsl import MdlError, from_networkx, load, make_layer
 from mambadsl.files import MODELS
@@ -20,7 +21,6 @@ from mambadsl.kinds.values import Values, Variant
 from mambadsl.spec.resolve import resolve
 from mambadsl.syntax.read import read
 from mambadsl.text.source import from_text
-from random_models import Author
 
 TEXT = """
 model toy { d_model = 64 vocab = 100 }

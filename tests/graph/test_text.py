@@ -10,6 +10,7 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from random_models import Author
 
 from mambadsl.files import MODELS
 from mambadsl.graph import json as graph_json
@@ -26,7 +27,6 @@ from mambadsl.syntax.read import read
 from mambadsl.syntax.write import write as write_file
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.text.source import from_text
-from random_models import Author
 
 NAMES = sorted(p.stem for p in MODELS.glob("*.mdl") if p.stem != "std")
 

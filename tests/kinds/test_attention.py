@@ -9,8 +9,8 @@ from kind_values import module, values
 from ragged import REAL, part_of, ragged
 
 from mambadsl.kinds.attention.kind import QK_NORM, ROPE, ROPE_SCALING
-from mambadsl.kinds.fields import Call, Word
 from mambadsl.kinds.attention.naive import naive
+from mambadsl.kinds.fields import Call, Word
 from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.tokens import Tokens

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from functools import cache, lru_cache
+from functools import cache
 from operator import mul
 
 import pytest

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import MIXERS, VOCAB, graph, made
 
 from mambadsl.build.init import generator_of
 from mambadsl.build.model import build
 from mambadsl.run.generate import Step, generate, steps, stream
 from mambadsl.run.sample import Sampling, distribution, sample
-from small_models import MIXERS, VOCAB, graph, made
 
 PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11], [3, 3]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import mambadsl
 from mambadsl import load
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.text.render import to_text
@@ -82,7 +83,7 @@ def test_facts_of_the_file_are_left_unchecked_and_that_is_said():
             ["no setting or constant `d_modle`", "did you mean `d_model`?"],
         ),
         ({"zzzzzzzzz": "64"}, "E048", "zzzzzzzzz", ["there are vocab, d_model"]),
-        ({"Q__heads": "1"}, "E048", "Q.heads", ["no layer `Q`", "there are F, W, B, H"]),
+        ({"Q__heads": "1"}, "E048", "Q.heads", ["a layer `Q`", "there are F, W, B, H"]),
         ({"B__d_ff": "1"}, "E048", "B.d_ff", ["`B` is a block", "declared here"]),
         ({"H__d_ff": "1"}, "E048", "H.d_ff", ["`H` is a sum"]),
         ({"W__rope.theta": "1"}, "E048", "W.rope.theta", ["`rope.theta` is no field"]),
@@ -109,9 +110,18 @@ def test_complaints_point_into_the_option(sets, code, place, words):
         assert word in shown, shown
 
 
-def test_layers_of_the_prelude_have_to_be_declared_first():
-    found = problem("M M A", M__heads="4")
-    assert found.code.id == "E048" and found.help == ("declare it in the file: `layer M = ...`",)
+def test_layers_of_the_prelude_become_the_files_own():
+    changed = mambadsl.load(text="M M A", set={"M.heads": "4", "S.window": 7, "d_model": 256})
+    heads = [n.layer.branches[0].fields.heads for n in changed.layers.layers]
+    assert heads == [4, 4, 4], "A has a head for each 64 channels"
+    again = mambadsl.load(text="model text { d_model = 256 } layer M = mamba2(heads=4) stack { M M A }")
+    assert changed.layers == again.layers
+
+
+def test_python_values_are_taken_as_they_are():
+    settings = {"d_model": 64, "tie_embeddings": True, "logits_softcap": None, "logits_multiplier": 0.25}
+    model = mambadsl.load(text="M A(window=3)", set=settings).layers.model
+    assert {name: model[name] for name in settings} == settings
 
 
 def test_all_options_complain_at_once():

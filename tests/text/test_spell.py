@@ -27,11 +27,12 @@ def test_far_words_find_nothing():
     assert nearest("", LEGAL) is None
     assert nearest("heads", []) is None
     assert nearest("x", ["_"]) is None
+    assert nearest("rope", ["moe", "mlp"]) is None
 
 
 def test_all_are_ordered_by_distance_and_bounded():
     assert nearest_all("head", LEGAL)[0] == "heads"
-    assert nearest_all("aaaa", ["aaab", "aabb", "abbb"]) == ("aaab", "aabb")
+    assert nearest_all("aaaaa", ["aaabb", "aaaab", "aabbb"]) == ("aaaab", "aaabb")
     assert len(nearest_all("ab", [f"ab{i}" for i in range(9)], most=2)) == 2
 
 

@@ -77,6 +77,8 @@ class CheckedGraph:
 
 def check(graph: LayerGraph, facts: Facts = NO_FACTS) -> CheckedGraph:
     """Runs every rule. Raises MdlError with all errors, then the warnings and infos, if there is an error."""
+    if not isinstance(facts, Facts):
+        raise TypeError(f"facts are mambadsl.Facts(...), not {type(facts).__name__}")
     subject = Subject(graph, facts)
     found: dict[Diagnostic, list[Node]] = {}
     names = MODEL + (RUN if facts != NO_FACTS else ()) + (KERNEL if subject.kernels else ())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
 from fractions import Fraction
 
 from mambadsl.graph.checks.legal import near, settings

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from math import isqrt
 
-
 #: Divisors of larger numbers are found only in pairs with one below this, so that no input takes long.
 MAX_TRIAL = 100_000
 

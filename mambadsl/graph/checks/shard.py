@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mambadsl.kinds.values import Values
+
 #: The largest offset of kernels that count elements in 32 bits.
 MAX_OFFSET = 2**31 - 1
 

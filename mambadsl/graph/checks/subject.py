@@ -165,14 +165,19 @@ def with_uses(diagnostic: Diagnostic, nodes: list[Node]) -> Diagnostic:
 
 
 def _used(nodes: list[Node]) -> tuple[str, ...]:
-    """`used 6 times: W (stack.3, stack.7, ...), lines 19-22`; nothing for a single use."""
+    """`used 6 times: Local (line 15), in lines 19-22` where named blocks hold it, else `used 6 times: W
+    (stack.3, stack.7, ...), in lines 19-22`; nothing for a single use."""
     if len(nodes) < 2:
         return ()
-    names = listed(dict.fromkeys(node.layer.label for node in nodes))
-    paths = ", ".join(node.path for node in nodes[:3]) + (", ..." if len(nodes) > 3 else "")
+    blocks = [next((f for f in reversed(node.trail) if f.chain), None) for node in nodes]
+    if all(blocks):
+        names = listed(dict.fromkeys(f"{block.label} (line {block.chain[0].line})" for block in blocks))
+    else:
+        paths = ", ".join(node.path for node in nodes[:3]) + (", ..." if len(nodes) > 3 else "")
+        names = f"{listed(dict.fromkeys(node.layer.label for node in nodes))} ({paths})"
     spans = [span for node in nodes if (span := node.trail[0].span if node.trail else node.span)]
     where = ""
     if spans and all(span.source is spans[0].source for span in spans):
         first, last = min(s.line for s in spans), max(s.line for s in spans)
-        where = f", line {first}" if first == last else f", lines {first}-{last}"
-    return (f"used {len(nodes)} times: {names} ({paths}){where}",)
+        where = f", in line {first}" if first == last else f", in lines {first}-{last}"
+    return (f"used {len(nodes)} times: {names}{where}",)
