@@ -109,7 +109,8 @@ class _Walk:
 
     def _cut(self, cut: Cut) -> None:
         if self._before is not None:
-            self.problems.append(Diagnostic(E049, "two cuts in a row leave a stage without layers", cut.span))
+            message = "two cuts in a row leave a stage without layers"
+            self.problems.append(Diagnostic(E049, message, cut.span, help=("leave one `|` out",)))
         elif not self.nodes:
             self.leading = cut.span
         else:
