@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.show.colors import of_kind, of_stage
-from mambadsl.show.describe import kind_text, shape_text
 from mambadsl.show.flow import Flow, Link, flow
-from mambadsl.show.fold import Item, Leaf, group_text
+from mambadsl.show.fold import Item, Leaf
 
 if TYPE_CHECKING:
     from mambadsl.plan.plan import Plan
@@ -38,22 +37,17 @@ def _items(picture: Flow, items: tuple[Item, ...], indent: str, numbers: Iterato
         if isinstance(item, Leaf):
             yield indent + _node(picture, item)
             continue
-        times = f" x{item.count}" if item.count > 1 else ""
         yield f"{indent}subgraph cluster_{next(numbers)} {{"
-        yield f"{indent}  label={_quoted(group_text(item.label) + times)};"
+        yield f"{indent}  label={_quoted(item.title)};"
         yield f'{indent}  labeljust=l; style=rounded; color="#9aa3ad";'
         yield from _items(picture, item.items, indent + "  ", numbers)
         yield indent + "}"
 
 
 def _node(picture: Flow, leaf: Leaf) -> str:
-    times = f" x{leaf.count}" if leaf.count > 1 else ""
-    several = leaf.node.layer is not None and len(leaf.node.layer.branches) > 1
-    stage = f"stage {leaf.tag}" if leaf.tag is not None else ""
-    lines = [leaf.label + times, kind_text(leaf.node), "" if several else shape_text(picture.graph, leaf.node), stage]
     fill, _ = of_kind(leaf.node)
     border = of_stage(leaf.tag) if leaf.tag is not None else "#5b6570"
-    label = _quoted("\n".join(filter(None, lines)))
+    label = _quoted("\n".join([leaf.title, *picture.lines(leaf)]))
     return f'n{picture.number[id(leaf)]} [label={label}, fillcolor="{fill}", color="{border}"];'
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mambadsl.graph.graph import LayerGraph, Role
+from mambadsl.show.describe import kind_text, shape_text
 from mambadsl.show.fold import Item, Leaf, fold, leaves
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Link:
 
 @dataclass(frozen=True, eq=False)
 class Flow:
+    """What every picture draws: boxes in groups, and the links between them."""
+
     graph: LayerGraph
     items: tuple[Item, ...]
     stages: Mapping[str, int] | None
@@ -46,6 +49,11 @@ class Flow:
     @cached_property
     def boxes(self) -> tuple[Leaf, ...]:
         return tuple(leaves(self.items))
+
+    def lines(self, box: Leaf) -> list[str]:
+        """The words under a box's title: kind, shape, stage."""
+        stage = f"stage {box.tag}" if box.tag is not None else ""
+        return [text for text in (kind_text(box.node), shape_text(self.graph, box.node), stage) if text]
 
     @cached_property
     def number(self) -> dict[int, int]:

@@ -31,6 +31,11 @@ class Leaf:
         return self.nodes[0]
 
     @property
+    def title(self) -> str:
+        """`M x3`."""
+        return times(self.label, self.count)
+
+    @property
     def shared(self) -> str | None:
         """The owner of its weights, where other layers use them too."""
         return next((node.owner for node in self.nodes if _shared(node)), None)
@@ -43,6 +48,11 @@ class Group:
     label: str
     count: int
     items: tuple[Item, ...]
+
+    @property
+    def title(self) -> str:
+        """`[M F] x3`, `Local`."""
+        return times(group_text(self.label), self.count)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -70,6 +80,10 @@ def leaves(items: Iterable[Item]) -> Iterator[Leaf]:
 def group_text(label: str) -> str:
     """How a group is called: `Local`, `[M F]`."""
     return f"[{label}]" if " " in label else label
+
+
+def times(label: str, count: int) -> str:
+    return f"{label} x{count}" if count > 1 else label
 
 
 @dataclass(frozen=True, slots=True)

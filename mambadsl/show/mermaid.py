@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.show.colors import of_kind, of_stage
-from mambadsl.show.describe import kind_text, shape_text
 from mambadsl.show.flow import Flow, Link, flow
-from mambadsl.show.fold import Item, Leaf, group_text
+from mambadsl.show.fold import Item, Leaf
 
 if TYPE_CHECKING:
     from mambadsl.plan.plan import Plan
@@ -34,19 +33,13 @@ def _items(picture: Flow, items: tuple[Item, ...], indent: str, numbers: Iterato
         if isinstance(item, Leaf):
             yield indent + _node(picture, item)
             continue
-        times = f" x{item.count}" if item.count > 1 else ""
-        yield f"{indent}subgraph g{next(numbers)}[{_quoted(group_text(item.label) + times)}]"
+        yield f"{indent}subgraph g{next(numbers)}[{_quoted(item.title)}]"
         yield from _items(picture, item.items, indent + "  ", numbers)
         yield indent + "end"
 
 
 def _node(picture: Flow, leaf: Leaf) -> str:
-    times = f" x{leaf.count}" if leaf.count > 1 else ""
-    several = leaf.node.layer is not None and len(leaf.node.layer.branches) > 1
-    stage = f"stage {leaf.tag}" if leaf.tag is not None else ""
-    words = ["" if several else shape_text(picture.graph, leaf.node), stage]
-    rest = [kind_text(leaf.node), *words]
-    text = f"<b>{_escaped(leaf.label + times)}</b><br/>" + "<br/>".join(_escaped(w) for w in rest if w)
+    text = "<br/>".join([f"<b>{_escaped(leaf.title)}</b>", *map(_escaped, picture.lines(leaf))])
     return f'n{picture.number[id(leaf)]}["{text}"]'
 
 

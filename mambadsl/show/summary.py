@@ -15,7 +15,7 @@ from mambadsl.graph.cost import NARROW, WIDE, Cost, costs, total
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import all_weights
 from mambadsl.show.describe import all_fields, kind_text, mixer_text, model_texts, shape_text
-from mambadsl.show.fold import Group, Item, Leaf, fold, group_text
+from mambadsl.show.fold import Group, Item, Leaf, fold, group_text, times
 from mambadsl.show.units import count, flops, layers, percent, size
 
 WIDTH = 110
@@ -38,8 +38,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        times = f" x{self.count}" if self.count > 1 else ""
-        return " " * (INDENT * self.depth) + self.label + times
+        return " " * (INDENT * self.depth) + times(self.label, self.count)
 
 
 def rows(graph: LayerGraph, *, length: int | None = None, folded: bool = True) -> tuple[Row, ...]:

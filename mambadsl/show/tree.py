@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mambadsl.graph.graph import LayerGraph, Role
 from mambadsl.show.describe import kind_text, mixer_text, shape_text
 from mambadsl.show.flow import flow
-from mambadsl.show.fold import Group, Item, Leaf, group_text
+from mambadsl.show.fold import Group, Item, Leaf
 
 if TYPE_CHECKING:
     from mambadsl.plan.plan import Plan
@@ -40,12 +40,11 @@ def _lines(graph: LayerGraph, items: tuple[Item, ...], indent: str) -> Iterator[
     for i, item in enumerate(items):
         last = i == len(items) - 1
         arm, below = ("`- ", "   ") if last else ("|- ", "|  ")
-        times = f" x{item.count}" if item.count > 1 else ""
         if isinstance(item, Group):
-            yield indent + arm + group_text(item.label) + times, "", None
+            yield indent + arm + item.title, "", None
             yield from _lines(graph, item.items, indent + below)
             continue
-        yield indent + arm + item.label + times, _words(graph, item), item.tag
+        yield indent + arm + item.title, _words(graph, item), item.tag
         branches = item.node.layer.branches if item.node.layer is not None else ()
         for j, mixer in enumerate(branches if len(branches) > 1 else ()):
             end = "`+ " if j == len(branches) - 1 else "|+ "
