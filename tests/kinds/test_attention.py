@@ -228,7 +228,8 @@ def test_a_part_replaces_the_core():
 
     f = values("attention", d_model=16, **HEADS, o_bias=True, window=4)
     made = get("attention").module()(f, Dims(16, 16), parts={"core": core})
-    torch.nn.init.ones_(made.qkv_proj.weight), torch.nn.init.ones_(made.o_proj.bias)
+    for weight in made.parameters():
+        torch.nn.init.ones_(weight)
     state = made.init_state(2, dtype=torch.float32)
     y = made(torch.randn(2, 3, 16), Tokens.plain(2, 3), state)
     made(torch.randn(2, 1, 16), Tokens.plain(2, 1, start=3), state)
