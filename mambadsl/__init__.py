@@ -25,7 +25,7 @@ _HOMES = {
     "Graph": "mambadsl.graph.builder",
     "form": "mambadsl.graph.builder",
     "make_layer": "mambadsl.spec.make",
-    "from_networkx": "mambadsl.graph.exchange",
+    "from_networkx": "mambadsl.compile",
     "load_compiled": "mambadsl.run.compiled",
 }
 

@@ -52,7 +52,7 @@ class Program:
         return total(costs(self.layers, length=length))
 
     def plan(self, **how: Any) -> Plan:
-        """Which layers run in which pipeline stage; see `mambadsl.plan.plan.plan` for the keywords."""
+        """Which layers run in which pipeline stage; see `mambadsl.plan.from_graph.plan` for the keywords."""
         from mambadsl.plan.from_graph import plan
 
         return plan(self.checked, **how)
@@ -108,12 +108,15 @@ def compile_file(file: File, *, set: Mapping[str, Any] | None = None, facts: Fac
 
 
 def program_from_graph(graph: LayerGraph, *, facts: Facts | None = None) -> Program:
-    """A Program from a graph that did not come from text: checked, and written as text to have a spec."""
+    """A Program from a graph that did not come from text: written as text to have a spec, and checked."""
     from mambadsl.graph.checks import NO_FACTS, check
-    from mambadsl.graph.write import write
-    from mambadsl.spec.resolve import resolve
-    from mambadsl.syntax.read import read
-    from mambadsl.text.source import from_text
+    from mambadsl.graph.exchange import spec_of
 
-    checked = check(graph, facts or NO_FACTS)
-    return Program(resolve(read(from_text(write(graph), name=f"{graph.name}.mdl"))), checked)
+    return Program(spec_of(graph), check(graph, facts or NO_FACTS))
+
+
+def from_networkx(g: Any, *, facts: Facts | None = None) -> Program:
+    """A checked Program from a (possibly edited) networkx.DiGraph. Raises MdlError."""
+    from mambadsl.graph.exchange import layers_from_networkx
+
+    return program_from_graph(layers_from_networkx(g), facts=facts)

@@ -17,7 +17,7 @@ from mambadsl.graph.unroll import connect, unroll
 from mambadsl.graph.write import write
 from mambadsl.kinds.values import Values
 from mambadsl.spec.make import checked, layer, settings
-from mambadsl.spec.model import LayerSpec, is_name, name_of
+from mambadsl.spec.model import LayerSpec, ModelSpec, is_name, name_of
 from mambadsl.spec.resolve import resolve
 from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
@@ -56,7 +56,8 @@ def to_networkx(graph: LayerGraph) -> Any:
 
 
 def layers_from_networkx(g: Any) -> LayerGraph:
-    """The frozen graph of an edited DiGraph, not checked yet. Raises MdlError where it is no model."""
+    """The frozen graph of an edited DiGraph: neither checked yet, nor held to a text (`spec_of`). Raises
+    MdlError where it is no model."""
     import networkx as nx
 
     if not isinstance(g, nx.DiGraph) or g.is_multigraph():
@@ -84,15 +85,24 @@ def layers_from_networkx(g: Any) -> LayerGraph:
         name, model, ordered, connect(ordered, model), g.graph.get("mtp"), tuple(g.graph.get("parts") or ())
     )
     _same_edges(g, graph, renamed)
-    _same_in_text(graph)
     return graph
 
 
-def from_networkx(g: Any) -> Any:
-    """A checked Program from a (possibly edited) DiGraph."""
-    from mambadsl.compile import program_from_graph
-
-    return program_from_graph(layers_from_networkx(g))
+def spec_of(graph: LayerGraph) -> ModelSpec:
+    """The spec of the graph's text. What no text says is no model (E060): half a use of a shared item, depths
+    of `mtp` that differ."""
+    try:
+        spec = resolve(read(from_text(write(graph), name=f"{graph.name}.mdl")))
+        again = unroll(spec)
+    except MdlError as error:
+        notes = tuple(d.message for d in error.diagnostics[:3])
+        raise MdlError([Diagnostic(E060, "the graph has no text", notes=notes)]) from None
+    if again != graph:
+        pairs = zip((*again.nodes, None), (*graph.nodes, None))
+        node = next((theirs or ours for ours, theirs in pairs if ours != theirs), None)
+        what = f"`{node.path}` (weights of `{node.owner}`)" if node else "the whole"
+        raise _refuse(f"the graph has no text that says the same; {what} does not fit its neighbours")
+    return spec
 
 
 def _role(key: Any, data: dict) -> Role:
@@ -164,20 +174,6 @@ def _same_edges(g: Any, graph: LayerGraph, renamed: dict) -> None:
         u, v, t = missing[0]
         help = f'add it, `g.add_edge("{u}", ..., tensors={{"{t}": width}})`, or let the layer not read it'
         raise _refuse(f"`{v}` reads the tensor `{t}` of `{u}`, and there is no such edge", help=help)
-
-
-def _same_in_text(graph: LayerGraph) -> None:
-    """What no text says is no model: half a use of a shared item, depths of `mtp` that differ."""
-    try:
-        again = unroll(resolve(read(from_text(write(graph), name=graph.name))))
-    except MdlError as error:
-        notes = tuple(d.message for d in error.diagnostics[:3])
-        raise MdlError([Diagnostic(E060, "the graph has no text", notes=notes)]) from None
-    if again != graph:
-        pairs = zip((*again.nodes, None), (*graph.nodes, None))
-        node = next((theirs or ours for ours, theirs in pairs if ours != theirs), None)
-        what = f"`{node.path}` (weights of `{node.owner}`)" if node else "the whole"
-        raise _refuse(f"the graph has no text that says the same; {what} does not fit its neighbours")
 
 
 def _refuse(message: str, *, help: str = "") -> MdlError:
