@@ -147,7 +147,7 @@ def _line(marks: list[_Mark]) -> tuple[str, list[tuple[str, bool]]]:
     rows = []
     primary = any(mark.primary for mark in marks)
     # The rightmost label stands behind its mark, the others below, from right to left.
-    last_start, last_end, last = max(placed, key=lambda p: (p[1], p[2].primary))
+    _, last_end, last = max(placed, key=lambda p: (p[1], p[2].primary))
     behind = last.text if last_end == len(row) else ""
     rows.append(("".join(row) + (f" {behind}" if behind else ""), primary))
     for start, _, mark in sorted(placed, key=lambda p: -p[0]):

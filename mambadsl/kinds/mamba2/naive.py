@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambadsl.kinds.kind import Dims
-from mambadsl.kinds.tokens import PADDING, Tokens
+from mambadsl.kinds.recurrence import token_by_token
+from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Values
 
 
@@ -25,32 +26,13 @@ def naive(
     """weights: by the names of the kind's table. state: {"conv" [B, C, K-1], "ssm" [B, H, P, N]} and, where
     it is not 0, "segment" [B]. Returns y_BTD (zeros at padding) and the state after it. All in float32."""
     w = {name: tensor.float() for name, tensor in weights.items()}
-    B, T, _ = x_BTD.shape
-    zeros = x_BTD.float().new_zeros
-    segments_BT = zeros(B, T) if tokens.segments_BT is None else tokens.segments_BT
-    outputs, after = [], []
-    for b in range(B):
-        if state is None:
-            conv_CJ = zeros(w["conv.weight"].shape[0], f.d_conv - 1)
-            ssm_HPN = zeros(f.heads, f.head_dim, f.d_state)
-            document = 0
-        else:
-            conv_CJ, ssm_HPN = state["conv"][b].float(), state["ssm"][b].float()
-            document = int(state["segment"][b]) if "segment" in state else 0
-        row = []
-        for t in range(T):
-            segment = int(segments_BT[b, t])
-            if segment == PADDING:
-                row.append(zeros(dims.d_model))
-                continue
-            if segment != document:
-                conv_CJ, ssm_HPN, document = torch.zeros_like(conv_CJ), torch.zeros_like(ssm_HPN), segment
-            y_D, conv_CJ, ssm_HPN = one_token(w, f, x_BTD[b, t].float(), conv_CJ, ssm_HPN)
-            row.append(y_D)
-        outputs.append(torch.stack(row))
-        after.append((conv_CJ, ssm_HPN, zeros((), dtype=torch.int32) + document))
-    conv, ssm, segment = (torch.stack(tensors) for tensors in zip(*after))
-    return torch.stack(outputs).to(x_BTD.dtype), {"conv": conv, "ssm": ssm, "segment": segment}
+    shapes = {"conv": (w["conv.weight"].shape[0], f.d_conv - 1), "ssm": (f.heads, f.head_dim, f.d_state)}
+
+    def step(x_D: Tensor, now: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        y_D, conv, ssm = one_token(w, f, x_D, now["conv"], now["ssm"])
+        return y_D, {"conv": conv, "ssm": ssm}
+
+    return token_by_token(step, shapes, x_BTD, tokens, state, d_model=dims.d_model)
 
 
 def one_token(
