@@ -27,6 +27,7 @@ _HOMES = {
     "make_layer": "mambadsl.spec.make",
     "from_networkx": "mambadsl.compile",
     "load_compiled": "mambadsl.run.compiled",
+    "load_parts": "mambadsl.parts.plugins",
 }
 
 __all__ = list(_HOMES)

@@ -21,12 +21,11 @@ def next_tokens(tokens_BT: Tensor, *, segments: Tensor | None = None, valid: Ten
     return targets_BT
 
 
-def cross_entropy(
-    logits_BTV: Tensor, targets_BT: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+def counted(
+    targets_BT: Tensor, *, like: Tensor, segments: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
-    """Mean over the tokens that count (target not negative, not padding), float32; 0 if there are none.
-    ValueError for targets of another shape or outside the vocabulary (on a CPU; elsewhere torch says so)."""
-    wanted, given = list(logits_BTV.shape[:-1]), list(targets_BT.shape)
+    """Targets as int64, IGNORE where they are negative or padding. ValueError for another shape than the tokens'."""
+    wanted, given = list(like.shape[:2]), list(targets_BT.shape)
     if wanted != given:
         raise ValueError(f"targets must be {wanted} like the tokens, not {given}")
     targets_BT = targets_BT.long()
@@ -34,7 +33,15 @@ def cross_entropy(
         targets_BT = targets_BT.masked_fill(segments < 0, IGNORE)
     if valid is not None:
         targets_BT = targets_BT.masked_fill(~valid.bool(), IGNORE)
-    targets_BT = targets_BT.masked_fill(targets_BT < 0, IGNORE)
+    return targets_BT.masked_fill(targets_BT < 0, IGNORE)
+
+
+def cross_entropy(
+    logits_BTV: Tensor, targets_BT: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """Mean over the tokens that count (target not negative, not padding), float32; 0 if there are none.
+    ValueError for targets of another shape or outside the vocabulary (on a CPU; elsewhere torch says so)."""
+    targets_BT = counted(targets_BT, like=logits_BTV, segments=segments, valid=valid)
     try:
         total = F.cross_entropy(
             logits_BTV.float().flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"

@@ -10,7 +10,6 @@ Letters: B batch, T time, D d_model, V vocab, L the last tokens asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 
 from mambadsl.build.device import device as usable
 from mambadsl.build.failure import located
+from mambadsl.build.fill import fill
 from mambadsl.build.init import initialise
-from mambadsl.build.loss import cross_entropy, next_tokens
+from mambadsl.build.loss import counted, cross_entropy, next_tokens
+from mambadsl.build.machine import machine
 from mambadsl.build.refuse import problems
 from mambadsl.build.stage import Stage, choose
 from mambadsl.build.state import DecodingState, describe
@@ -29,18 +30,11 @@ from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.module import Holder
 from mambadsl.kinds.norm import Norm
+from mambadsl.kinds.state import Room
+from mambadsl.plan.assign import Assignment, assign
 from mambadsl.text.diagnostic import MdlError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which part set was asked for, which one runs, and why."""
-
-    asked: str
-    used: str
-    why: str
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(
@@ -50,48 +44,45 @@ def build(
     """The torch module of a LayerGraph or CheckedGraph, with the initial values of `seed`.
 
     dtype: "fp32", "bf16" or a torch dtype; weights declared float32 stay so. device="meta": no memory, no
-    values (`init.materialise` gives both later, the same ones). stage: build this pipeline stage only, of
-    `plan` (a Plan, or a list of lists of node paths), or of the text's `|` marks.
+    values (`init.materialise` gives both later, the same ones). parts: a part set, or a `parts` block of the text;
+    what runs where is then in `model.assignment`. stage: build this pipeline stage only, of `plan` (a Plan, or a
+    list of lists of node paths), or of the text's `|` marks.
 
-    Raises MdlError: E901 and E906 what cannot be built, E902 part sets, E904 stages. ValueError: a dtype that
-    weights cannot have, a device that this machine does not.
+    Raises MdlError: E901 and E906 what cannot be built, E902 and E907 part sets, E904 stages. ValueError: a dtype
+    that weights cannot have, a device that this machine does not.
     """
     graph = graph if isinstance(graph, LayerGraph) else graph.graph
-    if found := problems(graph, parts=parts):
+    if found := problems(graph):
         raise MdlError(found)
     made = DTYPES.get(dtype, dtype)
     if not (isinstance(made, torch.dtype) and made.is_floating_point):
         known = ", ".join(map(repr, DTYPES))
         raise ValueError(f"dtype must be {known} or a float torch dtype, not {dtype!r}")
     place = usable(device)
-    model = Model(
-        graph, choose(graph, plan=plan, stage=stage), dtype=made, device=place, choices=(_choice(parts),)
-    )
+    stage_of = choose(graph, plan=plan, stage=stage)
+    named = next((name for name, torch_dtype in DTYPES.items() if torch_dtype == made), str(made))
+    assignment = assign(graph, parts=parts, machine=machine(place), dtype=named)
+    model = Model(graph, stage_of, assignment, dtype=made, device=place)
     if place.type != "meta":
         initialise(model, seed=seed)
     return model
 
 
-def _choice(parts: str) -> Choice:
-    why = "it is the only part set with code so far" if parts == "auto" else "asked for by name"
-    return Choice(parts, "reference", why)
-
-
 class Model(nn.Module):
     """A language model, or one stage of it.
 
-    graph, stage: what it was built from. weights: path -> Weight of everything in it. choices: the part sets
-    that were asked for and what runs.
+    graph, stage: what it was built from. weights: path -> Weight of everything in it. assignment: which part fills
+    each slot, and why.
     Weights have no values yet: `build` and `init` give them.
     """
 
     def __init__(
-        self, graph: LayerGraph, stage: Stage, *, dtype: torch.dtype = torch.float32, device: Any = None,
-        choices: tuple[Choice, ...] = (),
+        self, graph: LayerGraph, stage: Stage, assignment: Assignment, *, dtype: torch.dtype = torch.float32,
+        device: Any = None,
     ):
         super().__init__()
-        self.graph, self.stage = graph, stage
-        self.choices = choices
+        self.graph, self.stage, self.assignment = graph, stage, assignment
+        self.frame = fill(assignment, "model").functions
         self.weights = {path: w for node in stage.nodes for path, w in node_weights(graph, node)}
         for node in stage.nodes:
             self._add(node, dtype=dtype, device=device)
@@ -102,7 +93,7 @@ class Model(nn.Module):
             case Role.EMBED:
                 self._add_table("embed", **made)
             case Role.HEAD:
-                self.final_norm = Norm(model.norm, model.d_model, **made)
+                self.final_norm = Norm(model.norm, model.d_model, **self._rms(), **made)
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
                 self._add_table("embed" if self.graph.tied else "head", **made)
             case Role.LAYER:
@@ -113,7 +104,13 @@ class Model(nn.Module):
                         group.add_module(step, nn.ModuleDict())
                     group = group._modules[step]
                 if leaf not in group._modules:
-                    group.add_module(leaf, Sublayer(node, d_model=model.d_model, **made))
+                    filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
+                    sublayer = Sublayer(node, d_model=model.d_model, filled=filled, **self._rms(), **made)
+                    group.add_module(leaf, sublayer)
+
+    def _rms(self) -> dict[str, Any]:
+        """What computes RMS norms, where a part does."""
+        return {"rms": self.frame["norm"]} if "norm" in self.frame else {}
 
     def _add_table(self, name: str, *, dtype: torch.dtype, device: Any) -> None:
         if name not in self._modules:
@@ -156,6 +153,16 @@ class Model(nn.Module):
             raise TypeError(f"stage {self.stage.index} takes {takes} (tensors), not {given or 'nothing'}")
         if last is not None and last < 1:
             raise ValueError(f"`last` is a number of tokens, at least 1, not {last}")
+        stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)
+        if self.stage.gives == ("logits",):
+            return self._logits(stream["h"])
+        return tuple(stream[name] for name in self.stage.gives)
+
+    def _through(
+        self, inputs: tuple[Tensor, ...], *, segments: Tensor | None, valid: Tensor | None,
+        positions: Tensor | None, state: DecodingState | None = None, last: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The named tensors after the stage's nodes; "h" is what the head reads."""
         axes = ("batch", "time") if self.stage.takes[0] == "tokens" else ("batch", "time", "d_model")
         if inputs[0].dim() != len(axes):
             wanted = f"{self.stage.takes[0]} [{', '.join(axes)}]"
@@ -165,28 +172,38 @@ class Model(nn.Module):
             positions=positions, state=state,
         )
         stream = dict(zip(self.stage.takes, inputs))
+        if "x" in stream and state is not None:
+            stream["x"] = stream["x"].clone()
         for node in self.stage.nodes:
             with located(node):
                 _RUN[node.role](self, node, stream, tokens, state, last)
         if state is not None:
             state.advance(tokens)
-        if self.stage.gives == ("logits",):
-            return stream["logits"]
-        return tuple(stream[name] for name in self.stage.gives)
+        return stream
 
     def init_state(
-        self, batch: int, *, dtype: torch.dtype | None = None, device: Any = None
+        self, batch: int, *, capacity: int | None = None, dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32, device: Any = None,
     ) -> DecodingState:
-        """The decoding state of `batch` rows before their first token. dtype: of what kinds do not declare
-        float32; default: the model's."""
-        made = dict(dtype=dtype or self.dtype, device=device or self.device)
+        """The decoding state of `batch` rows before their first token.
+
+        capacity: tokens that a row can have, padding included; all memory is taken at once, tensors are written in
+        place, rows are one document each, and one token at a time goes through fused steps where parts have them.
+        Without it, the state grows. dtype: of what kinds do not declare float32 (default: the model's);
+        state_dtype: of what they do.
+        """
         if batch < 1:
             raise ValueError(f"a batch has at least one row, not {batch}")
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"a decoding state has room for at least one token, not {capacity}")
+        room = None if capacity is None else Room(capacity)
+        device = device or self.device
+        made = dict(dtype=dtype or self.dtype, device=device, room=room, state_dtype=state_dtype)
         layers = {}
         for node, sublayer in self.sublayers():
             for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
                 layers[path] = mixer.init_state(batch, **made)
-        return DecodingState(layers, torch.zeros(batch, dtype=torch.int64, device=made["device"]))
+        return DecodingState(layers, torch.zeros(batch, dtype=torch.int64, device=device), room=room)
 
     def sublayers(self) -> Iterator[tuple[Node, Sublayer]]:
         """Every use of a sublayer here, in order; a shared one comes once for each use."""
@@ -209,7 +226,15 @@ class Model(nn.Module):
         padding = dict(segments=segments, valid=valid)
         if targets_BT is None:
             targets_BT = next_tokens(tokens_BT, **padding)
-        return cross_entropy(self(tokens_BT, positions=positions, **padding), targets_BT, **padding)
+        if "loss" not in self.frame:
+            return cross_entropy(self(tokens_BT, positions=positions, **padding), targets_BT, **padding)
+        targets_BT = counted(targets_BT, like=tokens_BT, **padding)
+        h_BTD = self._through((tokens_BT,), positions=positions, **padding)["h"]
+        model, node = self.graph.model, self.stage.nodes[-1]
+        with located(node):
+            return self.frame["loss"](
+                h_BTD, self._head_weight(), targets_BT, multiplier=model.logits_multiplier, softcap=model.logits_softcap
+            )
 
     def extra_repr(self) -> str:
         stage = f", stage {self.stage.index} of {self.stage.count}" if self.stage.count > 1 else ""
@@ -228,7 +253,8 @@ class Model(nn.Module):
         x_BTD = scaled(x_BTD, model.embedding_multiplier)
         stream["x"] = x_BTD.float() if model.residual_dtype == "fp32" else x_BTD
         if self.stage.keeps_embedding:
-            stream["x0"] = stream["x"]
+            # Fused steps add to the stream in place.
+            stream["x0"] = stream["x"] if state is None else stream["x"].clone()
 
     def _layer(self, node, stream, tokens, state, last) -> None:
         sublayer = self.get_submodule(node.owner)
@@ -236,14 +262,18 @@ class Model(nn.Module):
         stream["x"] = sublayer(stream["x"], stream.get("x0"), tokens, states)
 
     def _head(self, node, stream, tokens, state, last) -> None:
-        model = self.graph.model
         x_BLD = stream["x"] if last is None else stream["x"][:, -last:]
-        weight_VD = (self.embed if self.graph.tied else self.head).weight
-        logits_BLV = F.linear(self.final_norm(x_BLD).to(weight_VD.dtype), weight_VD).float()
-        logits_BLV = scaled(logits_BLV, model.logits_multiplier)
+        stream["h"] = self.final_norm(x_BLD).to(self._head_weight().dtype)
+
+    def _head_weight(self) -> Tensor:
+        return (self.embed if self.graph.tied else self.head).weight
+
+    def _logits(self, h_BLD: Tensor) -> Tensor:
+        model = self.graph.model
+        logits_BLV = scaled(F.linear(h_BLD, self._head_weight()).float(), model.logits_multiplier)
         if model.logits_softcap is not None:
             logits_BLV = model.logits_softcap * torch.tanh(logits_BLV / model.logits_softcap)
-        stream["logits"] = logits_BLV
+        return logits_BLV
 
 
 #: How a node of each role changes the stream of named tensors.

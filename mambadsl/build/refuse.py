@@ -1,13 +1,11 @@
-"""What cannot be built yet, or at all: LayerGraph and part set -> diagnostics."""
+"""What cannot be built yet, or at all: LayerGraph -> diagnostics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from mambadsl.graph.graph import LayerGraph, Node, Role
-from mambadsl.parts.sets import SETS
 from mambadsl.text.diagnostic import Diagnostic, declare
-from mambadsl.text.spell import nearest
 
 E901 = declare(
     "E901",
@@ -16,16 +14,6 @@ E901 = declare(
     The language knows this, checks it, counts and plans it, but no torch module exists for it yet: the
     multi-token-prediction tail (`mtp`), and per-use weights of shared layers (`adapter`). Everything
     around it can be built: take it out, or keep it and use `check`, `plan` and `summary`.
-    """,
-)
-E902 = declare(
-    "E902",
-    "the part set cannot be used",
-    """
-    A part set says which code fills each slot of each layer. `reference` (pure torch, any machine) exists;
-    `auto` takes the best that exists, which is `reference` today, and says so in `model.choices`. The
-    other names are promised by the design and have no code yet. A set asked for by name is never
-    replaced in silence.
     """,
 )
 E906 = declare(
@@ -38,27 +26,9 @@ E906 = declare(
     """,
 )
 
-#: Part sets with code behind them.
-BUILT = ("reference", "auto")
-
-
-def problems(graph: LayerGraph, *, parts: str) -> list[Diagnostic]:
-    """Everything that keeps the graph from being built with this part set."""
-    return [*_parts(graph, parts), *_missing(graph), *_unfitting(graph)]
-
-
-def _parts(graph: LayerGraph, parts: str) -> Iterator[Diagnostic]:
-    if parts in BUILT:
-        return
-    own = {p.name: p.span for p in graph.parts}
-    today = "today there are `reference` (pure torch) and `auto` (the same)"
-    if parts in SETS or parts in own:
-        message = f"the part set `{parts}` has no code yet; {today}"
-        yield Diagnostic(E902, message, own.get(parts), help=("`parts=\"reference\"` runs on any machine",))
-    else:
-        near = nearest(parts, (*BUILT, *SETS, *own))
-        help = (f"did you mean `{near}`?",) if near else ()
-        yield Diagnostic(E902, f"there is no part set `{parts}`; {today}", help=help)
+def problems(graph: LayerGraph) -> list[Diagnostic]:
+    """Everything that keeps the graph from being built."""
+    return [*_missing(graph), *_unfitting(graph)]
 
 
 def _missing(graph: LayerGraph) -> Iterator[Diagnostic]:

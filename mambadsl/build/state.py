@@ -2,19 +2,21 @@
 
 In: segments, padding mask, positions as the caller has them, and a decoding state. Out: `Tokens`, the one
 description that every layer gets. Refuses (ValueError) shapes that do not fit the tokens, a state of
-another batch size, and document numbers that go back within a row.
+another batch size or with too little room, and document numbers that go back within a row.
 
 Letters: B batch, T time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mambadsl.kinds.state import FixedState, Room
 from mambadsl.kinds.tokens import PADDING, Tokens
 
 
@@ -25,34 +27,60 @@ class DecodingState:
 
     layers: branch path (`stack.3`, `stack.4.1`) -> that layer's tensors. position_B: place of each row's
     next token in its document. segment_B: document of each row's last token; None while no call has named
-    documents or padding.
+    documents or padding. room: of a state of fixed size, whose tensors (position_B too) stay where they are and whose
+    rows are one document each; None: it grows.
     """
 
     layers: dict[str, dict[str, Any]]
     position_B: Tensor
     segment_B: Tensor | None = None
+    room: Room | None = None
 
     def copy(self) -> DecodingState:
         """A snapshot: later calls on either leave the other alone."""
+        room = None if self.room is None else replace(self.room)
 
         def copied(value: Any) -> Any:
             return value.clone() if isinstance(value, Tensor) else value
 
         layers = {path: {name: copied(v) for name, v in state.items()} for path, state in self.layers.items()}
-        return DecodingState(layers, self.position_B.clone(), copied(self.segment_B))
+        if room is not None:
+            layers = {path: FixedState(t, capacity=room.capacity, room=room) for path, t in layers.items()}
+        return DecodingState(layers, self.position_B.clone(), copied(self.segment_B), room)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor, `position_B` last."""
+        for state in self.layers.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+        yield self.position_B
+
+    def clear(self) -> None:
+        """Back before the first token, in place; of a state of fixed size only (ValueError)."""
+        if self.room is None:
+            raise ValueError("a growing state is not cleared: make a new one with `init_state`")
+        for tensor in self.tensors():
+            tensor.zero_()
+        self.room.used = 0
 
     def advance(self, tokens: Tokens) -> None:
         """The rows now stand after these tokens; rows of nothing but padding stay where they were."""
+        if self.room is not None:
+            self.room.used += tokens.length
         if tokens.segments_BT is None:
-            self.position_B = tokens.positions_BT[:, -1] + 1
+            last_B = tokens.positions_BT[:, -1]
+            self.position_B = torch.add(last_B, 1, out=None if self.room is None else self.position_B)
             return
         real_BT = tokens.segments_BT != PADDING
         last_B1 = tokens.length - 1 - real_BT.flip(1).int().argmax(1, keepdim=True)
         some_B = real_BT.any(1)
-        before_B = torch.zeros_like(tokens.segments_BT[:, 0]) if self.segment_B is None else self.segment_B
         position_B = tokens.positions_BT.gather(1, last_B1)[:, 0] + 1
-        self.position_B = torch.where(some_B, position_B, self.position_B)
-        self.segment_B = torch.where(some_B, tokens.segments_BT.gather(1, last_B1)[:, 0], before_B)
+        position_B = torch.where(some_B, position_B, self.position_B)
+        if self.room is not None:
+            self.position_B.copy_(position_B)
+        else:
+            self.position_B = position_B
+            before_B = torch.zeros_like(tokens.segments_BT[:, 0]) if self.segment_B is None else self.segment_B
+            self.segment_B = torch.where(some_B, tokens.segments_BT.gather(1, last_B1)[:, 0], before_B)
 
 
 def describe(
@@ -75,6 +103,10 @@ def describe(
             raise ValueError(f"`{name}` must be [{B}, {T}] like the tokens, not {list(given.shape)}")
     if state is not None and state.position_B.shape[0] != B:
         raise ValueError(f"the state is of {state.position_B.shape[0]} rows and the batch of {B}")
+    if state is not None and state.room is not None:
+        if segments is not None:
+            raise ValueError("rows of a state of fixed size are one document each: `valid` says what is padding")
+        state.room.check(T)
     if positions is not None:
         if tuple(positions.shape) not in ((B, T), (T,)):
             raise ValueError(f"`positions` must be [{B}, {T}] or [{T}], not {list(positions.shape)}")
@@ -82,7 +114,8 @@ def describe(
     start_B = torch.zeros(B, dtype=torch.int64, device=device) if state is None else state.position_B
     if segments is None and valid is None and (state is None or state.segment_B is None):
         if positions is None:
-            positions = start_B[:, None] + torch.arange(T, device=device)
+            # One token stands where the state does: no copy, since this is run for every token.
+            positions = start_B[:, None] if T == 1 else start_B[:, None] + torch.arange(T, device=device)
         return Tokens(positions, None)
     zeros_BT = torch.zeros((B, T), dtype=torch.int32, device=device)
     segments_BT = zeros_BT if segments is None else segments.int().clamp_min(PADDING)

@@ -12,7 +12,7 @@ Letters: B batch, T time, D d_model, I width that the branches read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mambadsl.build.fill import NOTHING, Filled
 from mambadsl.graph.graph import Node
 from mambadsl.kinds.module import KindModule
-from mambadsl.kinds.norm import Norm
+from mambadsl.kinds.norm import Norm, rms_norm
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.state import FixedState
 from mambadsl.kinds.tokens import Tokens
 
 #: The decoding state of each branch.
@@ -34,7 +36,11 @@ class Sublayer(nn.Module):
     """Children are named as `graph.weights` names them: `norm`, `post_norm`, and `mixer`, or `0`, `1`, ...
     for the branches of a sum."""
 
-    def __init__(self, node: Node, *, d_model: int, dtype: torch.dtype, device: Any = None):
+    def __init__(
+        self, node: Node, *, d_model: int, dtype: torch.dtype, device: Any = None, filled: Sequence[Filled] = (),
+        rms: Callable[..., Tensor] = rms_norm,
+    ):
+        """filled: the parts of each branch. rms: what computes RMS norms."""
         super().__init__()
         self.sub, self.branches = node.layer.sub, node.layer.branches
         form, dims = self.sub.residual.name, node.dims(d_model)
@@ -42,12 +48,18 @@ class Sublayer(nn.Module):
         # The norm after the branches is `norm` where it is the only one.
         self.norm_after = {"post": "norm", "sandwich": "post_norm"}.get(form)
         if form != "post":
-            self.norm = Norm(self.sub.norm, dims.d_in, **made)
+            self.norm = Norm(self.sub.norm, dims.d_in, rms=rms, **made)
         if self.norm_after:
-            self.add_module(self.norm_after, Norm(self.sub.norm, d_model, **made))
+            self.add_module(self.norm_after, Norm(self.sub.norm, d_model, rms=rms, **made))
         self.mixers = ("mixer",) if len(self.branches) == 1 else tuple(map(str, range(len(self.branches))))
-        for name, branch in zip(self.mixers, self.branches):
-            self.add_module(name, get(branch.kind).module()(branch.fields, dims, **made))
+        filled = filled or [NOTHING] * len(self.branches)
+        for name, branch, parts in zip(self.mixers, self.branches, filled, strict=True):
+            module = get(branch.kind).module()
+            self.add_module(name, module(branch.fields, dims, parts=parts.functions, **made))
+        #: The norm is done by the part that fills the only branch's entry projection.
+        self.leaves_norm = len(filled) == 1 and filled[0].takes_norm
+        #: A part does the whole sublayer for one token.
+        self.has_step = len(filled) == 1 and "step" in filled[0].functions
 
     def mixer_modules(self) -> tuple[KindModule, ...]:
         return tuple(self._modules[name] for name in self.mixers)
@@ -56,17 +68,29 @@ class Sublayer(nn.Module):
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None
     ) -> Tensor:
         """The stream after this sublayer, [B, T, D]. x0_BTD: needed where the layer reads the first
-        embedding. states: one decoding state per branch, read and written."""
+        embedding. states: one decoding state per branch, read and written. One token with states of fixed size goes
+        through the fused step, if there is one; it updates `x_BTD` in place."""
+        if self._steps(tokens, states):
+            x_BD = self.mixer.parts["step"](self, x_BTD[:, 0], tokens.positions_BT[:, 0].contiguous(), states[0])
+            return x_BD[:, None]
         if self.sub.recompute and self.training and states is None and torch.is_grad_enabled():
-            return checkpoint(self._add, x_BTD, x0_BTD, tokens, use_reentrant=False)
+            # Reading the generator's state is not allowed while a CUDA graph is captured.
+            drops = any(branch.branch.dropout for branch in self.branches)
+            return checkpoint(self._add, x_BTD, x0_BTD, tokens, use_reentrant=False, preserve_rng_state=drops)
         return self._add(x_BTD, x0_BTD, tokens, states)
+
+    def _steps(self, tokens: Tokens, states: States | None) -> bool:
+        return (
+            states is not None and self.has_step and isinstance(states[0], FixedState) and tokens.length == 1
+            and tokens.segments_BT is None and not torch.is_grad_enabled()
+        )
 
     def _add(
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None
     ) -> Tensor:
         residual = self.sub.residual
         h_BTI = torch.cat((x_BTD, x0_BTD), -1) if self.sub.input == "with_embedding" else x_BTD
-        if residual.name != "post":
+        if residual.name != "post" and not self.leaves_norm:
             h_BTI = self.norm(h_BTI)
         y_BTD = self._sum(h_BTI, tokens, states)
         if self.norm_after:
@@ -80,8 +104,10 @@ class Sublayer(nn.Module):
         total_BTD = None
         for i, (mixer, branch) in enumerate(zip(self.mixer_modules(), self.branches)):
             f = branch.branch
-            x_BTI = scaled(h_BTI.to(mixer.dtype), f.in_multiplier)
-            y_BTD = mixer(x_BTI, tokens, states[i] if states is not None else None)
+            # Left to the part, the norm reads the stream in the stream's own dtype.
+            x_BTI = h_BTI if self.leaves_norm else scaled(h_BTI.to(mixer.dtype), f.in_multiplier)
+            norm = {"norm": self.norm} if self.leaves_norm else {}
+            y_BTD = mixer(x_BTI, tokens, states[i] if states is not None else None, **norm)
             y_BTD = scaled(F.dropout(y_BTD, f.dropout, self.training), f.out_multiplier)
             total_BTD = y_BTD if total_BTD is None else total_BTD + y_BTD
         return total_BTD

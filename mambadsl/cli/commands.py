@@ -16,7 +16,9 @@ import click
 from mambadsl import __version__
 from mambadsl.cli import output
 
-COMMANDS = ("check", "compile", "plan", "expand", "fmt", "summary", "graph", "explain", "generate", "completion")
+COMMANDS = (
+    "check", "compile", "plan", "expand", "fmt", "summary", "graph", "explain", "doctor", "generate", "completion",
+)
 BUG, INTERRUPTED, READER_GONE = 70, 130, 141
 
 

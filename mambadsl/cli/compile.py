@@ -9,8 +9,8 @@ import click
 
 from mambadsl.cli import output
 from mambadsl.cli.command import command
-from mambadsl.cli.planning import plans
-from mambadsl.cli.source import Given, part_set, takes_model
+from mambadsl.cli.planning import planned_parts, plans
+from mambadsl.cli.source import Given, takes_model
 
 
 @command(
@@ -24,7 +24,9 @@ from mambadsl.cli.source import Given, part_set, takes_model
 )
 @takes_model
 @plans
-@click.option("--parts", default="reference", metavar="SET", help="The part set that will run it.")
+@click.option(
+    "--parts", default="reference", show_default=True, metavar="SET", help="The part set that will run it."
+)
 @click.option(
     "-o",
     "--out",
@@ -39,7 +41,7 @@ def run(model: Given, how: dict[str, Any], parts: str, out: Path | None, as_json
     it. The same input gives the same bytes.
     """
     program = model.program()
-    part_set(parts, program)
+    chosen, where = planned_parts(program, parts, how)
     plan = program.plan(**how)
     paths = ()
     if out is not None:
@@ -50,13 +52,20 @@ def run(model: Given, how: dict[str, Any], parts: str, out: Path | None, as_json
         except OSError as error:
             where = error.filename or out
             raise click.ClickException(f"`{where}` cannot be written: {error.strerror or error}") from None
+    from mambadsl.show.parts import assignment_data, assignment_text
+
     if as_json:
         written, doubts = [str(path) for path in paths], output.plain(program.diagnostics)
-        output.json(name=program.spec.name, files=written, plan=plan.to_json(), diagnostics=doubts)
+        table = assignment_data(chosen)
+        output.json(
+            name=program.spec.name, files=written, plan=plan.to_json(), assignment=table, diagnostics=doubts
+        )
         return
     from mambadsl.show.plan import plan_text
 
     output.problems(program.diagnostics)
     output.text(plan_text(plan))
+    if parts != "reference":
+        output.text("\n" + assignment_text(program.spec.name, chosen, where=where))
     for path in paths:
         output.text(f"wrote {path}")

@@ -1,17 +1,23 @@
-"""The options of a plan, for the commands that make one. Out: `how`, the keywords of `Program.plan`.
+"""The options of a plan, for the commands that make one (`how`, the keywords of `Program.plan`), and the table of
+parts that some commands print.
 
-Refuses (bad usage) a device and a file of measured times at once.
+Refuses (bad usage) a device and a file of measured times at once, and part sets that do not exist.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mambadsl.cli.source import part_set
 from mambadsl.cli.types import COUNT, Size, Words
+
+if TYPE_CHECKING:
+    from mambadsl.compile import Program
+    from mambadsl.plan.assign import Assignment
 
 
 def _schedules() -> tuple[str, ...]:
@@ -57,3 +63,29 @@ def plans(function: Callable) -> Callable:
     for name, (flag, type, metavar, help) in reversed(_OPTIONS.items()):
         inner = click.option(flag, name, type=type, metavar=metavar, help=help)(inner)
     return inner
+
+
+def assignment(program: Program, parts: str, *, device: str | None, dtype: str) -> tuple[Assignment, str]:
+    """Which part fills each slot, and the machine in words. device: "cuda" or "cpu"; None or what this machine has:
+    this machine, else one with every package. Raises MdlError (E902, E907)."""
+    from mambadsl.parts.machine import Machine
+    from mambadsl.plan.assign import assign
+    from mambadsl.run.doctor.environment import this_machine
+
+    part_set(parts, program)
+    try:
+        here = this_machine()
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from None
+    if device in (None, here.device):
+        where = f"this machine, {here.name or 'without a GPU'}"
+    else:
+        here = Machine(device, missing=lambda package: None)
+        where = f"a machine with {'an NVIDIA GPU' if device == 'cuda' else 'no GPU'} and every package"
+    return assign(program.layers, parts=parts, machine=here, dtype=dtype), where
+
+
+def planned_parts(program: Program, parts: str, how: dict[str, Any]) -> tuple[Assignment, str]:
+    """The same for the device that is planned for, in bfloat16."""
+    device = "cpu" if how.get("device") == "cpu" else "cuda"
+    return assignment(program, parts, device=device, dtype="bf16")

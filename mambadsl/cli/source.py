@@ -1,4 +1,4 @@
-"""Where a command's model comes from: FILE, `-`, or `-e TEXT`, with `--set NAME=VALUE`.
+"""Where a command's model comes from: FILE, `-`, or `-e TEXT`, with `--set NAME=VALUE`; and parts from `--load`.
 
 `@takes_model` gives a command one argument, a `Given`; `@takes_models` a list of them.
 """
@@ -76,7 +76,7 @@ def takes_model(function: Callable) -> Callable:
             raise click.UsageError("give a FILE or -e TEXT, and not both")
         return function(Given(file, expression, sets), **rest)
 
-    return _options(inner)
+    return model_options(inner)
 
 
 def takes_models(function: Callable) -> Callable:
@@ -91,10 +91,27 @@ def takes_models(function: Callable) -> Callable:
             return function((Given(None, expression, sets),), **rest)
         return function(tuple(Given(file, None, sets) for file in dict.fromkeys(files)), **rest)
 
-    return _options(inner)
+    return model_options(inner)
 
 
-def _options(function: Callable) -> Callable:
+def loads_parts(function: Callable) -> Callable:
+    """`--load FILE`: runs Python files that hold parts and kinds, before the command. Raises MdlError."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, loads: tuple[str, ...], **rest: Any) -> Any:
+        if loads:
+            from mambadsl.parts.plugins import load_parts
+
+            for path in loads:
+                load_parts(path)
+        return function(*args, **rest)
+
+    help = "Run a Python file with parts and kinds of your own; repeatable."
+    return click.option("--load", "loads", multiple=True, type=click.Path(), metavar="FILE.py", help=help)(inner)
+
+
+def model_options(function: Callable) -> Callable:
+    """`-e`, `--set` and `--load`, handed over as `expression` and `sets`."""
     text = click.option("-e", "--expression", metavar="TEXT", help='The model itself: -e "M M M A".')
     sets = click.option(
         "--set",
@@ -104,7 +121,7 @@ def _options(function: Callable) -> Callable:
         callback=_pairs,
         help="Another value for a setting, a constant or a layer's field (d_model=512, M.heads=8).",
     )
-    return text(sets(function))
+    return text(sets(loads_parts(function)))
 
 
 def _pairs(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

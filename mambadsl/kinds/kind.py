@@ -84,6 +84,7 @@ class State:
 
     shape: without the batch axis. per_token: the tensor has one such entry for each past token
     (keys, values), at most `window` of them. fp32: kept in float32 unless asked otherwise.
+    first_innermost: where memory is fixed, the first axis of `shape` lies innermost in it, as kernels read it fastest.
     """
 
     name: str
@@ -91,6 +92,7 @@ class State:
     per_token: bool = False
     window: int | None = None
     fp32: bool = False
+    first_innermost: bool = False
 
     @property
     def elements(self) -> int:
@@ -141,10 +143,22 @@ class Saved:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that a part fills. definition: the pure-torch function in the kind's module.py."""
+    """A place that a part fills. Its definition is the pure-torch function in the kind's module.py.
+
+    covers: narrower slots that it does the work of, where it is filled. optional: it may stay empty, for the
+    narrower ones do the same (a fused step, say); it has no function of its own then.
+    """
 
     name: str
     doc: str
+    covers: tuple[str, ...] = ()
+    optional: bool = False
+
+
+#: The slot of kinds that have a fused step.
+STEP = Slot(
+    "step", "one token in decoding, from residual stream to residual stream: norm, mixer, addition", optional=True
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,9 @@ class Kind:
     weights(f, dims), state(f, dims), flops(f, dims, length), saved(f, dims): the tables, from field
     values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
     recurrent: carries order along the sequence without position embeddings (rules E701, I702).
-    letter: its usual layer name, for text written by programs.
+    letter: its usual layer name, for text written by programs. example: a small layer that every kernel takes.
+    module_code: where the torch module is, `module:Class` or a function that returns the class; of the kinds shipped,
+    `Module` in the folder's module.py.
     """
 
     name: str
@@ -168,6 +184,8 @@ class Kind:
     source: str = ""
     recurrent: bool = False
     letter: str = "X"
+    example: str = ""
+    module_code: str | Callable[[], Any] = ""
 
     def field(self, name: str) -> Field | None:
         return next((f for f in self.fields if f.name == name), None)
@@ -176,7 +194,10 @@ class Kind:
         """The torch module class. Imports torch."""
         from importlib import import_module
 
-        return import_module(f"{self.package}.module").Module
+        if callable(self.module_code):
+            return self.module_code()
+        module, _, name = (self.module_code or f"{self.package}.module:Module").partition(":")
+        return getattr(import_module(module), name)
 
     @property
     def package(self) -> str:

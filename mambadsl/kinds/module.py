@@ -18,15 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from mambadsl.kinds.kind import Dims, Kind, Weight
+from mambadsl.kinds.state import FixedState, Room
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Values
 
 
 class KindModule(nn.Module):
-    """kind: the tables. REFERENCE: slot name -> pure-torch function, what `parts` may replace."""
+    """kind: the tables. REFERENCE: slot name -> pure-torch function, what `parts` may replace. ENTRY: the slot of the
+    projection that reads x; a part there may do the norm before it as well (forward then gets it as `norm`)."""
 
     kind: Kind
     REFERENCE: Mapping[str, Callable[..., Any]] = {}
+    ENTRY = ""
 
     def __init__(
         self, f: Values, dims: Dims, *, dtype: torch.dtype = torch.float32, device: Any = None,
@@ -58,17 +61,33 @@ class KindModule(nn.Module):
 
         return super()._apply(keep, recurse)
 
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: Any = None) -> dict[str, Any]:
-        """The state before the first token: fixed tensors [B, *shape] of zeros, per-token ones empty
-        [B, 0, *shape]; `dtype` where the table does not ask for float32."""
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype, device: Any = None, room: Room | None = None,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Any]:
+        """The state before the first token: tensors [B, *shape] of zeros; `dtype`, and `state_dtype` where the table
+        asks for float32. Per-token ones are empty, [B, 0, *shape]; with `room`, they are [B, capacity + 1, *shape] and
+        the state is a `FixedState`. The last slot is for padding, which nobody reads."""
+        slots = 0 if room is None else room.capacity + 1
         state: dict[str, Any] = {}
         for s in self.kind.state(self.f, self.dims):
-            shape = (batch, 0, *s.shape) if s.per_token else (batch, *s.shape)
-            state[s.name] = torch.zeros(shape, dtype=torch.float32 if s.fp32 else dtype, device=device)
-        return state
+            shape = (batch, slots, *s.shape) if s.per_token else (batch, *s.shape)
+            state[s.name] = torch.zeros(shape, dtype=state_dtype if s.fp32 else dtype, device=device)
+            if s.first_innermost and room is not None:
+                state[s.name] = state[s.name].mT.contiguous().mT
+        return state if room is None else FixedState(state, capacity=room.capacity, room=room)
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
+    ) -> Tensor:
         raise NotImplementedError
+
+    def enter(self, x_BTD: Tensor, projection: Holder, norm: nn.Module | None) -> Tensor:
+        """The ENTRY projection of x, and the norm before it where that is left to the part."""
+        part = self.parts[self.ENTRY]
+        if norm is None:
+            return part(x_BTD, projection.weight, projection.bias)
+        return part(x_BTD, projection.weight, projection.bias, norm=norm)
 
 
 def add_weights(module: nn.Module, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any) -> None:

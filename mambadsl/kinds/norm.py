@@ -6,6 +6,7 @@ Letters: D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,14 +38,18 @@ def layer_norm(x: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, *, eps
 class Norm(nn.Module):
     """A norm form over `width` channels: [..., width] -> [..., width], same dtype. `none` changes nothing.
 
-    Parameters `weight` and `bias` [width], those that `norm_weights` declares.
+    Parameters `weight` and `bias` [width], those that `norm_weights` declares. rms: what computes RMS norms, with the
+    signature of `rms_norm`.
     """
 
-    def __init__(self, norm: Variant, width: int, *, dtype: torch.dtype = torch.float32, device: Any = None):
+    def __init__(
+        self, norm: Variant, width: int, *, dtype: torch.dtype = torch.float32, device: Any = None,
+        rms: Callable[..., Tensor] = rms_norm,
+    ):
         super().__init__()
         if norm.name not in ("rmsnorm", "layernorm", "none"):
             raise ValueError(f"no norm `{norm.name}`")
-        self.norm, self.width = norm, width
+        self.norm, self.width, self.rms = norm, width, rms
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         table = norm_weights("norm", norm, width)
@@ -57,7 +62,7 @@ class Norm(nn.Module):
                 return x
             case "rmsnorm":
                 zero_centered = self.norm.zero_centered
-                return rms_norm(x, self.weight, eps=self.norm.eps, zero_centered=zero_centered)
+                return self.rms(x, self.weight, eps=self.norm.eps, zero_centered=zero_centered)
         return layer_norm(x, self.weight, self.bias, eps=self.norm.eps)
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambadsl.kinds.state import put
 from mambadsl.kinds.tokens import PADDING, Tokens
 
 
@@ -92,9 +93,10 @@ class Rows:
         """Writes the state after the last real token of each row."""
         if state is None:
             return
-        state.update({name: tensor.to(state[name].dtype) for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            put(state, name, tensor)
         if self.last_B is not None:
-            state["segment"] = self.last_B
+            put(state, "segment", self.last_B)
 
 
 def starts(segments_BT: Tensor) -> Tensor:

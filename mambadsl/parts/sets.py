@@ -1,11 +1,66 @@
-"""The named part sets, and what each is for."""
+"""The named part sets: for each slot, which parts may fill it, best first.
+
+A slot that a set does not name keeps the pure-torch function of its kind (plain matrix products need no better).
+To let a set use a new part, add its name here.
+"""
 
 from __future__ import annotations
 
-SETS: dict[str, str] = {
-    "reference": "any machine; pure torch; the truth",
-    "fused": "training on GPUs: mamba-ssm, causal-conv1d, fused attention and loss",
-    "te": "Transformer Engine linears, norms and attention; mamba-ssm for the recurrences",
-    "inference": "decoding: static caches, step kernels, one CUDA graph a step",
-    "auto": "for this machine, the fastest that each slot accepts",
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mambadsl.parts.part import REFERENCE
+
+Order = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class PartSet:
+    """order: slot -> parts, best first. lenient: the kind's own function is the last choice for every slot, so
+    nothing is ever refused."""
+
+    name: str
+    doc: str
+    order: Order = field(default_factory=dict, hash=False)
+    lenient: bool = False
+
+
+_CONV = ("causal_conv1d.conv", "fla.conv")
+_FUSED: Order = {
+    "mamba2.core": ("mamba_ssm.core",),
+    "mamba2.conv": _CONV,
+    "mamba2.scan": ("mamba_ssm.scan",),
+    "mamba2.gate_norm": ("triton.gate_norm",),
+    "mamba1.conv": _CONV,
+    "mamba1.scan": ("mamba_ssm.selective_scan",),
+    "attention.core": ("torch.attention",),
+    "moe.experts": ("torch.grouped_mm", REFERENCE),
+    "model.norm": ("triton.rms_norm",),
+    "model.loss": ("triton.linear_cross_entropy",),
+}
+_TE: Order = {
+    **_FUSED,
+    "mamba2.in_proj": ("te.norm_linear", "te.linear"),
+    "mamba2.out_proj": ("te.linear",),
+    "mamba1.in_proj": ("te.norm_linear", "te.linear"),
+    "mamba1.out_proj": ("te.linear",),
+    "attention.qkv_proj": ("te.norm_linear", "te.linear"),
+    "attention.core": ("te.attention", "torch.attention"),
+    "attention.o_proj": ("te.linear",),
+    "mlp.up_proj": ("te.norm_linear", "te.linear"),
+    "mlp.down_proj": ("te.linear",),
+    "model.norm": ("te.rms_norm", "triton.rms_norm"),
+}
+_STEP = ("triton.step",)
+_INFERENCE: Order = {**_FUSED, "mamba2.step": _STEP, "attention.step": _STEP, "mlp.step": _STEP}
+
+SETS: dict[str, PartSet] = {
+    s.name: s
+    for s in (
+        PartSet("reference", "any machine; pure torch; the truth"),
+        PartSet("fused", "training on GPUs: mamba-ssm, causal-conv1d, fused attention and loss", _FUSED),
+        PartSet("te", "Transformer Engine linears, norms and attention; mamba-ssm for the recurrences", _TE),
+        PartSet("inference", "decoding: static caches, step kernels, one CUDA graph a step", _INFERENCE),
+        PartSet("auto", "for this machine, the fastest that each slot accepts", _INFERENCE, lenient=True),
+    )
 }

@@ -1,6 +1,7 @@
-"""Reference text from the tables: fields of a kind, of every layer, of the model; lists of kinds and codes.
+"""Reference text from the tables: fields of a kind, of every layer, of the model; lists of kinds, parts and codes.
 
-In: a topic, as `mambadsl explain` takes it. Out: `Page`s. The codes' own stories are in explain.py.
+In: a topic, as `mambadsl explain` takes it. Out: `Page`s. The codes' own stories are in explain.py, the pages of parts
+in parts.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mambadsl.kinds.fields import REQUIRED, Computed, Field, Flag, Int, OneForm, OrWord
-from mambadsl.kinds.registry import all_kinds, get, names
+from mambadsl.kinds.registry import all_kinds, get, known, names
 
 WIDTH = 100
 
@@ -27,14 +28,18 @@ class Page:
 
 
 def page(topic: str) -> Page | None:
-    """The page of a kind or of one of `TOPICS`; None for anything else."""
+    """The page of one of `TOPICS`, a kind, a package or a part; None for anything else."""
+    from mambadsl.show import parts
+
     if topic in TOPICS:
         return TOPICS[topic]()
-    return _kind(topic) if topic in names() else None
+    return _kind(topic) if known(topic) else parts.page(topic)
 
 
 def topics() -> tuple[str, ...]:
-    return (*TOPICS, *names())
+    from mambadsl.show import parts
+
+    return (*TOPICS, *names(), *parts.topics())
 
 
 def _kind(name: str) -> Page:
@@ -42,11 +47,11 @@ def _kind(name: str) -> Page:
     lines = [f"{kind.name}: {kind.doc}"]
     if kind.source:
         lines.append(f"source: {kind.source}")
-    lines += ["", *_fields(kind.fields)]
+    lines += ["", *fields_text(kind.fields)]
     if kind.slots:
-        lines += ["", "Slots, which a part set fills:", *_listed((f"{name}.{s.name}", s.doc) for s in kind.slots)]
+        lines += ["", "Slots, which a part set fills:", *listed((f"{name}.{s.name}", s.doc) for s in kind.slots)]
     lines += ["", "Every layer has more fields: `mambadsl explain layer`."]
-    return Page(name, "\n".join(lines) + "\n", tuple(map(_row, kind.fields)))
+    return Page(name, "\n".join(lines) + "\n", tuple(map(row_of, kind.fields)))
 
 
 def _layer() -> Page:
@@ -55,27 +60,27 @@ def _layer() -> Page:
     lines = [
         "Fields of every layer, whatever its kind.",
         "",
-        *_fields(SUBLAYER_FIELDS),
+        *fields_text(SUBLAYER_FIELDS),
         "",
         "And of each branch of a sum (`M + A`):",
         "",
-        *_fields(BRANCH_FIELDS),
+        *fields_text(BRANCH_FIELDS),
     ]
-    return Page("layer", "\n".join(lines) + "\n", tuple(map(_row, (*SUBLAYER_FIELDS, *BRANCH_FIELDS))))
+    return Page("layer", "\n".join(lines) + "\n", tuple(map(row_of, (*SUBLAYER_FIELDS, *BRANCH_FIELDS))))
 
 
 def _model() -> Page:
     from mambadsl.spec.model import MODEL_FIELDS
 
-    lines = ["Settings of a `model NAME { ... }` block.", "", *_fields(MODEL_FIELDS)]
-    return Page("model", "\n".join(lines) + "\n", tuple(map(_row, MODEL_FIELDS)))
+    lines = ["Settings of a `model NAME { ... }` block.", "", *fields_text(MODEL_FIELDS)]
+    return Page("model", "\n".join(lines) + "\n", tuple(map(row_of, MODEL_FIELDS)))
 
 
 def _mtp() -> Page:
     from mambadsl.spec.model import MTP_FIELDS
 
-    lines = ["Arguments of `mtp(...) { PATTERN }`, the multi-token-prediction tail.", "", *_fields(MTP_FIELDS)]
-    return Page("mtp", "\n".join(lines) + "\n", tuple(map(_row, MTP_FIELDS)))
+    lines = ["Arguments of `mtp(...) { PATTERN }`, the multi-token-prediction tail.", "", *fields_text(MTP_FIELDS)]
+    return Page("mtp", "\n".join(lines) + "\n", tuple(map(row_of, MTP_FIELDS)))
 
 
 def _kinds() -> Page:
@@ -87,7 +92,14 @@ def _kinds() -> Page:
 def _sets() -> Page:
     from mambadsl.parts.sets import SETS
 
-    return _list("sets", "Part sets: which code fills the slots of the kinds.", SETS.items())
+    items = ((s.name, s.doc) for s in SETS.values())
+    return _list("sets", "Part sets: which code fills the slots of the kinds.", items)
+
+
+def _parts() -> Page:
+    from mambadsl.show.parts import parts_page
+
+    return parts_page()
 
 
 def _targets() -> Page:
@@ -103,7 +115,7 @@ def _codes() -> Page:
     lines = ["Codes: E error, W warning, I remark; `mambadsl explain CODE` has the story."]
     for digit, family in FAMILIES.items():
         here = [(id, title) for id, title in found.items() if id[1] == digit]
-        lines += ["", f"{digit}xx  {family}", *_listed(here)] if here else []
+        lines += ["", f"{digit}xx  {family}", *listed(here)] if here else []
     return Page("codes", "\n".join(lines) + "\n", tuple({"name": i, "doc": t} for i, t in found.items()))
 
 
@@ -113,6 +125,7 @@ TOPICS: dict[str, Callable[[], Page]] = {
     "mtp": _mtp,
     "kinds": _kinds,
     "sets": _sets,
+    "parts": _parts,
     "targets": _targets,
     "codes": _codes,
 }
@@ -136,16 +149,16 @@ def titles() -> dict[str, str]:
 
 def _list(topic: str, head: str, items: Iterable[tuple[str, str]]) -> Page:
     items = tuple(items)
-    return Page(topic, "\n".join([head, "", *_listed(items)]) + "\n", tuple({"name": n, "doc": d} for n, d in items))
+    return Page(topic, "\n".join([head, "", *listed(items)]) + "\n", tuple({"name": n, "doc": d} for n, d in items))
 
 
-def _listed(items: Iterable[tuple[str, str]]) -> list[str]:
+def listed(items: Iterable[tuple[str, str]]) -> list[str]:
     items = tuple(items)
     wide = max((len(name) for name, _ in items), default=0)
     return [line for name, doc in items for line in _two(f"  {name:<{wide}}  ", doc)]
 
 
-def _fields(fields: tuple[Field, ...]) -> list[str]:
+def fields_text(fields: tuple[Field, ...]) -> list[str]:
     heads = [f"  {f.name} = {_default(f)}" if f.default is not REQUIRED else f"  {f.name}" for f in fields]
     wide = min(34, max(map(len, heads), default=0))
     lines = []
@@ -164,7 +177,7 @@ def _two(head: str, words: str) -> list[str]:
     return textwrap.wrap(words, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
 
 
-def _row(field: Field) -> dict[str, Any]:
+def row_of(field: Field) -> dict[str, Any]:
     required = field.default is REQUIRED
     return {
         "name": field.name,

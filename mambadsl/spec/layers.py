@@ -190,7 +190,7 @@ class Layers:
 
     def _kind(self, node: tree.Term, scope: FileScope) -> Element | None:
         name = node.name.text
-        if name not in registry.names():
+        if not registry.known(name):
             self.report(no_kind(name, node.name.span))
             self._only_values(node.args or (), scope)
             return None

@@ -50,7 +50,7 @@ def settings(given: Mapping[str, Any]) -> Values:
 
 
 def _kind_fields(kind: str) -> tuple[Field, ...]:
-    if kind not in registry.names():
+    if not registry.known(kind):
         near = nearest(kind, registry.names())
         help = (f"did you mean `{near}`?",) if near else ("kinds: " + ", ".join(registry.names()),)
         raise MdlError([Diagnostic(E021, f"there is no kind `{kind}`", help=help)])

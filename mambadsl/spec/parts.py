@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from mambadsl.kinds import registry
 from mambadsl.kinds.fields import Call
+from mambadsl.parts.registry import is_owner, slots_of
 from mambadsl.parts.sets import SETS
 from mambadsl.spec import codes
 from mambadsl.spec.exact import text_of
@@ -106,12 +106,12 @@ def _slot(path: tree.Name, main: FileScope, layers: Layers, report: Report, used
             report(Diagnostic(codes.E028, f"no layer of the model is a `{owner}`", place, help=help))
             return
         kinds = {mixers[0].kind}
-    elif owner in registry.names():
+    elif is_owner(owner):
         kinds = {owner}
     else:
         report(no_kind(owner, place))
         return
-    slots = sorted({s.name for kind in kinds for s in registry.get(kind).slots})
+    slots = sorted({s.name for kind in kinds for s in slots_of(kind)})
     if slot not in slots:
         near = nearest(slot, slots)
         help = f"did you mean `{owner}.{near}`?" if near else f"slots of {owner}: " + ", ".join(slots)

@@ -14,6 +14,7 @@ from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, OrWord, R
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
+    STEP,
     Dims,
     Flops,
     Kind,
@@ -157,6 +158,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="attention",
+    example="attention(heads=4, kv_heads=2, head_dim=64)",
     letter="A",
     doc="causal softmax attention with grouped key/value heads",
     fields=FIELDS,
@@ -168,6 +170,7 @@ KIND = Kind(
         Slot("qkv_proj", "x_BTD -> [q | k | v]"),
         Slot("core", "softmax(scale * q k^T + mask) v with window, softcap and packed documents"),
         Slot("o_proj", "back to d_model"),
+        STEP,
     ),
     source="Hugging Face transformers; rope: arXiv:2104.09864",
 )

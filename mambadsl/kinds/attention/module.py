@@ -1,4 +1,4 @@
-"""Causal softmax attention in torch: grouped heads, rope, window, packed documents, a growing state.
+"""Causal softmax attention in torch: grouped heads, rope, window, packed documents, a state that grows or is fixed.
 
 Letters: B batch, T time (queries), S keys (past ones too), D d_model, H query heads, K key/value heads,
 P head_dim.
@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambadsl.kinds.attention.kind import KIND, kv_dim, q_dim, rotary_dim
 from mambadsl.kinds.attention.rope import rope_tables, rotate
 from mambadsl.kinds.module import KindModule
 from mambadsl.kinds.norm import rms_norm
+from mambadsl.kinds.state import FixedState, Room
 from mambadsl.kinds.tokens import PADDING, Tokens
 
 
@@ -73,18 +74,50 @@ def _segments(tokens: Tokens) -> Tensor:
 
 
 def extend(
-    state: dict[str, Tensor], k_BTKP: Tensor, v_BTKP: Tensor, tokens: Tokens, *, window: int | None
-) -> tuple[Tensor, Tensor, Tokens]:
-    """All keys and values that this chunk may see, and what they are; the state takes the chunk in and
-    keeps, with a window, the last window - 1 tokens of each row that are not padding."""
+    state: dict[str, Any], k_BTKP: Tensor, v_BTKP: Tensor, tokens: Tokens, *, window: int | None
+) -> tuple[Tensor, Tensor, Tokens, Tokens]:
+    """All keys and values that this chunk may see; what its queries are, and what the keys. The state takes the chunk
+    in and keeps, with a window, the last window - 1 tokens of each row that are not padding (or all that it
+    has slots for)."""
+    if isinstance(state, FixedState):
+        return _insert(state, k_BTKP, v_BTKP, tokens)
     new = dict(k=k_BTKP, v=v_BTKP, positions=tokens.positions_BT, segments=_segments(tokens))
     past = state["positions"].shape[1]
     grown = {name: torch.cat((state[name], t.to(state[name].dtype)), 1) for name, t in new.items()}
     state.update(grown if window is None else _last(grown, count=window - 1))
     if not past:
-        return k_BTKP, v_BTKP, tokens
+        return k_BTKP, v_BTKP, tokens, tokens
     keys = Tokens(grown["positions"], grown["segments"])
-    return grown["k"].to(k_BTKP.dtype), grown["v"].to(v_BTKP.dtype), keys
+    return grown["k"].to(k_BTKP.dtype), grown["v"].to(v_BTKP.dtype), tokens, keys
+
+
+def _insert(
+    state: FixedState, k_BTKP: Tensor, v_BTKP: Tensor, tokens: Tokens
+) -> tuple[Tensor, Tensor, Tokens, Tokens]:
+    """`extend` in place: the real tokens of a row fill its slots from 0 on without gaps, so a slot's number is all
+    that says who sees it. Padding goes to the last slot."""
+    (B, T), slots, used_B1 = tokens.positions_BT.shape, state["k"].shape[1], state["used"][:, None]
+    if tokens.segments_BT is None:
+        place_BT = write_BT = used_B1 + torch.arange(T, device=k_BTKP.device)
+        state["used"].add_(T)
+    else:
+        real_BT = tokens.segments_BT != PADDING
+        count_BT = real_BT.long().cumsum(1)
+        # Padding asks as the first token of its row would: something finite to see.
+        place_BT = torch.where(real_BT, used_B1 + count_BT - 1, 0)
+        write_BT = torch.where(real_BT, place_BT, slots - 1)
+        state["used"].add_(count_BT[:, -1])
+    rows_B1 = torch.arange(B, device=k_BTKP.device)[:, None]
+    for name, new in ("k", k_BTKP), ("v", v_BTKP):
+        state[name].index_put_((rows_B1, write_BT), new.to(state[name].dtype))
+    past = state.room.used
+    if not past and tokens.segments_BT is None:
+        return k_BTKP, v_BTKP, tokens, tokens
+    # A single token looks at every slot: in a CUDA graph, `past` is whatever it was at the capture.
+    seen = slots if T == 1 else past + T
+    keys = Tokens(torch.arange(seen, device=k_BTKP.device).expand(B, seen))
+    k_BSKP, v_BSKP = (state[name][:, :seen].to(k_BTKP.dtype) for name in ("k", "v"))
+    return k_BSKP, v_BSKP, Tokens(place_BT), keys
 
 
 def _last(state: dict[str, Tensor], *, count: int) -> dict[str, Tensor]:
@@ -102,21 +135,28 @@ class Module(KindModule):
     """REFERENCE: qkv_proj and o_proj (x, weight, bias or None) -> [B, T, out]; core as `attend`.
 
     Its state has, beside k and v after rope [B, S, K, P], what those keys are: `positions` int64 and
-    `segments` int32 [B, S].
+    `segments` int32 [B, S]; or, of fixed size, `used` int64 [B]: the row's tokens are in slots 0 to used - 1.
     """
 
     kind = KIND
+    ENTRY = "qkv_proj"
     REFERENCE = {"qkv_proj": F.linear, "core": attend, "o_proj": F.linear}
 
-    def init_state(self, batch: int, *, dtype: torch.dtype, device: Any = None) -> dict[str, Any]:
-        state = super().init_state(batch, dtype=dtype, device=device)
+    def init_state(self, batch: int, *, room: Room | None = None, **made: Any) -> dict[str, Any]:
+        state = super().init_state(batch, room=room, **made)
+        device = state["k"].device
+        if room is not None:
+            state["used"] = torch.zeros(batch, dtype=torch.int64, device=device)
+            return state
         state["positions"] = torch.zeros((batch, 0), dtype=torch.int64, device=device)
         state["segments"] = torch.zeros((batch, 0), dtype=torch.int32, device=device)
         return state
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
+    ) -> Tensor:
         f = self.f
-        qkv = self.parts["qkv_proj"](x_BTD, self.qkv_proj.weight, self.qkv_proj.bias)
+        qkv = self.enter(x_BTD, self.qkv_proj, norm)
         q, k, v = qkv.split((q_dim(f), kv_dim(f), kv_dim(f)), -1)
         if f.qk_norm.name == "full_width":
             q, k = self._norm(q, k)
@@ -128,12 +168,12 @@ class Module(KindModule):
         if rotary_dim(f):
             cos_sin = rope_tables(f.rope, rotary_dim(f), tokens)
             q_BTHP, k_BTKP = rotate(q_BTHP, *cos_sin), rotate(k_BTKP, *cos_sin)
-        keys = tokens
+        queries = keys = tokens
         if state is not None:
-            k_BTKP, v_BTKP, keys = extend(state, k_BTKP, v_BTKP, tokens, window=f.window)
+            k_BTKP, v_BTKP, queries, keys = extend(state, k_BTKP, v_BTKP, tokens, window=f.window)
         scale = f.head_dim**-0.5 if f.scale is None else f.scale
         y_BTHP = self.parts["core"](
-            q_BTHP, k_BTKP, v_BTKP, tokens, keys, scale=scale, window=f.window, softcap=f.softcap
+            q_BTHP, k_BTKP, v_BTKP, queries, keys, scale=scale, window=f.window, softcap=f.softcap
         )
         return self.parts["o_proj"](y_BTHP.flatten(2), self.o_proj.weight, self.o_proj.bias)
 

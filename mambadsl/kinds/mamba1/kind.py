@@ -96,6 +96,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="mamba1",
+    example="mamba1(d_inner=512, d_state=16, chunk=64)",
     letter="M",
     doc="Mamba-1: selective state space with a decay per channel and state",
     fields=FIELDS,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambadsl.kinds.conv import causal_conv
@@ -97,11 +97,14 @@ class Module(KindModule):
     `selective_scan`."""
 
     kind = KIND
+    ENTRY = "in_proj"
     REFERENCE = {"in_proj": F.linear, "conv": causal_conv, "scan": selective_scan, "out_proj": F.linear}
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
+    ) -> Tensor:
         rows = Rows.of(tokens, state)
-        xz_BTE = self.parts["in_proj"](rows.pack(x_BTD), self.in_proj.weight, self.in_proj.bias)
+        xz_BTE = self.enter(rows.pack(x_BTD), self.in_proj, norm)
         x_BTI, z_BTI = xz_BTE.chunk(2, -1)
         x_BTI, conv_state = self.parts["conv"](
             x_BTI, self.conv.weight, self.conv.bias,
@@ -113,7 +116,7 @@ class Module(KindModule):
             chunk=self.f.chunk, segments_BT=rows.segments_BT, state_BIN=rows.past(state, "ssm"),
         )
         rows.keep(state, ssm=ssm_state, **({} if conv_state is None else {"conv": conv_state}))
-        y_BTI = (y_BTI.float() * F.silu(z_BTI.float())).to(x_BTD.dtype)
+        y_BTI = (y_BTI.float() * F.silu(z_BTI.float())).to(z_BTI.dtype)
         return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))
 
     def _selection(self, x_BTI: Tensor) -> tuple[Tensor, Tensor, Tensor]:

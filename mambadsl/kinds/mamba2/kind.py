@@ -13,6 +13,7 @@ from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneOf, OrWo
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
+    STEP,
     Dims,
     Flops,
     Init,
@@ -108,7 +109,7 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
 def state(f: Values, dims: Dims) -> tuple[State, ...]:
     """The last d_conv - 1 inputs of the convolution, and H x P x N numbers of scan state."""
     return (
-        State("conv", (conv_dim(f), f.d_conv - 1)),
+        State("conv", (conv_dim(f), f.d_conv - 1), first_innermost=True),
         State("ssm", (f.heads, f.head_dim, f.d_state), fp32=True),
     )
 
@@ -133,6 +134,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="mamba2",
+    example="mamba2(heads=8, head_dim=64, d_state=64, groups=2, chunk=64)",
     letter="M",
     doc="Mamba-2: selective state space with one decay per head (SSD)",
     fields=FIELDS,
@@ -146,7 +148,8 @@ KIND = Kind(
         Slot("scan", "the SSD scan, with initial and final states"),
         Slot("gate_norm", "gate and grouped RMS norm"),
         Slot("out_proj", "back to d_model"),
-        Slot("core", "conv + scan + gate_norm in one"),
+        Slot("core", "conv + scan + gate_norm in one", covers=("conv", "scan", "gate_norm")),
+        STEP,
     ),
     source="arXiv:2405.21060; mamba_ssm Mamba2",
     recurrent=True,

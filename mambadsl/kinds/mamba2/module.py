@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambadsl.kinds.conv import causal_conv
 from mambadsl.kinds.mamba2.kind import KIND, in_segments
@@ -169,14 +169,17 @@ class Module(KindModule):
     """Mamba-2. Slots: in_proj, out_proj (x, weight, bias) -> y as F.linear; the others as in this file."""
 
     kind = KIND
+    ENTRY = "in_proj"
     REFERENCE = {
         "in_proj": F.linear, "conv": causal_conv, "scan": ssd, "gate_norm": gate_norm, "out_proj": F.linear,
         "core": core,
     }
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
+    ) -> Tensor:
         rows = Rows.of(tokens, state)
-        zxbcdt_BTE = self.parts["in_proj"](rows.pack(x_BTD), self.in_proj.weight, self.in_proj.bias)
+        zxbcdt_BTE = self.enter(rows.pack(x_BTD), self.in_proj, norm)
         zxbcdt_BTE = self._scaled(zxbcdt_BTE)
         y_BTI = self.parts["core"](self, zxbcdt_BTE, rows, state)
         return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))

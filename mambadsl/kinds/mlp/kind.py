@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneOf, Real
-from mambadsl.kinds.kind import RESIDUAL, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul
+from mambadsl.kinds.kind import RESIDUAL, STEP, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul
 from mambadsl.kinds.values import Values
 
 ACT = OneOf("silu", "gelu", "gelu_tanh", "relu2", "relu")
@@ -41,6 +41,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="mlp",
+    example="mlp(d_ff=512, gated=true)",
     letter="F",
     doc="feed-forward layer, gated or not",
     fields=FIELDS,
@@ -52,6 +53,7 @@ KIND = Kind(
         Slot("up_proj", "x_BTD -> hidden (gate and up in one where gated)"),
         Slot("act", "activation, and the product with the gate"),
         Slot("down_proj", "back to d_model"),
+        STEP,
     ),
     source="gated: arXiv:2002.05202; relu2: arXiv:2109.08668",
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambadsl.kinds.activations import activate
 from mambadsl.kinds.mlp.kind import KIND
@@ -21,11 +21,14 @@ class Module(KindModule):
     act (h_BTF or [gate | up], *, act, gated, gate_multiplier) -> h_BTF."""
 
     kind = KIND
+    ENTRY = "up_proj"
     REFERENCE = {"up_proj": F.linear, "act": activate, "down_proj": F.linear}
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
+    ) -> Tensor:
         f, parts = self.f, self.parts
         up = self.gate_up_proj if f.gated else self.up_proj
-        h_BTF = parts["up_proj"](x_BTD, up.weight, up.bias)
+        h_BTF = self.enter(x_BTD, up, norm)
         h_BTF = parts["act"](h_BTF, act=f.act, gated=f.gated, gate_multiplier=f.gate_multiplier)
         return parts["down_proj"](h_BTF, self.down_proj.weight, self.down_proj.bias)

@@ -124,6 +124,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="moe",
+    example="moe(experts=4, top_k=2, d_ff=256)",
     letter="E",
     doc="mixture of feed-forward experts",
     fields=FIELDS,

@@ -89,6 +89,10 @@ def run_experts(
     return (y_NKL * weight_NK[..., None]).sum(1).to(x_NL.dtype)
 
 
+#: It counts tokens on the host: no CUDA graph can hold it.
+run_experts.waits = True
+
+
 def run_shared(
     x_ND: Tensor, up_FD: Tensor, down_DF: Tensor, gate_1D: Tensor | None, *, act: str, gated: bool
 ) -> Tensor:

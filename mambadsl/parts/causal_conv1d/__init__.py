@@ -1,0 +1,1 @@
+"""The convolution of recurrent layers by the package causal-conv1d."""

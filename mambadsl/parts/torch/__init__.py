@@ -1,0 +1,1 @@
+"""torch's own kernels: attention (SDPA, FlexAttention) and the experts' grouped matrix products."""

@@ -1,0 +1,22 @@
+"""What torch's own kernels cannot do: reasons, none where a part fits the request. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mambadsl.parts.part import Request
+
+
+def attention(request: Request) -> Iterator[str]:
+    """Any heads of 16 channels or more."""
+    if request.fields.head_dim < 16:
+        yield f"head_dim must be at least 16 for windows, packed documents and softcaps, not {request.fields.head_dim}"
+
+
+def experts(request: Request) -> Iterator[str]:
+    """Widths that are multiples of 8 (16 bytes of bf16)."""
+    f = request.fields
+    widths = dict(input=f.latent or request.dims.d_in, d_ff=f.d_ff)
+    for name, width in widths.items():
+        if width % 8:
+            yield f"{name} must be a multiple of 8, not {width}"

@@ -1,0 +1,1 @@
+"""Decoding, one token a row and step: `steps.py` puts a whole sublayer together from the kernels beside it."""

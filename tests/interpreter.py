@@ -1,0 +1,38 @@
+"""Triton's interpreter for tests on a CPU.
+
+`rerun(__file__)` runs a test file's tests in a process of its own, where Triton interprets; in that process
+`INTERPRETED` is true. It must be so before anything imports Triton, which a test process may have done long ago.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rerun(path: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", path]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def mend() -> None:
+    """Loops over a tensor's value: NumPy 2.4 refuses what Triton 3.6's interpreter does (int of an array of one)."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if INTERPRETED:
+    mend()

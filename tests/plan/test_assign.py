@@ -1,0 +1,187 @@
+"""Which part fills each slot: precedence, arguments, sets had whole or refused, `auto` that refuses nothing."""
+
+from __future__ import annotations
+
+import pytest
+from parts_fakes import BARE, CPU, GPU, forgotten
+
+from mambadsl import load
+from mambadsl.files import MODELS
+from mambadsl.kinds.fields import REQUIRED, Field, Int
+from mambadsl.parts import registry
+from mambadsl.parts.machine import Machine
+from mambadsl.parts.part import Package, Part
+from mambadsl.parts.sets import SETS
+from mambadsl.plan.assign import Assignment, assign
+from mambadsl.show.parts import assignment_text
+from mambadsl.text.diagnostic import MdlError
+from mambadsl.text.render import to_text
+
+SIZE = Field("size", Int(1), 16, "how much at once")
+COUNT = Field("n", Int(), REQUIRED, "how many")
+
+
+def _odd(request):
+    if request.fields.d_state % 2:
+        yield f"takes an even d_state, not {request.fields.d_state}"
+
+
+FAKE = Package(
+    "fake", "parts of these tests", ("fake",), "pip install fake",
+    parts=(
+        Part("fake.scan", ("mamba2.scan",), "a scan", "fake:scan", _odd, (SIZE,), devices=("cpu", "cuda")),
+        Part("fake.core", ("mamba2.core",), "a core", "fake:core", devices=("cpu", "cuda")),
+        Part("fake.wide", ("mamba2.scan",), "bf16 only", "fake:wide", dtypes=("bf16",), capability=(9, 0)),
+        Part("fake.asks", ("mlp.act",), "must be told", "fake:asks", args=(COUNT,), devices=("cpu",)),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def fake():
+    with forgotten():
+        registry.add(FAKE)
+        yield
+
+
+def chosen(text: str, *, parts: str = "probe", machine: Machine = CPU, dtype: str = "bf16") -> Assignment:
+    return assign(load(text=text).layers, parts=parts, machine=machine, dtype=dtype)
+
+
+def problems(text: str, **how) -> list:
+    with pytest.raises(MdlError) as caught:
+        chosen(text, **how)
+    return list(caught.value.diagnostics)
+
+
+def model(parts: str, layer: str = "mamba2(heads=8, head_dim=32)", stack: str = "M N") -> str:
+    return f"layer M = {layer}\nlayer N = {layer}\nstack {{ {stack} }}\n{parts}\n"
+
+
+def test_a_layer_s_line_comes_before_its_kind_s():
+    found = chosen(model("parts probe { mamba2.scan = fake.scan(size=4) M.scan = fake.scan(size=8) }"))
+    # Two layers alike, but for their names: each has its own row.
+    sizes = {row.label: [c.args.size for c in row.choices if c.slot == "mamba2.scan"] for row in found.rows[1:]}
+    assert sizes == {"M": [8], "N": [4]}
+    assert found.of("stack.0")["scan"].args.size == 8 and found.of("stack.1")["scan"].args.size == 4
+
+
+def test_a_block_comes_before_its_base():
+    found = chosen(model("parts probe : base { mamba2.scan = fake.scan } parts base { M.scan = reference }"))
+    assert found.of("stack.0")["scan"].part == "fake.scan"
+    base = chosen(model("parts probe : base { } parts base { mamba2.scan = fake.scan }"))
+    assert base.of("stack.0")["scan"].part == "fake.scan"
+
+
+def test_a_base_that_is_a_set():
+    found = chosen(model("parts probe : fused { N.scan = fake.scan }"), machine=GPU)
+    assert found.of("stack.0")["core"].part == "mamba_ssm.core"
+    # A narrow slot asked for by itself is not hidden behind the base's wide part.
+    assert found.of("stack.1")["core"].part is None and found.of("stack.1")["scan"].part == "fake.scan"
+    assert found.of("model")["loss"].part == "triton.linear_cross_entropy"
+
+
+def test_a_wide_part_leaves_narrow_slots_what_it_does_not_do():
+    found = chosen(model("parts probe { mamba2.core = fake.core }"))
+    slots = found.of("stack.0")
+    assert slots["core"].part == "fake.core"
+    assert {slots[name].covered_by for name in ("conv", "scan", "gate_norm")} == {"core"}
+    assert slots["in_proj"].covered_by is None
+
+
+@pytest.mark.parametrize(
+    "line, words, help",
+    [
+        ("mamba2.scan = fake.scan(sise=4)", "has no field `sise`", "did you mean `size`?"),
+        ("mamba2.scan = fake.scan(size=0)", "`size` must be at least 1, not 0", "the least is 1"),
+        ("mamba2.scan = fake.scan(size=big)", "`size` must be a whole number", ""),
+        ("mamba2.scan = fake.scn", "there is no part `fake.scn`", "did you mean `fake.scan`?"),
+        ("mamba2.scan = fake.core", "`fake.core` does not fill `mamba2.scan`", "fake.scan"),
+        ("mamba2.scan = nobody.scan", "there is no part `nobody.scan`", "mamba_ssm.scan"),
+    ],
+)
+def test_a_line_that_names_a_part_wrongly(line, words, help):
+    found = problems(model(f"parts probe {{ {line} }}"))
+    assert {d.code.id for d in found} == {"E907"}
+    assert words in found[0].message and help in " ".join(found[0].help)
+    assert found[0].span.text.startswith("mamba2.scan")
+
+
+def test_arguments_that_must_be_given():
+    one, = problems("stack { mlp(d_ff=64) } parts probe { mlp.act = fake.asks }")
+    assert one.code.id == "E907" and "needs `n`" in one.message
+    found = chosen("stack { mlp(d_ff=64) } parts probe { mlp.act = fake.asks(n=3) }")
+    assert found.of("stack.0")["act"].text == "fake.asks(n=3)"
+
+
+def test_sizes_that_a_part_does_not_take_name_line_and_layer():
+    text = model("parts probe { mamba2.scan = fake.scan }", "mamba2(heads=8, head_dim=32, d_state=15)", "M")
+    one, = problems(text)
+    assert one.code.id == "E902" and one.notes == ("fake.scan: takes an even d_state, not 15",)
+    assert one.span.text.startswith("mamba2.scan") and one.labels[0].span.text.startswith("mamba2(")
+
+
+def test_dtype_capability_and_device_are_reasons():
+    text = model("parts probe { mamba2.scan = fake.wide }", stack="M")
+    assert problems(text)[0].notes == ("fake.wide: runs on cuda, not on cpu",)
+    assert "computes in bf16, not in fp32" in problems(text, machine=GPU, dtype="fp32")[0].notes[0]
+    old = Machine("cuda", "an older GPU", (8, 6), missing=lambda package: None)
+    assert "compute capability 9.0; this GPU has 8.6" in problems(text, machine=old)[0].notes[0]
+    unknown = Machine("cuda", missing=lambda package: None)
+    assert chosen(text, machine=unknown).of("stack.0")["scan"].part == "fake.wide"
+
+
+def test_a_missing_package_says_how_to_install_it():
+    one, = problems(model("parts probe { mamba2.scan = fake.scan }", stack="M"), machine=BARE)
+    assert one.notes == ("fake.scan: fake not installed",) and one.help[0] == "pip install fake"
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU, BARE, Machine()])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["tiny", "nemotron_h_8b", "falcon_h1_1_5b", "jamba_v0_1"])
+def test_auto_and_the_reference_never_refuse(name, machine, dtype):
+    program = load(MODELS / f"{name}.mdl")
+    for parts in ("auto", "reference"):
+        found = assign(program.layers, parts=parts, machine=machine, dtype=dtype)
+        branches = {path for node in program.layers.nodes for path, _, _ in node.branches()}
+        assert {path for row in found.rows for path in row.paths} == {"model", *branches}
+        for row in found.rows:
+            assert [c.slot.partition(".")[2] for c in row.choices] == [s.name for s in registry.slots_of(row.kind)]
+            assert all(c.why for c in row.choices)
+        if parts == "reference":
+            assert set(found.used) == {"reference"}
+
+
+def test_every_part_of_a_set_exists_and_fills_its_slot():
+    for part_set in SETS.values():
+        for slot, names in part_set.order.items():
+            assert slot in registry.all_slots()
+            for name in names:
+                assert name == "reference" or slot in registry.part(name).slots, (part_set.name, slot, name)
+
+
+@pytest.mark.parametrize("parts", ["fused", "te", "inference"])
+def test_tables_of_a_published_model(parts, golden):
+    registry._own.clear()
+    program = load(MODELS / "nemotron_h_8b.mdl")
+    found = assign(program.layers, parts=parts, machine=GPU)
+    golden(f"parts/nemotron_h_8b.{parts}.txt", assignment_text("nemotron_h_8b", found, where="a GPU"))
+
+
+def test_named_sets_are_refused_with_a_list(golden):
+    registry._own.clear()
+    here = Machine("cpu", missing=lambda package: "not installed" if package.name != "torch" else None)
+    program = load(MODELS / "nemotron_h_8b.mdl")
+    texts = []
+    for parts in ("fused", "te", "inference"):
+        with pytest.raises(MdlError) as caught:
+            assign(program.layers, parts=parts, machine=here)
+        assert {d.code.id for d in caught.value.diagnostics} == {"E902"}
+        texts.append(f"--- {parts}\n" + "\n\n".join(map(to_text, caught.value.diagnostics)))
+    golden("parts/refused_on_a_cpu.txt", "\n\n".join(texts).replace(str(MODELS), "models") + "\n")
+    assert "pip install" not in texts[0], "installing does not help without a GPU"
+
+
+def test_a_set_that_does_not_exist():
+    one, = problems("M", parts="fusd")
+    assert one.code.id == "E902" and one.help == ("did you mean `fused`?",)
