@@ -1,6 +1,6 @@
 """Our SSD kernels against mamba_ssm's, on this machine's GPU.
 
-    python benchmarks/ssd.py [--json] [--ours] [--tune] [--chunks 128] [--groups 1] [--only scan] [--runs 20]
+    python benchmarks/ssd.py [--json] [--ours] [--tune] [--chunks 128] [--groups 1] [--only dx scan] [--runs 20]
 
 Shapes: mamba2-1.3b's scan, bfloat16, 2 x 4096 tokens. First each side's whole forward and backward are held to
 autograd in float32; then each kernel is timed against the launcher of mamba_ssm that does the same work: medians of
@@ -19,11 +19,11 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from kernels import TOLERANCE, copy_speed, text, timed
+from ssd_launches import first_line, tune
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,9 @@ def _found(work: Work, y: Any, parts: Any, outs: dict[str, Any]) -> dict[str, An
     """What `truth` gives, from a scan's results."""
     after, sums = parts.after.sum(0), parts.before.sum(0)
     after[..., 0] = 0
-    log = after.cumsum(-1) + sums.flip(-1).cumsum(-1).flip(-1) + parts.inside.sum(0) + parts.across.sum(-1)[..., None]
+    log = after.cumsum(-1) + sums.flip(-1).cumsum(-1).flip(-1) + parts.across.sum(-1)[..., None]
+    if parts.inside is not None:
+        log = log + parts.inside.sum(0)
     step, log = (t.transpose(2, 3).flatten(1, 2)[:, : work.s.T] for t in (parts.step.sum(0), log))
     return {"y": y, **outs, "dstep": step, "dlog": log, "dD": parts.D.sum((0, 1, 2))}
 
@@ -176,7 +178,7 @@ def their_results(work: Work) -> dict[str, Any]:
 
 def our_kernels(work: Work) -> dict[str, tuple[Callable[..., Any], float]]:
     """By the work's name: a call that takes the launch's keywords, and the least megabytes it reads and writes."""
-    from mambadsl.parts.triton.ssd import backward, forward, groups, scan, states
+    from mambadsl.parts.triton.ssd import backward, forward, groups, scan, shape, states
 
     i, dy, outs = work.ours, work.dy, work.outputs()
     before, _ = scan.states_before(i, last=False)
@@ -187,8 +189,13 @@ def our_kernels(work: Work) -> dict[str, tuple[Callable[..., Any], float]]:
         dbefore.clone(), before, i.decay_BcHQ, None, i.document_BT, first=False
     )[0]
     shared = i.x_BTHP, i.step_BcHQ, i.decay_BcHQ, i.B_BTGN, i.C_BTGN
-    da = i.step_BcHQ.new_empty(i.step_BcHQ.shape)
-    dscores, _ = backward.scores_backward(*shared, dy, i.document_BT, da=da)
+    da = i.step_BcHQ.new_empty(2, *i.step_BcHQ.shape)
+
+    def scores(loop: shape.Loop = backward.SCORES) -> Any:
+        R = shape.tiles(i.step_BcHQ.shape[3], loop)
+        return backward.scores_backward(*shared, dy, i.document_BT, da=da[:R], loop=loop)
+
+    dscores, _ = scores()
     x_mb, state_mb = dy.nbytes / 1e6, before.nbytes / 1e6
     return {
         "states": (lambda **o: states.chunk_states(
@@ -203,12 +210,12 @@ def our_kernels(work: Work) -> dict[str, tuple[Callable[..., Any], float]]:
             dscratch, before, i.decay_BcHQ, None, i.document_BT, first=False, **o), 3 * state_mb),
         "dx": (lambda **o: backward.inputs_backward(
             *shared, dafter, dy, i.D_H, i.document_BT, dx=outs["dx"], **o), 3 * x_mb + state_mb),
-        "dscores": (lambda **o: backward.scores_backward(*shared, dy, i.document_BT, da=da, **o), 2 * x_mb),
+        "dscores": (scores, 2 * x_mb),
         "dB": (lambda **o: groups.add_up(groups.groups_backward(
             i.x_BTHP, dafter, None, i.C_BTGN, dscores, i.decay_BcHQ, i.step_BcHQ, i.document_BT, out=outs["dB"], **o)),
             x_mb + state_mb),
         "dC": (lambda **o: groups.add_up(groups.groups_backward(
-            dy, before, i.C_BTGN, i.B_BTGN, dscores, i.decay_BcHQ, None, i.document_BT, out=outs["dC"], da=da, **o)),
+            dy, before, i.C_BTGN, i.B_BTGN, dscores, i.decay_BcHQ, None, i.document_BT, out=outs["dC"], da=da[0], **o)),
             x_mb + state_mb),
         "backward": (lambda **o: scan.backward(i, dy, before, **outs), 8 * x_mb + 7 * state_mb),
     }
@@ -253,60 +260,8 @@ def their_kernels(work: Work) -> dict[str, Callable[[], Any]]:
     }
 
 
-def launches(name: str) -> list[dict[str, Any]]:
-    """The launches to try."""
-    from mambadsl.parts.triton.ssd.shape import Loop
-    from mambadsl.parts.triton.ssd.states import Pass
-
-    if name in ("forward", "backward"):
-        return []
-    if name.startswith("pass"):
-        return [dict(how=Pass(*h)) for h in itertools.product((256, 512, 1024, 2048), (1, 2, 4), (1, 4))
-                if 2 <= h[0] // (32 * h[1]) <= 16]
-    loops = [Loop(4, stages, programs) for stages in (1, 2, 3) for programs in (1, 2, 3, 4)]
-    loops += [Loop(8, stages, programs) for stages in (2, 3) for programs in (1, 2)]
-    loops += [Loop(4, stages, 3, 168) for stages in (1, 2)] + [Loop(8, 2, 2, 128), Loop(4, 2, 2, 232)]
-    if name in ("dB", "dC"):
-        return [dict(loop=loop, rows=64) for loop in loops[:12]] + [
-            dict(loop=loop, rows=128) for loop in loops if loop.warps == 8]
-    return [dict(loop=loop) for loop in loops]
-
-
-def tune(work: Work, *, only: str | None, runs: int, timer: Callable = timed, keep: int = 4, limit: int | None = None
-         ) -> Iterator[dict[str, Any]]:
-    import torch
-
-    prepare = functools.partial(torch.cuda.set_device, 0) if work.device == "cuda" else None
-    for name, (run, _) in our_kernels(work).items():
-        tried = launches(name)[:limit] if only in (None, name) else []
-
-        def once(launch: dict[str, Any], run: Callable = run) -> Exception | None:
-            try:
-                run(**launch)
-            except Exception as failure:  # Too much shared memory: the others go on.
-                return failure
-
-        # Compiling takes longer than all the measuring, and goes on in several threads at once.
-        distinct = [launch for launch in tried if "loop" not in launch or launch["loop"].programs == 2]
-        with ThreadPoolExecutor(8, initializer=prepare) as pool:
-            list(pool.map(once, distinct))
-        found = []
-        for launch in tried:
-            failure = once(launch)
-            if failure is None:
-                found.append((timer(lambda: run(**launch), runs=runs), launch))
-            else:
-                yield {"case": _case(name, work), "launch": launch, "failed": _first_line(failure)}
-        for ms, launch in sorted(found, key=lambda pair: pair[0])[:keep]:
-            yield {"case": _case(name, work), "by": "mambadsl", "ms": ms, "launch": launch}
-
-
 def _case(name: str, work: Work) -> str:
     return f"{name}, chunk {work.Q}, {work.G} group(s)" + (", documents" if work.documents else "")
-
-
-def _first_line(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {failure}".splitlines()[0][:150]
 
 
 def check(work: Work, by: str, results: Callable, expected: dict[str, Any]) -> dict[str, Any]:
@@ -318,14 +273,14 @@ def check(work: Work, by: str, results: Callable, expected: dict[str, Any]) -> d
         row |= {"error": max(errors.values()), "correct": max(errors.values()) < TOLERANCE}
         row["launch"] = {n: float(f"{e:.1e}") for n, e in errors.items()}
     except Exception as failure:  # A row that fails must not end the others.
-        row["failed"] = _first_line(failure)
+        row["failed"] = first_line(failure)
     return row
 
 
-def measure(work: Work, by: str, kernels: dict[str, Any], *, only: str | None, runs: int, bytes_per_s: float,
+def measure(work: Work, by: str, kernels: dict[str, Any], *, only: list[str] | None, runs: int, bytes_per_s: float,
             timer: Callable = timed) -> Iterator[dict[str, Any]]:
     for name, kernel in kernels.items():
-        if only not in (None, name):
+        if only is not None and name not in only:
             continue
         run, mb = kernel if isinstance(kernel, tuple) else (kernel, 0.0)
         row: dict[str, Any] = {"case": _case(name, work), "by": by}
@@ -334,7 +289,7 @@ def measure(work: Work, by: str, kernels: dict[str, Any], *, only: str | None, r
             if mb:
                 row |= {"GB/s": mb / ms, "of copy": mb / ms * 1e9 / bytes_per_s}
         except Exception as failure:  # As above.
-            row["failed"] = _first_line(failure)
+            row["failed"] = first_line(failure)
         yield row
 
 
@@ -344,7 +299,8 @@ def rows_of(asked: argparse.Namespace, *, device: str, sizes: Sizes, bytes_per_s
     timing = dict(only=asked.only, runs=asked.runs, timer=timer)
     if asked.tune:
         for work in works:
-            yield from tune(work, limit=limit, **timing)
+            case = functools.partial(_case, work=work)
+            yield from tune(our_kernels(work), case=case, device=work.device, limit=limit, **timing)
         return
     sides = [("mambadsl", our_results, our_kernels)]
     if not asked.ours:
@@ -358,7 +314,7 @@ def rows_of(asked: argparse.Namespace, *, device: str, sizes: Sizes, bytes_per_s
             try:
                 made = kernels(work)
             except Exception as failure:
-                yield {"case": _case("all", work), "by": by, "failed": _first_line(failure)}
+                yield {"case": _case("all", work), "by": by, "failed": first_line(failure)}
                 continue
             yield from measure(work, by, made, bytes_per_s=bytes_per_s, **timing)
 
@@ -370,7 +326,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="the best launches of our kernels, no rivals")
     parser.add_argument("--chunks", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--groups", type=int, nargs="+", help="1 and 8; to tune, 1")
-    parser.add_argument("--only", help="one kernel's rows: states, pass, scan, dstates, dx, dscores, dB, dC ...")
+    parser.add_argument("--only", nargs="+", help="rows of these: states, pass, scan, dstates, dx, dscores, dB, dC ...")
     parser.add_argument("--runs", type=int, default=20)
     asked = parser.parse_args()
     asked.groups = asked.groups or ([1] if asked.tune else [1, 8])

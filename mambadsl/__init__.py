@@ -28,6 +28,8 @@ _HOMES = {
     "from_networkx": "mambadsl.compile",
     "load_compiled": "mambadsl.run.compiled",
     "load_parts": "mambadsl.parts.plugins",
+    "TrainStep": "mambadsl.run.step",
+    "Decoder": "mambadsl.run.decode",
 }
 
 __all__ = list(_HOMES)

@@ -14,28 +14,29 @@ from mambadsl.build.sublayer import Sublayer
 from mambadsl.graph.graph import Role
 from mambadsl.kinds.tokens import Tokens
 
+#: As small as they can be with every feature: Triton's interpreter takes milliseconds for each of a step's programs.
 MAMBA2 = {
-    "plain": "mamba2(heads=4, head_dim=8, d_state=16)",
-    "groups": "mamba2(heads=8, head_dim=4, d_state=8, groups=2, norm_groups=4, bias=true)",
-    "no conv bias": "mamba2(heads=4, head_dim=4, d_state=4, d_conv=3, conv_bias=false, dt_limit=[0.3, 0.9])",
+    "plain": "mamba2(heads=2, head_dim=8, d_state=16)",
+    "groups": "mamba2(heads=4, head_dim=4, d_state=8, groups=2, norm_groups=4, bias=true)",
+    "no conv bias": "mamba2(heads=2, head_dim=4, d_state=4, d_conv=3, conv_bias=false, dt_limit=[0.3, 0.9])",
     "gate after norm": "mamba2(heads=4, head_dim=8, d_state=8, groups=2, gated_norm=before_gate, d_conv=2)",
-    "no norm": "mamba2(heads=2, head_dim=16, d_state=8, gated_norm=none)",
-    "odd norm groups": "mamba2(heads=6, head_dim=4, d_state=8, groups=1, norm_groups=2)",
-    "multipliers": "mamba2(heads=4, head_dim=8, d_state=8, proj_multipliers=[0.5, 1.5, 0.7, 1.3, 2], "
+    "no norm": "mamba2(heads=1, head_dim=32, d_state=8, gated_norm=none)",
+    "odd norm groups": "mamba2(heads=3, head_dim=4, d_state=8, groups=1, norm_groups=2)",
+    "multipliers": "mamba2(heads=2, head_dim=8, d_state=8, proj_multipliers=[0.5, 1.5, 0.7, 1.3, 2], "
     "in_multiplier=1.25, out_multiplier=0.3, bias=true)",
-    "centered norm": "mamba2(heads=4, head_dim=8, d_state=8, norm=rmsnorm(zero_centered=true))",
-    "no norm before": "mamba2(heads=4, head_dim=8, d_state=8, norm=none)",
+    "centered norm": "mamba2(heads=1, head_dim=8, d_state=8, norm=rmsnorm(zero_centered=true))",
+    "no norm before": "mamba2(heads=1, head_dim=8, d_state=8, norm=none)",
 }
 ATTENTION = {
     "grouped": "attention(heads=4, kv_heads=2, head_dim=8, rope=rope(theta=100))",
     "each its own": "attention(heads=3, kv_heads=3, head_dim=10, qkv_bias=true, o_bias=true, scale=0.5)",
     "one pair": "attention(heads=6, kv_heads=1, head_dim=12, rope=rope(theta=100, fraction=0.5))",
-    "window": "attention(heads=4, kv_heads=2, head_dim=8, window=5, rope=rope(theta=100))",
-    "softcap": "attention(heads=4, kv_heads=2, head_dim=8, softcap=1.5, key_multiplier=1.7, out_multiplier=0.5)",
-    "qk norm": "attention(heads=4, kv_heads=2, head_dim=8, qk_norm=per_head, rope=rope(theta=100))",
-    "yarn": "attention(heads=4, kv_heads=2, head_dim=16, "
+    "window": "attention(heads=2, kv_heads=1, head_dim=8, window=5, rope=rope(theta=100))",
+    "softcap": "attention(heads=2, kv_heads=1, head_dim=8, softcap=1.5, key_multiplier=1.7, out_multiplier=0.5)",
+    "qk norm": "attention(heads=2, kv_heads=1, head_dim=8, qk_norm=per_head, rope=rope(theta=100))",
+    "yarn": "attention(heads=1, kv_heads=1, head_dim=16, "
     "rope=rope(theta=100, scaling=yarn(factor=4, original_context=8)))",
-    "llama3": "attention(heads=4, kv_heads=2, head_dim=16, "
+    "llama3": "attention(heads=1, kv_heads=1, head_dim=16, "
     "rope=rope(theta=100, scaling=llama3(factor=4, original_context=8)))",
 }
 MLP = {
@@ -94,6 +95,14 @@ def past_and_future(
         fixed = {name: _ring([s[name][0] for s in states], lengths, slots) for name in ("k", "v")}
         fixed["used"] = torch.tensor(lengths, device=device)
     return torch.cat(futures), torch.cat(expected), {name: t.contiguous() for name, t in fixed.items()}
+
+
+def state_after(
+    made: Sublayer, *, lengths: tuple[int, ...], steps: int, slots: int, seed: int = 1
+) -> dict[str, Tensor]:
+    """The state that those steps must leave: of the same tokens, all of them behind the rows."""
+    later = tuple(length + steps for length in lengths)
+    return past_and_future(made, lengths=later, steps=0, slots=slots, seed=seed)[2]
 
 
 def _ring(rows: list[Tensor], lengths: tuple[int, ...], slots: int) -> Tensor:

@@ -22,16 +22,24 @@ def rerun(path: str) -> None:
 
 
 def mend() -> None:
-    """Loops over a tensor's value: NumPy 2.4 refuses what Triton 3.6's interpreter does (int of an array of one)."""
+    """Two things in Triton 3.6's interpreter: NumPy 2.4 refuses how it loops to a tensor's value (int of an array of
+    one); and each call of a kernel or of a function in one prepares the whole language again, for a third of the
+    time. Here a module's language is prepared once: this process never needs it otherwise."""
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch_tensor, patch, prepared = interpreter._patch_lang_tensor, interpreter._patch_lang, set()
 
     def patch_and_mend(tensor, scope):
-        patch(tensor, scope)
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patch_and_mend
+    def patch_once(fn):
+        if fn.__module__ not in prepared:
+            prepared.add(fn.__module__)
+            patch(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = patch_and_mend, patch_once
 
 
 if INTERPRETED:

@@ -16,6 +16,11 @@ GPU = Machine("cuda", "a GPU", (9, 0), missing=lambda package: None)
 BARE = Machine("cuda", "a GPU", (9, 0), missing=lambda package: "not installed")
 
 
+def gpu_with(*packages: str) -> Machine:
+    """An H200 with these packages only."""
+    return Machine("cuda", "a GPU", (9, 0), missing=lambda p: None if p.name in packages else "not installed")
+
+
 @contextmanager
 def forgotten() -> Iterator[None]:
     """What is registered inside is gone afterwards."""

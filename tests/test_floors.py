@@ -95,6 +95,18 @@ def test_checking_and_planning_load_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_the_front_imports_next_to_nothing():
+    code = (
+        "import sys, mambadsl\n"
+        "assert {'TrainStep', 'Decoder', 'load'} <= set(dir(mambadsl))\n"
+        "mine = {name for name in sys.modules if name.startswith('mambadsl')}\n"
+        "assert mine == {'mambadsl'}, mine\n"
+        "heavy = {'torch', 'numpy', 'triton', 'networkx', 'lark', 'click'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_files_stay_readable():
     for path in FILES:
         assert len(path.read_text().splitlines()) <= 400, path

@@ -96,7 +96,7 @@ class Profile:
     def busy_ms(self) -> float:
         return sum(ms for ms, _ in self.kernels.values())
 
-    def text(self, *, top: int = 25) -> str:
+    def text(self, *, top: int = 60) -> str:
         ms, launches = Counter(), Counter()
         for name, (spent, count) in self.kernels.items():
             kind = next(kind for kind, pattern in CLASSES if re.search(pattern, name))

@@ -155,14 +155,15 @@ class Model(nn.Module):
             raise ValueError(f"`last` is a number of tokens, at least 1, not {last}")
         stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)
         if self.stage.gives == ("logits",):
-            return self._logits(stream["h"])
+            return stream["logits"] if "logits" in stream else self._logits(stream["h"])
         return tuple(stream[name] for name in self.stage.gives)
 
     def _through(
         self, inputs: tuple[Tensor, ...], *, segments: Tensor | None, valid: Tensor | None,
         positions: Tensor | None, state: DecodingState | None = None, last: int | None = None,
     ) -> dict[str, Tensor]:
-        """The named tensors after the stage's nodes; "h" is what the head reads."""
+        """The named tensors after the stage's nodes; "h" is what the head reads, unless a fused step has
+        made "logits" already."""
         axes = ("batch", "time") if self.stage.takes[0] == "tokens" else ("batch", "time", "d_model")
         if inputs[0].dim() != len(axes):
             wanted = f"{self.stage.takes[0]} [{', '.join(axes)}]"
@@ -241,20 +242,33 @@ class Model(nn.Module):
         return self.graph.name + stage
 
     def _embed(self, node, stream, tokens, state, last) -> None:
-        model = self.graph.model
         if stream["tokens"].dtype not in (torch.int64, torch.int32):
             raise TypeError(f"token ids must be int64 or int32, not {stream['tokens'].dtype}")
-        try:
-            x_BTD = F.embedding(stream["tokens"], self.embed.weight)
-        except IndexError:
-            low, high = stream["tokens"].min().item(), stream["tokens"].max().item()
-            legal = f"token ids must be from 0 to {model.vocab - 1} (vocab = {model.vocab})"
-            raise ValueError(f"{legal}; here they are from {low} to {high}") from None
-        x_BTD = scaled(x_BTD, model.embedding_multiplier)
-        stream["x"] = x_BTD.float() if model.residual_dtype == "fp32" else x_BTD
+        stream["x"] = self._embedded(stream["tokens"], state)
         if self.stage.keeps_embedding:
             # Fused steps add to the stream in place.
             stream["x0"] = stream["x"] if state is None else stream["x"].clone()
+
+    def _embedded(self, tokens_BT: Tensor, state: DecodingState | None) -> Tensor:
+        model = self.graph.model
+        dtype = torch.float32 if model.residual_dtype == "fp32" else self.embed.weight.dtype
+        if self._steps("embed_step", tokens_BT, state):
+            how = dict(multiplier=model.embedding_multiplier, dtype=dtype)
+            return self.frame["embed_step"](tokens_BT[:, 0], self.embed.weight, **how)[:, None]
+        try:
+            x_BTD = F.embedding(tokens_BT, self.embed.weight)
+        except IndexError:
+            low, high = tokens_BT.min().item(), tokens_BT.max().item()
+            legal = f"token ids must be from 0 to {model.vocab - 1} (vocab = {model.vocab})"
+            raise ValueError(f"{legal}; here they are from {low} to {high}") from None
+        return scaled(x_BTD, model.embedding_multiplier).to(dtype)
+
+    def _steps(self, slot: str, some_BT: Tensor, state: DecodingState | None) -> bool:
+        """Whether the slot's part does one token of each row, as sublayers' steps do."""
+        return (
+            state is not None and slot in self.frame and state.room is not None and some_BT.shape[1] == 1
+            and not torch.is_grad_enabled()
+        )
 
     def _layer(self, node, stream, tokens, state, last) -> None:
         sublayer = self.get_submodule(node.owner)
@@ -263,6 +277,12 @@ class Model(nn.Module):
 
     def _head(self, node, stream, tokens, state, last) -> None:
         x_BLD = stream["x"] if last is None else stream["x"][:, -last:]
+        if self._steps("head_step", x_BLD, state):
+            how = dict(multiplier=self.graph.model.logits_multiplier, softcap=self.graph.model.logits_softcap)
+            x_BD = x_BLD[:, 0].contiguous()
+            logits_BV = self.frame["head_step"](self.final_norm, x_BD, self._head_weight(), **how)
+            stream["logits"] = logits_BV[:, None]
+            return
         stream["h"] = self.final_norm(x_BLD).to(self._head_weight().dtype)
 
     def _head_weight(self) -> Tensor:

@@ -18,6 +18,20 @@ from mambadsl.parts.part import Package, Part
 FRAME = (
     Slot("norm", "every norm of the residual stream, (x, weight, *, eps, zero_centered); RMS norms only"),
     Slot("loss", "final hidden states and the head's weight -> mean cross entropy, (x, weight, targets, *, ...)"),
+    Slot(
+        "embed_step", "the stream of one token in decoding, (token_B, weight_VD, *, multiplier, dtype) -> [B, D]",
+        optional=True,
+    ),
+    Slot(
+        "head_step",
+        "final norm and logits of one token in decoding, (norm, x_BD, weight_VD, *, multiplier, softcap) -> float32 "
+        "logits [B, V]", optional=True,
+    ),
+    Slot(
+        "next_token",
+        "the most likely token of each row, (logits_BV, token_B, history_TB, written_1): into token_B and into the "
+        "history at written_1, which is counted up", optional=True,
+    ),
 )
 
 _own: dict[str, Package] = {}

@@ -25,11 +25,11 @@ class PartSet:
     lenient: bool = False
 
 
-_CONV = ("causal_conv1d.conv", "fla.conv")
+_CONV = ("triton.conv", "causal_conv1d.conv", "fla.conv")
 _FUSED: Order = {
-    "mamba2.core": ("mamba_ssm.core",),
+    "mamba2.core": ("triton.core", "mamba_ssm.core"),
     "mamba2.conv": _CONV,
-    "mamba2.scan": ("mamba_ssm.scan",),
+    "mamba2.scan": ("triton.scan", "mamba_ssm.scan"),
     "mamba2.gate_norm": ("triton.gate_norm",),
     "mamba1.conv": _CONV,
     "mamba1.scan": ("mamba_ssm.selective_scan",),
@@ -52,14 +52,22 @@ _TE: Order = {
     "model.norm": ("te.rms_norm", "triton.rms_norm"),
 }
 _STEP = ("triton.step",)
-_INFERENCE: Order = {**_FUSED, "mamba2.step": _STEP, "attention.step": _STEP, "mlp.step": _STEP}
+_INFERENCE: Order = {
+    **_FUSED,
+    "mamba2.step": _STEP,
+    "attention.step": _STEP,
+    "mlp.step": _STEP,
+    "model.embed_step": ("triton.embed",),
+    "model.head_step": ("triton.head",),
+    "model.next_token": ("triton.next_token",),
+}
 
 SETS: dict[str, PartSet] = {
     s.name: s
     for s in (
         PartSet("reference", "any machine; pure torch; the truth"),
-        PartSet("fused", "training on GPUs: mamba-ssm, causal-conv1d, fused attention and loss", _FUSED),
-        PartSet("te", "Transformer Engine linears, norms and attention; mamba-ssm for the recurrences", _TE),
+        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's scan for Mamba-1", _FUSED),
+        PartSet("te", "Transformer Engine linears, norms and attention; the rest as `fused`", _TE),
         PartSet("inference", "decoding: static caches, step kernels, one CUDA graph a step", _INFERENCE),
         PartSet("auto", "for this machine, the fastest that each slot accepts", _INFERENCE, lenient=True),
     )

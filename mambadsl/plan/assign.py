@@ -169,12 +169,12 @@ class _Chooser:
 
     def _choice(self, slot: Slot, label: str, request: Request, span: Span | None, *, covered: bool) -> Choice:
         asked = self._asked(label, request.slot)
-        if asked is not None:
-            return self._by_name(asked, slot, label, request, span)
         owner = request.slot.partition(".")[0]
-        narrow = next((line for n in slot.covers if (line := self._asked(label, f"{owner}.{n}"))), None)
-        if narrow is not None:
-            return Choice(request.slot, None, why=f"`{narrow.path}` is asked for by itself")
+        narrow = min(filter(None, (self._asked(label, f"{owner}.{n}") for n in slot.covers)), default=None, key=_rank)
+        if narrow is not None and (asked is None or _rank(narrow) < _rank(asked)):
+            return Choice(request.slot, None, why=f"`{narrow[1].path}` is asked for by itself")
+        if asked is not None:
+            return self._by_name(asked[1], slot, label, request, span)
         refused: list[tuple[str, str]] = []
         order = self.base.order.get(request.slot, ())
         for name in order:
@@ -188,7 +188,8 @@ class _Chooser:
                 return Choice(request.slot, name, args, why, tuple(refused))
             refused += [(name, reason) for reason in reasons]
         if slot.optional or slot.covers and REFERENCE not in order and order:
-            return Choice(request.slot, None, why="the narrower slots do the work", refused=tuple(refused))
+            why = "the general code does it" if request.slot.startswith("model.") else "the narrower slots do the work"
+            return Choice(request.slot, None, why=why, refused=tuple(refused))
         if not order:
             return Choice(request.slot, REFERENCE, why=f"`{self.base.name}` has no other")
         if self.base.lenient or covered or REFERENCE in order:
@@ -196,13 +197,14 @@ class _Chooser:
         self._cannot(label, request, refused, span)
         return Choice(request.slot, REFERENCE)
 
-    def _asked(self, label: str, slot: str) -> PartChoice | None:
-        """The line of a parts block that says what fills the slot: a layer's own before its kind's."""
-        for block in self.blocks:
+    def _asked(self, label: str, slot: str) -> tuple[tuple[int, int], PartChoice] | None:
+        """The line of a parts block that says what fills the slot, and its rank, lowest first: a block before the one
+        that it stands on, in a block a layer's own line before its kind's."""
+        for depth, block in enumerate(self.blocks):
             lines = {choice.path: choice for choice in block.choices}
-            for path in (f"{label}.{slot.partition('.')[2]}", slot):
+            for level, path in enumerate((f"{label}.{slot.partition('.')[2]}", slot)):
                 if path in lines:
-                    return lines[path]
+                    return (depth, level), lines[path]
         return None
 
     def _by_name(self, line: PartChoice, slot: Slot, label: str, request: Request, span: Span | None) -> Choice:
@@ -282,6 +284,10 @@ def missing_packages(parts: Iterable[str], machine: Machine) -> dict[str, str]:
             if reason := machine.missing(package) if package else "unknown: no such package of parts":
                 found[name] = reason
     return found
+
+
+def _rank(asked: tuple[tuple[int, int], PartChoice]) -> tuple[int, int]:
+    return asked[0]
 
 
 def _arguments(part: Part, given: Mapping[str, object]) -> Values:

@@ -63,6 +63,8 @@ class Decoder:
         self.written = self.given = 0
         self.history_TB = torch.zeros((capacity, batch), dtype=torch.int64, device=device)
         self.host_TB = torch.zeros_like(self.history_TB, device="cpu", pin_memory=device.type == "cuda")
+        #: Writes the most likely tokens, where a part does.
+        self.next_token = None if temperature else model.frame.get("next_token")
         self.uniform_TB = None
         if temperature:
             self.uniform_TB = torch.zeros((capacity, batch), dtype=torch.float64, device=device)
@@ -155,6 +157,9 @@ class Decoder:
         self._write(logits_B1V[:, -1])
 
     def _write(self, logits_BV: Tensor) -> None:
+        if self.next_token is not None:
+            self.next_token(logits_BV, self.token_B, self.history_TB, self.written_1)
+            return
         uniform_B = None if self.uniform_TB is None else self.uniform_TB.index_select(0, self.written_1)[0]
         self.token_B.copy_(draw(logits_BV, self.sampling, uniform_B))
         self.history_TB.index_copy_(0, self.written_1, self.token_B[None])

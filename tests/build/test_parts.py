@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from parts_fakes import forgotten
@@ -101,6 +104,19 @@ def test_auto_on_this_machine_computes_the_same():
     tokens = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(auto(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
     assert auto.assignment.machine.device == "cpu"
+
+
+def test_our_own_parts_load_without_other_packages():
+    pytest.importorskip("triton")
+    code = (
+        "import sys\n"
+        "for name in ('mamba_ssm', 'causal_conv1d', 'transformer_engine', 'fla', 'einops'): sys.modules[name] = None\n"
+        "from mambadsl.parts import registry\n"
+        "for part in (*registry.package('torch').parts, *registry.package('triton').parts):\n"
+        "    made = part.load()(**{field.name: field.default for field in part.args})\n"
+        "    assert callable(made), part.name\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_package_that_does_not_load_is_said():

@@ -197,6 +197,7 @@ def test_without_a_gpu_other_parts_say_so():
     result = CliRunner().invoke(cli, ["doctor", "triton", "--json"])
     data = json.loads(result.stdout)
     assert result.exit_code == 0 and {row["detail"] for row in data["parts"]} == {"needs a GPU"}
+    assert {row["part"] for row in data["parts"]} == {part.name for part in registry.package("triton").parts}
     assert data["environment"]["facts"]["torch"] and data["environment"]["python"]
 
 
@@ -246,12 +247,14 @@ def test_a_report_s_text(golden):
         Loaded(conv, "1.7.0", "ok", seconds=3.0),
         Loaded(ssm, "2.3.2", *classify(ssm, ended(broken))),
         Loaded(registry.package("te"), None, "not installed", fix=(registry.package("te").install,)),
+        Loaded(registry.package("triton"), "3.6.0", "ok", seconds=1.0),
     )
     rows = (
         Tried("causal_conv1d.conv", "mamba2.conv", "ok", "bf16", "", 1e-3, 2e-3, 0.0, 0.4, 1.25, 3.0),
         Tried("causal_conv1d.conv", "mamba1.conv", "wrong", "bf16", "forward: 3.0e-01 off, 1.0e-02 allowed", 0.3, 0.3,
               0.3, 0.4, 1.25, 3.0),
-        Tried("mamba_ssm.scan", "mamba2.scan", "not here", detail="needs mamba_ssm"),
+        Tried("triton.core", "mamba2.core", "ok", "bf16", "", 1e-3, 2e-3, 1e-3, 0.5, 2.5, 3.0),
+        Tried("mamba_ssm.core", "mamba2.core", "not here", detail="needs mamba_ssm"),
         Tried("te.linear", "mlp.up_proj", "crashed", detail="SIGSEGV"),
     )
     report = Report(here, loaded, rows)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from parts_fakes import BARE, GPU
+from parts_fakes import BARE, GPU, gpu_with
 
+from mambadsl import load
 from mambadsl.cli.commands import cli
 from mambadsl.files import MODELS
 from mambadsl.parts import registry
 from mambadsl.parts.machine import Machine
+from mambadsl.plan.assign import assign
 from mambadsl.run.doctor import environment
 from mambadsl.show.parts import WIDTH, topics
 from mambadsl.show.reference import page
@@ -41,12 +43,14 @@ def on(monkeypatch):
 
 
 def test_every_layer_of_the_text_has_its_slots(on):
-    on(GPU)
+    on(gpu_with("torch", "triton"))
     result = call("explain", NEMOTRON, "--parts", "fused")
     assert result.exit_code == 0
     assert re.search(r"^M = mamba2, 24 uses \(stack.0, ...\)$", result.stdout, re.MULTILINE)
-    assert re.search(r"^  core +mamba_ssm.core +first choice of `fused`$", result.stdout, re.MULTILINE)
+    assert re.search(r"^  core +triton.core +first choice of `fused`$", result.stdout, re.MULTILINE)
     assert "this machine, a GPU" in result.stdout and "Missing here" not in result.stdout
+    in_use = result.stdout.partition("Packages in use:\n")[2]
+    assert [line.split()[0] for line in in_use.splitlines()] == ["triton", "torch"]
     assert max(map(len, result.stdout.splitlines())) <= WIDTH
 
 
@@ -55,6 +59,7 @@ def test_what_is_missing_comes_once_at_the_end(on):
     result = call("explain", NEMOTRON)
     assert result.exit_code == 0
     head, _, tail = result.stdout.partition("Missing here:")
+    assert "not triton.core: triton not installed" in head
     assert "not mamba_ssm.core: mamba_ssm not installed; causal_conv1d not installed" in head
     assert "pip install" not in head
     assert tail.count(registry.package("causal_conv1d").install + "\n") == 1
@@ -66,10 +71,13 @@ def test_json_says_the_same(on):
     data = json.loads(call("explain", TINY, "--json", "--dtype", "fp32").stdout)
     assert (data["ok"], data["parts"], data["dtype"], data["machine"]["device"]) == (True, "auto", "fp32", "cuda")
     rows = {row["label"]: row for row in data["rows"]}
-    assert [slot["slot"] for slot in rows["model"]["slots"]] == ["model.norm", "model.loss"]
+    names = [slot["slot"] for slot in rows["model"]["slots"]]
+    assert names == [f"model.{slot.name}" for slot in registry.FRAME]
     conv = next(slot for slot in rows["M"]["slots"] if slot["slot"] == "mamba2.conv")
     assert conv["part"] == "reference"
-    assert {"part": "causal_conv1d.conv", "reason": "causal_conv1d not installed"} in conv["refused"]
+    assert conv["refused"] == [
+        {"part": f"{name}.conv", "reason": f"{name} not installed"} for name in ("triton", "causal_conv1d", "fla")
+    ]
     package = next(p for p in data["packages"] if p["name"] == "mamba_ssm")
     assert package["missing"] == "not installed" and package["install"].startswith("pip install")
 
@@ -122,7 +130,7 @@ def test_plan_and_compile_print_the_table(on, tmp_path):
     assert plan.exit_code == 0
     assert plan.stdout.startswith(call("plan", NEMOTRON, "--stages", "2").stdout) and "te.norm_linear" in plan.stdout
     compiled = call("compile", TINY, "--parts", "fused", "-o", str(tmp_path))
-    assert compiled.exit_code == 0 and "mamba_ssm.core" in compiled.stdout
+    assert compiled.exit_code == 0 and "triton.core" in compiled.stdout
     assert json.loads((tmp_path / "plan.json").read_text())["parts"] == "fused"
     on_cpu = call("plan", NEMOTRON, "--stages", "2", "--parts", "fused", "--device", "cpu")
     assert on_cpu.exit_code == 1 and "error[E902]" in on_cpu.stderr
@@ -148,6 +156,17 @@ def test_nothing_heavy_is_loaded_without_a_gpu():
         "heavy = {'torch', 'numpy', 'networkx', 'triton'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_documented_block_says_what_runs():
+    block = re.search(r"```\n(parts mine : fused \{\n(?:.*\n)*?\}\n)```", DOCS.read_text())[1]
+    text = "layer L = mamba2(d_state=64) layer N = mamba2(d_state=32) stack { M L N A }\n" + block
+    found = assign(load(text=text).layers, parts="mine", machine=GPU)
+    told = [found.of(f"stack.{n}") for n in range(4)]
+    assert [slots["core"].text for slots in told] == [
+        "triton.core", "mamba_ssm.core(keep=none)", "nothing", "torch.attention(backend=cudnn)",
+    ]
+    assert told[2]["scan"].part == "reference" and told[2]["conv"].part == "triton.conv"
 
 
 def test_the_documented_output_is_real(on, request):

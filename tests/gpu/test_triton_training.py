@@ -172,22 +172,25 @@ def test_all_three_in_a_step(how):
     wanted = [truth(*leaves), *torch.autograd.grad(truth(*leaves), leaves)]
     step = torch.compile(ours, fullgraph=True) if how == "compiled" else ours
 
-    def run():
+    def run(leaves):
         value = step(*leaves)
-        return [value, *torch.autograd.grad(value, leaves)]
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
 
-    found = run()
-    if how == "graph":
+    if how != "graph":
+        found = run(leaves)
+    else:
+        # Leaves that only the side stream has seen: autograd remembers the first stream of each.
+        leaves = [t.detach().clone().requires_grad_() for t in leaves]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            run()
+            run(leaves)
         side.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
-            found = run()
+            found = run(leaves)
         for t in found:
-            t.detach().zero_()
+            t.zero_()
         graph.replay()
         torch.cuda.synchronize()
     for got, right in zip(found, wanted):

@@ -54,8 +54,9 @@ def test_published_models_are_clean(path):
     "name", ["nemotron_h_8b", "bamba_9b", "falcon_h1_7b", "granite_4_0_h_small", "jamba_v0_1", "mamba2_130m"]
 )
 def test_published_models_suit_the_kernels_in_training(name):
-    graph = graph_of((MODELS / f"{name}.mdl").read_text(encoding="utf-8"))
-    assert codes(graph, parts="fused", length=4096) == []
+    text = (MODELS / f"{name}.mdl").read_text(encoding="utf-8")
+    graph = graph_of(f"{text}\nparts old : fused {{ mamba2.core = mamba_ssm.core }}")
+    assert codes(graph, parts="old", length=4096) == []
 
 
 @pytest.mark.parametrize("pattern", ["M M M A", "M F M F A F", "M*4 A M*4 A", "M+A F", "M E"])
@@ -78,7 +79,7 @@ def test_only_check_makes_a_checked_graph():
 
 def test_errors_carry_the_warnings_too():
     with pytest.raises(MdlError) as found:
-        check(graph_of("layer M = mamba2(heads=8, groups=3, chunk=50) stack { M }"), Facts(parts="fused"))
+        check(graph_of("layer M = mamba2(heads=8, groups=3, chunk=50) stack { M }"), Facts(target="mamba_ssm"))
     ids = [d.code.id for d in found.value.diagnostics]
     assert ids[0] == "E103" and ids[-1] == "W109"
 
@@ -132,7 +133,7 @@ def test_graphs_without_text_are_checked_too():
         nodes.append(replace(node, layer=layer, span=None, trail=()))
     bare = replace(graph, nodes=tuple(nodes), file=None)
     with pytest.raises(MdlError) as found:
-        check(bare, Facts(parts="fused"))
+        check(bare, Facts(target="mamba_ssm"))
     assert [(d.code.id, d.span) for d in found.value.diagnostics] == [("E103", None), ("W109", None)]
     assert found.value.diagnostics[0].label == "8 heads cannot be split into 3 groups"
     assert found.value.diagnostics[0].notes == ("used 3 times: M (stack.0, stack.1, stack.2)",)
@@ -142,7 +143,7 @@ def test_ten_thousand_layers_take_a_moment():
     graph = graph_of("stack { [M F M F M F A E]*1250 }")
     assert len(graph.layers) == 10_000
     start = time.process_time()
-    check(graph, Facts(parts="fused", target="hf", lora_targets=("in_proj",), length=2048))
+    check(graph, Facts(target="megatron", lora_targets=("in_proj",), length=2048))
     assert time.process_time() - start < 0.5
 
 
@@ -157,7 +158,7 @@ layer E = moe(experts={big - 1}, top_k={big}, router=sigmoid(groups=7, top_group
 stack {{ M N A E }}
 """)
     start = time.process_time()
-    facts = dict(parts="fused", tp=8, cp=8, precision="fp8", max_sequences=10**9, memory_bytes=1)
+    facts = dict(target="mamba_ssm", tp=8, cp=8, precision="fp8", max_sequences=10**9, memory_bytes=1)
     assert len(codes(graph, **facts)) > 10
     assert time.process_time() - start < 1
 
@@ -197,7 +198,7 @@ def test_kernel_widths_and_their_help(heads, head_dim, d_state, groups):
     conv = heads * head_dim + 2 * groups * d_state
     rows = conv + heads * head_dim + heads
     try:
-        found = check(mamba(**given), Facts(parts="fused")).diagnostics
+        found = check(mamba(**given), Facts(target="mamba_ssm")).diagnostics
     except MdlError as error:
         found = error.diagnostics
     ids = [d.code.id for d in found]
@@ -207,7 +208,7 @@ def test_kernel_widths_and_their_help(heads, head_dim, d_state, groups):
         if d.code.id in ("E104", "E105") and d.help:
             for change in d.help[0].split("`")[1::2]:
                 field, value = change.split("=")
-                again = codes(mamba(**{**given, field: int(value)}), parts="fused")
+                again = codes(mamba(**{**given, field: int(value)}), target="mamba_ssm")
                 assert d.code.id not in again and "E103" not in again
 
 

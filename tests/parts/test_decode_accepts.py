@@ -10,9 +10,10 @@ from decode_cases import CASES
 from small_models import graph
 
 from mambadsl.graph.graph import Role
+from mambadsl.kinds.kind import Dims
 from mambadsl.parts.machine import Machine
 from mambadsl.parts.part import Request
-from mambadsl.parts.triton.decode.accepts import step
+from mambadsl.parts.triton.decode.accepts import head, step
 
 REFUSED = {
     "mamba2(residual=sandwich)": "residual form is `sandwich`",
@@ -54,6 +55,18 @@ def test_accepts_what_is_tested(text):
 def test_says_why_not(text):
     found = reasons(text)
     assert len(found) == 1 and REFUSED[text] in found[0]
+
+
+@pytest.mark.parametrize("norm, dtype, why", [
+    ("rmsnorm", "bf16", []), ("none", "fp32", []), ("layernorm", "bf16", ["the norm is `layernorm`, not an RMS norm"]),
+    ("rmsnorm", "fp16", ["computes in fp32 and bf16, not in fp16"]),
+])
+def test_the_head(norm, dtype, why):
+    made = graph("M", norm=norm).model
+    request = Request(
+        "model.head_step", made, Dims(made.d_model, made.d_model), None, None, True, dtype, Machine("cuda")
+    )
+    assert list(head(request)) == why
 
 
 def test_dtype():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from mambadsl.kinds.fields import REQUIRED
 from mambadsl.parts import registry
 from mambadsl.parts.part import Package, Part
 
+ROOT = Path(__file__).parent.parent.parent
 PARTS = [part for package in registry.packages().values() for part in package.parts]
 
 
@@ -28,8 +31,12 @@ def test_a_part_s_table(part):
     # Sets and doctor ask for parts without arguments.
     assert all(field.default is not REQUIRED and field.doc for field in part.args)
     module, _, function = part.code.partition(":")
-    text = Path(find_spec(module).origin).read_text()
-    assert re.search(rf"^def {function}\(", text, re.MULTILINE), part.code
+    made, = (node for node in ast.parse(Path(find_spec(module).origin).read_text()).body
+             if isinstance(node, ast.FunctionDef) and node.name == function)
+    # What a model may say is its first arguments; behind them may be some for other parts that share it.
+    keywords, fields = [a.arg for a in made.args.kwonlyargs], [field.name for field in part.args]
+    assert not made.args.args and keywords[:len(fields)] == fields
+    assert all(default is not None for default in made.args.kw_defaults[len(fields):])
 
 
 @pytest.mark.parametrize("package", registry.packages().values(), ids=lambda package: package.name)
@@ -38,6 +45,29 @@ def test_a_package_s_table(package):
     assert package.doc and package.modules and package.source.startswith("https://")
     assert re.match("pip install ", package.install) and package.tested
     assert all(re.compile(pattern) and fix for pattern, fix in package.fixes.items())
+
+
+def test_ours_and_mamba_ssm_s_differ_by_their_name_only():
+    """One word of a `parts` block changes whose kernels run; its arguments stay."""
+    for name in ("core", "scan"):
+        ours, theirs = registry.part(f"triton.{name}"), registry.part(f"mamba_ssm.{name}")
+        assert ours.slots == theirs.slots and ours.doc == theirs.doc
+        assert [field.name for field in ours.args] == [field.name for field in theirs.args]
+        assert theirs in registry.parts_for(f"mamba2.{name}") and ours in registry.parts_for(f"mamba2.{name}")
+
+
+def test_extras_bring_what_parts_import():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {
+        name: {re.match(r"[\w-]+", wanted)[0] for wanted in all_wanted}
+        for name, all_wanted in project["optional-dependencies"].items()
+    }
+    brought = set().union(*extras.values())
+    # fla.conv is a last choice: a command to paste is enough.
+    assert brought >= {p.distribution for p in map(registry.package, registry._shipped()) if p.name != "fla"}
+    assert extras["kernels"] == {"triton"} and extras["mamba"] == {"mamba-ssm", "causal-conv1d"}
+    page = (ROOT / "docs" / "parts.md").read_text()
+    assert all(f"`{name}`" in page for name in extras.keys() - {"torch", "test"})
 
 
 def test_names_that_do_not_exist():

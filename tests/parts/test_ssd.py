@@ -17,7 +17,7 @@ else:
     import torch
     import torch.nn.functional as F
 
-    from mambadsl.parts.triton.ssd import groups, scan, shape
+    from mambadsl.parts.triton.ssd import backward, forward, groups, scan, shape
 
     B, T, H, P, G, N = 2, 40, 4, 16, 2, 16
 
@@ -90,15 +90,19 @@ else:
         torch.testing.assert_close(parts.D.sum((0, 1, 2)), wanted["D"], **close)
         after, sums = parts.after.sum(0), parts.before.sum(0)
         after[..., 0] = 0
-        log = after.cumsum(-1) + sums.flip(-1).cumsum(-1).flip(-1) + parts.inside.sum(0)
+        assert parts.inside is None
+        log = after.cumsum(-1) + sums.flip(-1).cumsum(-1).flip(-1)
         torch.testing.assert_close(_tokens(log + parts.across.sum(-1)[..., None]), wanted["log"], **close)
 
-    @pytest.mark.parametrize("documents", [False, True])
-    @pytest.mark.parametrize("tile", [16, 32])
-    def test_against_the_recurrence(tile, documents, monkeypatch):
-        """Chunks of 32 tokens, as one tile and as two; the last is not full."""
-        monkeypatch.setattr(shape, "TILE", tile)
-        _check(32, documents)
+    @pytest.mark.parametrize("cut", [False, True])
+    def test_against_the_recurrence(cut, monkeypatch):
+        """Chunks of 32 tokens, in every kernel as one tile or as two; the last is not full."""
+        monkeypatch.setattr(shape, "TILE", 16)
+        monkeypatch.setattr(scan, "SCORES", scan.SCORES._replace(cut=cut))
+        for run in (forward.scan_forward, backward.inputs_backward, backward.scores_backward):
+            defaults = run.__kwdefaults__
+            monkeypatch.setattr(run, "__kwdefaults__", {**defaults, "loop": defaults["loop"]._replace(cut=cut)})
+        _check(32, True)
 
     @pytest.mark.parametrize("processors", [1, 1000])
     def test_heads_split_between_programs(processors, monkeypatch):

@@ -25,7 +25,7 @@ else:
     from mambadsl.parts.triton import norm as triton_norm
 
     ORDERS = ("after_gate", "before_gate", "none")
-    few = settings(max_examples=25, deadline=None)
+    few = settings(max_examples=12, deadline=None)
     compiled = pytest.mark.parametrize("wrap", [
         pytest.param(lambda f: f, id="eager"),
         pytest.param(lambda f: torch.compile(f, backend="aot_eager", fullgraph=True), id="compiled"),
@@ -92,7 +92,7 @@ else:
                     inputs, rtol=1e-3, atol=1e-4,
                 )
 
-        @pytest.mark.parametrize("rows", [0, 1, 37, 200])
+        @pytest.mark.parametrize("rows", [0, 1, 37])
         def test_gradients_of_many_rows_land_in_given_buffers(self, rows):
             I, G = 24, 3
             y, dout, weight = torch.randn(rows, I), torch.randn(rows, I), torch.randn(I)
@@ -123,9 +123,9 @@ else:
 
     class TestRmsNorm:
         @compiled
-        @pytest.mark.parametrize("zero_centered", [False, True])
-        @pytest.mark.parametrize("weight", [False, True])
-        @pytest.mark.parametrize("shape", [(2, 3, 20), (70, 64), (9,)])
+        @pytest.mark.parametrize("shape, weight, zero_centered", [
+            ((2, 3, 20), True, True), ((35, 64), True, False), ((35, 64), False, False), ((9,), False, True),
+        ])
         def test_equals_the_slot(self, shape, weight, zero_centered, wrap):
             mine = triton_norm.make_rms_norm()
             inputs = torch.randn(shape), torch.randn(shape[-1])
@@ -170,10 +170,10 @@ else:
                 (torch.randn(rows, width), torch.randn(vocab, width)), rtol=1e-4, atol=1e-5,
             )
 
-        @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-        @pytest.mark.parametrize("chunks", [1, 2, 3])
+        @pytest.mark.parametrize("chunks, dtype", [(2, torch.float16), (3, torch.float32)])
         def test_chunks_are_added_up(self, chunks, dtype):
-            rows, vocab = 300, 130
+            """Of 128 rows each, the last one fewer."""
+            rows, vocab = 128 * chunks - 100, 40
             targets = torch.randint(-1, vocab, (2, rows // 2), dtype=torch.int32)
             inputs = torch.randn(2, rows // 2, 8).to(dtype), torch.randn(vocab, 8).to(dtype)
             mine = cross_entropy.make_loss(chunks=chunks)
@@ -214,6 +214,14 @@ else:
             first = torch.autograd.grad(loss, (x, w), retain_graph=True)
             for a, b in zip(first, torch.autograd.grad(loss, (x, w))):
                 assert torch.equal(a, b)
+
+        def test_gradients_are_scaled_in_float32(self):
+            """A factor that half precision does not have."""
+            factor = torch.tensor(1 / 3)
+            for sizes in ((2 * cross_entropy.SCALED + 5, 7), (0, cross_entropy.SCALED)):
+                two = [torch.randn(size).half() for size in sizes]
+                for found, t in zip(cross_entropy._scale_op(*two, factor), two):
+                    assert torch.equal(found, (t.float() * factor).half())
 
         def test_nothing_that_counts_is_zero(self):
             x, w = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from parts_fakes import BARE, CPU, GPU, forgotten
+from parts_fakes import BARE, CPU, GPU, forgotten, gpu_with
 
 from mambadsl import load
 from mambadsl.files import MODELS
@@ -54,6 +54,10 @@ def problems(text: str, **how) -> list:
     return list(caught.value.diagnostics)
 
 
+def paths(found: Assignment) -> list[str]:
+    return [path for row in found.rows for path in row.paths]
+
+
 def model(parts: str, layer: str = "mamba2(heads=8, head_dim=32)", stack: str = "M N") -> str:
     return f"layer M = {layer}\nlayer N = {layer}\nstack {{ {stack} }}\n{parts}\n"
 
@@ -75,7 +79,7 @@ def test_a_block_comes_before_its_base():
 
 def test_a_base_that_is_a_set():
     found = chosen(model("parts probe : fused { N.scan = fake.scan }"), machine=GPU)
-    assert found.of("stack.0")["core"].part == "mamba_ssm.core"
+    assert found.of("stack.0")["core"].part == "triton.core"
     # A narrow slot asked for by itself is not hidden behind the base's wide part.
     assert found.of("stack.1")["core"].part is None and found.of("stack.1")["scan"].part == "fake.scan"
     assert found.of("model")["loss"].part == "triton.linear_cross_entropy"
@@ -87,6 +91,17 @@ def test_a_wide_part_leaves_narrow_slots_what_it_does_not_do():
     assert slots["core"].part == "fake.core"
     assert {slots[name].covered_by for name in ("conv", "scan", "gate_norm")} == {"core"}
     assert slots["in_proj"].covered_by is None
+
+
+def test_a_layer_s_narrow_line_comes_before_its_kind_s_wide_one():
+    found = chosen(model("parts probe { mamba2.core = fake.core N.scan = fake.scan }"))
+    assert found.of("stack.0")["core"].part == "fake.core"
+    assert found.of("stack.1")["core"].part is None and found.of("stack.1")["scan"].part == "fake.scan"
+    # In one block and of one rank, the wide line runs where it can, and the narrow one where it does not.
+    both = chosen(model("parts probe { mamba2.core = fake.core mamba2.scan = fake.scan }"))
+    slots = both.of("stack.0")
+    assert slots["core"].part == "fake.core" and slots["scan"].part == "fake.scan"
+    assert slots["scan"].covered_by == "core"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +149,43 @@ def test_dtype_capability_and_device_are_reasons():
 def test_a_missing_package_says_how_to_install_it():
     one, = problems(model("parts probe { mamba2.scan = fake.scan }", stack="M"), machine=BARE)
     assert one.notes == ("fake.scan: fake not installed",) and one.help[0] == "pip install fake"
+
+
+@pytest.mark.parametrize("parts", ["fused", "inference"])
+@pytest.mark.parametrize("layers", ["M A F E", "M+A F", "[M F]*3 A(window=64) E"])
+def test_torch_and_triton_are_all_that_our_own_sets_need(parts, layers):
+    found = chosen(layers, parts=parts, machine=gpu_with("torch", "triton"))
+    assert {name.partition(".")[0] for name in found.used} <= {"torch", "triton", "reference"}
+    cores = [slots["core"].part for slots in map(found.of, paths(found)) if "core" in slots]
+    assert cores and set(cores) == {"triton.core", "torch.attention"}
+
+
+def test_mamba_1_s_scan_is_mamba_ssm_s():
+    text = "layer M = mamba1() stack { M }"
+    one, = problems(text, parts="fused", machine=gpu_with("torch", "triton"))
+    assert one.code.id == "E902" and "`mamba1.scan`" in one.message
+    assert one.help[0] == registry.package("mamba_ssm").install
+    found = chosen(text, parts="fused", machine=gpu_with("torch", "triton", "mamba_ssm"))
+    assert found.of("stack.0")["scan"].part == "mamba_ssm.selective_scan"
+    assert found.of("stack.0")["conv"].part == "triton.conv"
+
+
+def test_sizes_that_our_kernels_do_not_take_are_the_next_part_s():
+    found = chosen("layer M = mamba2(heads=8, head_dim=256) stack { M }", parts="fused", machine=GPU)
+    slots = found.of("stack.0")
+    assert (slots["core"].part, slots["scan"].part) == ("mamba_ssm.core", "mamba_ssm.scan")
+    assert slots["core"].refused == (("triton.core", "takes head_dim up to 128, not 256"),)
+    assert slots["conv"].part == "triton.conv", "which has nothing against heads"
+    taps = chosen("layer M = mamba2(heads=8, d_conv=9) stack { M }", parts="auto", machine=GPU).of("stack.0")
+    assert taps["core"].part is None and taps["conv"].part == "fla.conv" and taps["scan"].part == "triton.scan"
+    assert ("causal_conv1d.conv", "takes d_conv 2, 3 or 4, not 9") in taps["conv"].refused
+
+
+def test_a_package_asked_for_by_name_is_not_replaced_by_ours():
+    text = model("parts probe : fused { mamba2.core = mamba_ssm.core(keep=none) }", stack="M")
+    assert chosen(text, machine=GPU).of("stack.0")["core"].text == "mamba_ssm.core(keep=none)"
+    one, = problems(text, machine=gpu_with("torch", "triton", "mamba_ssm"))
+    assert one.notes == ("mamba_ssm.core: causal_conv1d not installed",)
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU, BARE, Machine()])

@@ -199,6 +199,43 @@ def test_one_token_goes_through_the_fused_step(model):
     assert calls == [[n + i for n in lengths] for i in range(5) for _ in range(2)]
 
 
+def test_the_ends_of_a_step_go_through_their_slots():
+    """Stand-ins with the slots' own maths: the text stays; without a fixed state, or with gradients, nobody calls."""
+    stepped = made("M A Z", logits_multiplier=0.5, logits_softcap=2, embedding_multiplier=3)
+    calls = []
+
+    def embed_step(token_B, weight_VD, *, multiplier, dtype):
+        calls.append("embed")
+        return (weight_VD[token_B] * multiplier).to(dtype)
+
+    def head_step(norm, x_BD, weight_VD, *, multiplier, softcap):
+        calls.append("head")
+        assert x_BD.is_contiguous()
+        return softcap * torch.tanh(norm(x_BD) @ weight_VD.T * multiplier / softcap)
+
+    def next_token(logits_BV, token_B, history_TB, written_1):
+        calls.append("next")
+        token_B.copy_(logits_BV.argmax(-1))
+        history_TB[written_1] = token_B
+        written_1.add_(1)
+
+    drawn = dict(temperature=0.8, top_k=9)
+    wanted, drawings = (generate(stepped, PROMPTS, max_tokens=4, seed=2, **how) for how in ({}, drawn))
+    stepped.frame.update(embed_step=embed_step, head_step=head_step, next_token=next_token)
+    assert decoded(stepped, PROMPTS, 4) == wanted
+    assert calls == ["head", "next", *["embed", "head", "next"] * 3]
+    calls.clear()
+    assert decoded(stepped, PROMPTS, 4, seed=2, **drawn) == drawings
+    assert calls == ["head", *["embed", "head"] * 3]
+    calls.clear()
+    stepped(ids(2, 1), state=stepped.init_state(2, capacity=4))
+    with torch.no_grad():
+        stepped(ids(2, 1), state=stepped.init_state(2))
+        stepped(ids(2, 1))
+        stepped(ids(2, 3), state=stepped.init_state(2, capacity=4))
+    assert not calls
+
+
 def test_what_cannot_be_captured_is_said(model):
     assert obstacles(model) == [] and obstacles(made("M E E")) == ["`E`: moe.experts waits for the device"]
     with pytest.raises(ValueError, match="CUDA device"):

@@ -5,9 +5,9 @@ A rule is a file here with `check(subject)`, and its place in one of the three l
 - MODEL rules speak about the model, whatever is known of a run.
 - RUN rules speak about the facts of a run, and are asked only if one is given.
 - KERNEL rules speak about what mamba-ssm's and causal-conv1d's kernels accept, and only if those will run: a
-  part set with them is named (`fused`, `te`, `inference`, or one of the text based on them), or the target
-  has no other way. Under `auto` they are silent, since it chooses a kernel only where the kernel accepts the
-  layer; under `reference` there is none.
+  part set is named that has them first for a kind of the model (`fused` for Mamba-1's scan, say), or a block of the
+  text names one, or the target has no other way. Under `auto` they are silent, since it chooses a kernel only
+  where the kernel accepts the layer; under `reference` there is none.
 
 So a plain `check` says what is wrong with the model anywhere, and facts add what is wrong there. Each rule's
 severity is its code's first letter and never depends on facts. Rules are imported when they are asked.

@@ -17,13 +17,15 @@ from mambadsl.graph.graph import LayerGraph, Node
 from mambadsl.kinds.kind import Dims, Kind
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.values import Values
+from mambadsl.parts.part import REFERENCE
+from mambadsl.parts.sets import SETS
 from mambadsl.spec.model import LayerSpec, Mixer
 from mambadsl.syntax import tree
 from mambadsl.text.diagnostic import Code, Diagnostic, Label
 from mambadsl.text.source import Span
 
-#: Part sets that run mamba-ssm's and causal-conv1d's kernels for every layer they can.
-KERNEL_SETS = ("fused", "te", "inference")
+#: Packages whose kernels the rules on kernels know.
+KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +117,20 @@ class Subject:
 
     @cached_property
     def kernels(self) -> bool:
-        """mamba-ssm's and causal-conv1d's kernels will run: a part set with them is named, or the target has
-        no other way. (`auto` takes only parts that accept a layer's sizes, so nothing can be wrong there.)"""
-        bases = {parts.name: parts.base for parts in self.graph.parts}
-        name, seen = self.facts.parts, set()
-        while name in bases and name not in seen:
-            seen.add(name)
-            name = bases[name]
-        return name in KERNEL_SETS or self.facts.tool.mamba_kernels
+        """mamba-ssm's and causal-conv1d's kernels will run: the part set has them first for a slot of a kind that the
+        model has, a parts block names one, or the target has no other way. (`auto` takes only parts that accept a
+        layer's sizes, so nothing can be wrong there.)"""
+        if self.facts.tool.mamba_kernels:
+            return True
+        blocks = {block.name: block for block in self.graph.parts}
+        name, named = self.facts.parts, []
+        while name in blocks:
+            named += [choice.part for choice in blocks[name].choices]
+            name = blocks[name].base or REFERENCE
+        if name in SETS and not SETS[name].lenient:
+            kinds = {site.kind.name for site in self.sites()}
+            named += [order[0] for slot, order in SETS[name].order.items() if slot.partition(".")[0] in kinds]
+        return any(part.partition(".")[0] in KERNEL_PACKAGES for part in named)
 
     @cached_property
     def stages(self) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mambadsl.kinds.fields import Field, Int, OneOf, OrWord
+from mambadsl.kinds.fields import Field, Int, OrWord
 from mambadsl.parts.causal_conv1d.package import conv
 from mambadsl.parts.part import Package, Part, Request
+from mambadsl.parts.triton.package import KEEP, gate_norm
 
 #: tl.arange takes powers of two; the states' kernels hold one whole row of them.
 LARGEST_STATE = 256
-#: The gated norm holds one group of channels in registers.
-LARGEST_GROUP = 16384
 
 
 def scan(request: Request) -> Iterator[str]:
@@ -25,10 +24,7 @@ def scan(request: Request) -> Iterator[str]:
 def core(request: Request) -> Iterator[str]:
     yield from scan(request)
     yield from conv(request)
-    f = request.fields
-    width = f.heads * f.head_dim // f.norm_groups
-    if f.gated_norm != "none" and width > LARGEST_GROUP:
-        yield f"norms groups of at most {LARGEST_GROUP:,} channels, not {width:,}"
+    yield from gate_norm(request)
 
 
 def selective(request: Request) -> Iterator[str]:
@@ -38,10 +34,6 @@ def selective(request: Request) -> Iterator[str]:
 
 CHUNK = Field(
     "chunk", OrWord("auto", Int(16, 256)), None, "tokens computed together, a power of two; no effect on the result"
-)
-KEEP = Field(
-    "keep", OneOf("states", "all", "none"), "states",
-    "what the forward pass keeps for the backward pass: none is smallest, all is fastest",
 )
 
 PACKAGE = Package(
@@ -57,7 +49,7 @@ PACKAGE = Package(
         Part(
             "mamba_ssm.core", ("mamba2.core",),
             "convolution, SSD scan and gated norm as one opaque op; with a state, the narrow slots",
-            "mambadsl.parts.mamba_ssm.core:make_core", core, (CHUNK, KEEP), needs=("causal_conv1d", "triton"),
+            "mambadsl.parts.mamba_ssm.scan:make_core", core, (CHUNK, KEEP), needs=("causal_conv1d", "triton"),
         ),
         Part(
             "mamba_ssm.scan", ("mamba2.scan",), "the chunked SSD scan, initial and final states included",

@@ -31,38 +31,46 @@ TINY, HUGE = 2.0**-60, 1e20
 
 @torch.library.custom_op("mambadsl::selective_scan", mutates_args=())
 def _op(
-    x_BIL: Tensor, dt_BIL: Tensor, A_IN: Tensor, B_BNL: Tensor, C_BNL: Tensor, D_I: Tensor
+    x_BLI: Tensor, dt_BLI: Tensor, A_IN: Tensor, B_BLN: Tensor, C_BLN: Tensor, D_I: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """y [B, I, L], and the states after each block, all float32."""
-    with torch.cuda.device_of(x_BIL):
+    """y [B, L, I], and the states after each block, all float32."""
+    with torch.cuda.device_of(x_BLI):
+        x_BIL, dt_BIL, B_BNL, C_BNL = map(_turned, (x_BLI, dt_BLI, B_BLN, C_BLN))
         y_BIL, states = selective_scan_extension().fwd(
             x_BIL, dt_BIL, A_IN, B_BNL[:, None], C_BNL[:, None], D_I, None, None, False
         )
-    return y_BIL, states
+    return _turned(y_BIL), states.contiguous()
 
 
 @_op.register_fake
-def _(x_BIL, dt_BIL, A_IN, B_BNL, C_BNL, D_I):
-    B, I, L = x_BIL.shape
-    return torch.empty_like(dt_BIL), x_BIL.new_empty(B, I, (L + BLOCK - 1) // BLOCK, 2 * A_IN.shape[1])
+def _(x_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I):
+    B, L, I = x_BLI.shape
+    return x_BLI.new_empty(B, L, I), x_BLI.new_empty(B, I, (L + BLOCK - 1) // BLOCK, 2 * A_IN.shape[1])
 
 
 @torch.library.custom_op("mambadsl::selective_scan_backward", mutates_args=())
 def _backward_op(
-    dy_BIL: Tensor, states: Tensor, x_BIL: Tensor, dt_BIL: Tensor, A_IN: Tensor, B_BNL: Tensor, C_BNL: Tensor,
+    dy_BLI: Tensor, states: Tensor, x_BLI: Tensor, dt_BLI: Tensor, A_IN: Tensor, B_BLN: Tensor, C_BLN: Tensor,
     D_I: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.cuda.device_of(x_BIL):
+    with torch.cuda.device_of(x_BLI):
+        dy_BIL, x_BIL, dt_BIL, B_BNL, C_BNL = map(_turned, (dy_BLI, x_BLI, dt_BLI, B_BLN, C_BLN))
         dx, ddt, dA, dB, dC, dD, *_ = selective_scan_extension().bwd(
             x_BIL, dt_BIL, A_IN, B_BNL[:, None], C_BNL[:, None], D_I, None, None, dy_BIL, states, None, None, False,
             False,
         )
-    return dx, ddt, dA, dB.squeeze(1), dC.squeeze(1), dD
+    dx, ddt, dB, dC = map(_turned, (dx, ddt, dB.squeeze(1), dC.squeeze(1)))
+    return dx, ddt, dA, dB, dC, dD
 
 
 @_backward_op.register_fake
-def _(dy_BIL, states, x_BIL, dt_BIL, A_IN, B_BNL, C_BNL, D_I):
-    return tuple(torch.empty_like(t) for t in (x_BIL, dt_BIL, A_IN, B_BNL, C_BNL, D_I))
+def _(dy_BLI, states, x_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I):
+    return tuple(t.new_empty(t.shape) for t in (x_BLI, dt_BLI, A_IN, B_BLN, C_BLN, D_I))
+
+
+def _turned(t: Tensor) -> Tensor:
+    """Time last, as the kernel wants it, or back: a copy, so that gradients come in the layout of what they are of."""
+    return t.transpose(1, 2).contiguous()
 
 
 def _save(ctx, inputs, output):
@@ -70,8 +78,8 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(output[1], *inputs)
 
 
-def _backward(ctx, dy_BIL, _):
-    return _backward_op(dy_BIL.contiguous(), *ctx.saved_tensors)
+def _backward(ctx, dy_BLI, _):
+    return _backward_op(dy_BLI, *ctx.saved_tensors)
 
 
 _op.register_autograd(_backward, setup_context=_save)
@@ -91,28 +99,28 @@ def selective_scan(
     tokens = T if segments_BT is None else 2 * T
     front = 0 if state_BIN is None else N
     _check(B, I, N, front + tokens + N)
-    x_BIT, dt_BIT = (t.float().transpose(1, 2) for t in (x_BTI, dt_BTI))
-    B_BNT, C_BNT = (t.float().transpose(1, 2) for t in (B_BTN, C_BTN))
+    x, dt, B_, C_ = (t.float() for t in (x_BTI, dt_BTI, B_BTN, C_BTN))
     if segments_BT is not None:
-        ends_BIT = torch.where(starts(segments_BT), HUGE, 0.0)[:, None].expand(B, I, T)
-        x_BIT, B_BNT, C_BNT = (_after_zeros(t) for t in (x_BIT, B_BNT, C_BNT))
-        dt_BIT = torch.stack([ends_BIT, dt_BIT], dim=-1).flatten(-2)
-    one_BNN = torch.eye(N, device=x_BTI.device).expand(B, N, N)
-    x_BIL, dt_BIL, B_BNL, C_BNL = (F.pad(t, (front, N)) for t in (x_BIT, dt_BIT, B_BNT, C_BNT))
-    C_BNL = torch.cat([C_BNL[..., :-N], one_BNN], dim=-1)
+        ends_BTI = torch.where(starts(segments_BT), HUGE, 0.0)[..., None].expand(B, T, I)
+        x, B_, C_ = (_after_zeros(t) for t in (x, B_, C_))
+        dt = torch.stack([ends_BTI, dt], dim=2).flatten(1, 2)
+    one_BNN = torch.eye(N, device=x.device).expand(B, N, N)
+    x_BLI, dt_BLI, B_BLN, C_BLN = (F.pad(t, (0, 0, front, N)) for t in (x, dt, B_, C_))
+    C_BLN = torch.cat([C_BLN[:, :-N], one_BNN], dim=1)
     if state_BIN is not None:
-        x_BIL = torch.cat([state_BIN.float() / TINY, x_BIL[..., N:]], dim=-1)
-        dt_BIL = torch.cat([torch.full_like(state_BIN, TINY, dtype=torch.float32), dt_BIL[..., N:]], dim=-1)
-        B_BNL = torch.cat([one_BNN, B_BNL[..., N:]], dim=-1)
-    y_BIL, _ = _op(*(t.contiguous() for t in (x_BIL, dt_BIL, A_IN.float(), B_BNL, C_BNL, D_I.float())))
-    y_BIT = y_BIL[..., front : front + tokens]
-    y_BIT = y_BIT if segments_BT is None else y_BIT[..., 1::2]
-    return y_BIT.transpose(1, 2).to(x_BTI.dtype), y_BIL[..., -N:].contiguous()
+        state_BNI = state_BIN.float().transpose(1, 2)
+        x_BLI = torch.cat([state_BNI / TINY, x_BLI[:, N:]], dim=1)
+        dt_BLI = torch.cat([torch.full_like(state_BNI, TINY), dt_BLI[:, N:]], dim=1)
+        B_BLN = torch.cat([one_BNN, B_BLN[:, N:]], dim=1)
+    y_BLI, _ = _op(x_BLI, dt_BLI, A_IN.float().contiguous(), B_BLN, C_BLN, D_I.float().contiguous())
+    y_BTI = y_BLI[:, front : front + tokens]
+    y_BTI = y_BTI if segments_BT is None else y_BTI[:, 1::2]
+    return y_BTI.to(x_BTI.dtype), y_BLI[:, -N:].transpose(1, 2).contiguous()
 
 
-def _after_zeros(t_BIT: Tensor) -> Tensor:
-    """A zero in front of every token."""
-    return torch.stack([torch.zeros_like(t_BIT), t_BIT], dim=-1).flatten(-2)
+def _after_zeros(t: Tensor) -> Tensor:
+    """A zero in front of every token (dim 1)."""
+    return torch.stack([torch.zeros_like(t), t], dim=2).flatten(1, 2)
 
 
 def _check(B: int, I: int, N: int, L: int) -> None:

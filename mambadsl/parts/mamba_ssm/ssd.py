@@ -11,50 +11,17 @@ Letters: B batch, T time, H heads, P head_dim, N d_state, G groups, c chunks, Q 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mambadsl.kinds.rows import starts
 from mambadsl.parts.mamba_ssm.launch import launch, processors, smallest, strides
 from mambadsl.parts.mamba_ssm.load import triton_kernels
-from mambadsl.parts.mamba_ssm.steps import DecayParts
+from mambadsl.parts.triton.ssd.scan import Inputs
+from mambadsl.parts.triton.ssd.steps import DecayParts
 
 #: The kernels' element offsets are 32-bit integers.
 OFFSETS = 2**31
-CHUNKS = 16, 256
-#: On an H200, chunks of 128 were faster than those of 256 (head_dim 64, d_state 128).
-FAST_CHUNK = 128
-
-
-class Inputs(NamedTuple):
-    """What forward and backward read. document_BT: int32, contiguous, from 0 in each row; None: one a row."""
-
-    x_BTHP: Tensor
-    B_BTGN: Tensor
-    C_BTGN: Tensor
-    step_BHcQ: Tensor
-    decay_BHcQ: Tensor
-    D_H: Tensor
-    document_BT: Tensor | None
-
-
-def chunk_length(wanted: int, chunk: int | None) -> int:
-    """The chunk that the kernels run with: `chunk`, else a power of two near the layer's own `wanted`. It changes
-    speed and memory, not the result. ValueError where `chunk` is none that they take."""
-    least, most = CHUNKS
-    if chunk is None:
-        return FAST_CHUNK if wanted >= FAST_CHUNK else max(least, 1 << (wanted.bit_length() - 1))
-    if not least <= chunk <= most or chunk & (chunk - 1):
-        raise ValueError(f"chunk must be a power of two from {least} to {most}, not {chunk}")
-    return chunk
-
-
-def documents(segments_BT: Tensor | None) -> Tensor | None:
-    """The documents of each row counted from 0: the kernels compare numbers across a chunk, and take the state
-    before the row to be document 0's."""
-    return None if segments_BT is None else starts(segments_BT).cumsum(1, dtype=torch.int32)
 
 
 def check_offsets(**elements: int) -> None:
@@ -67,21 +34,20 @@ def check_offsets(**elements: int) -> None:
             )
 
 
-def forward(
-    i: Inputs, state_BHPN: Tensor | None = None, *, scores: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [B, T, H, P] in the dtype of x; the state after the last token, float32; the states before each chunk
-    [B, c, H, P, N] in the dtype of x; the scores C . B of each chunk, float32 (above the diagonal: anything)."""
-    before_BcHPN, last_BHPN = states_before(i, state_BHPN)
-    scores = chunk_scores(i) if scores is None else scores
+def forward(i: Inputs, state_BHPN: Tensor | None = None, *, last: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y [B, T, H, P] in the dtype of x; the state after the last token, float32, if `last`; the states before each
+    chunk, [B, c, H, P, N] in the dtype of x."""
+    before_BcHPN, last_BHPN = states_before(i, state_BHPN, last=last)
     y_BTHP, _ = triton_kernels().scan._chunk_scan_fwd(
-        scores, i.x_BTHP, i.step_BHcQ, i.decay_BHcQ, i.C_BTGN, before_BcHPN, D=i.D_H, seq_idx=i.document_BT
+        chunk_scores(i), i.x_BTHP, i.step_BHcQ, i.decay_BHcQ, i.C_BTGN, before_BcHPN, D=i.D_H, seq_idx=i.document_BT
     )
-    return y_BTHP, last_BHPN, before_BcHPN, scores
+    return y_BTHP, last_BHPN, before_BcHPN
 
 
-def states_before(i: Inputs, state_BHPN: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The states before each chunk, in the dtype of x, and the one after the last, float32."""
+def states_before(
+    i: Inputs, state_BHPN: Tensor | None = None, *, last: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The states before each chunk, in the dtype of x, and the one after the last, float32, if `last`."""
     kernels, N = triton_kernels(), i.B_BTGN.shape[-1]
     B, T, H, P = i.x_BTHP.shape
     check_offsets(
@@ -91,12 +57,12 @@ def states_before(i: Inputs, state_BHPN: Tensor | None = None) -> tuple[Tensor, 
     added_BcHPN = kernels.state._chunk_state_fwd(
         i.B_BTGN, i.x_BTHP, i.step_BHcQ, i.decay_BHcQ, seq_idx=i.document_BT, states_in_fp32=False
     )
-    before, last = kernels.passing._state_passing_fwd(
+    before, after = kernels.passing._state_passing_fwd(
         added_BcHPN.flatten(-2), i.decay_BHcQ[..., -1],
         initial_states=None if state_BHPN is None else state_BHPN.flatten(-2),
         seq_idx=i.document_BT, chunk_size=i.step_BHcQ.shape[-1], out_dtype=i.x_BTHP.dtype,
     )
-    return before.unflatten(-1, (P, N)), last.unflatten(-1, (P, N))
+    return before.unflatten(-1, (P, N)), after.unflatten(-1, (P, N)) if last else None
 
 
 def chunk_scores(i: Inputs) -> Tensor:
@@ -107,10 +73,11 @@ def chunk_scores(i: Inputs) -> Tensor:
 
 
 def backward(
-    i: Inputs, dy_BTHP: Tensor, before_BcHPN: Tensor, scores: Tensor, dlast_BHPN: Tensor | None = None, *,
+    i: Inputs, dy_BTHP: Tensor, before_BcHPN: Tensor, dlast_BHPN: Tensor | None = None, *,
     dx: Tensor, dB: Tensor, dC: Tensor, wants_dstate: bool = False,
 ) -> tuple[DecayParts, Tensor | None]:
     """Writes the gradients of x, B and C; returns those of the decays in parts, and of the first state (float32)."""
+    scores = chunk_scores(i)
     dafter_BcHPN, across, dstate_BHPN = _states_backward(i, dy_BTHP, before_BcHPN, dlast_BHPN, wants_dstate)
     step, dD = _dx(i, dy_BTHP, scores, dafter_BcHPN, dx)
     dB_BTGN, after = _db(i, dafter_BcHPN)

@@ -25,6 +25,8 @@ CHUNK_BYTES = 2**30
 ROUNDED_CHUNKS = 2
 #: Columns of a step at most, and how: two programs of a multiprocessor leave their rows in the L2 for the second pass.
 LAUNCH = {"BLOCK": 8192, "STAGES": 3, "num_warps": 16, "maxnreg": 64}
+#: Elements of a gradient that one program scales.
+SCALED = 8192
 
 
 @triton.jit
@@ -142,12 +144,45 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dtotal, *_):
     # Not in place: a graph that is kept may come here twice, and autograd takes over a fresh tensor uncopied.
-    dx_RD, dweight_VD = ctx.saved_tensors
-    dx_RD = dx_RD * dtotal if ctx.grad_x else None
-    return dx_RD, dweight_VD * dtotal if ctx.grad_weight else None, *[None] * 6
+    dx_RD, dweight_VD = _scale_op(*ctx.saved_tensors, dtotal)
+    return dx_RD if ctx.grad_x else None, dweight_VD if ctx.grad_weight else None, *[None] * 6
 
 
 _op.register_autograd(_backward, setup_context=_save)
+
+
+@triton.jit
+def _scale_kernel(a_ptr, b_ptr, a_out, b_out, factor_ptr, a_size, b_size, a_programs, BLOCK: tl.constexpr):
+    program = tl.program_id(0)
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if program < a_programs:
+        place = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scaled = tl.load(a_ptr + place, mask=place < a_size, eviction_policy="evict_first").to(tl.float32) * factor
+        tl.store(a_out + place, scaled.to(a_out.dtype.element_ty), mask=place < a_size)
+    else:
+        place = (program - a_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scaled = tl.load(b_ptr + place, mask=place < b_size, eviction_policy="evict_first").to(tl.float32) * factor
+        tl.store(b_out + place, scaled.to(b_out.dtype.element_ty), mask=place < b_size)
+
+
+@torch.library.custom_op("mambadsl::scale_two", mutates_args=())
+def _scale_op(a: Tensor, b: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b) times a scalar on the device, in float32, in one pass at the memory's speed: torch's product with a
+    scalar tensor of another dtype moves one element at a time, and rounds the scalar first."""
+    a, b = a.contiguous(), b.contiguous()
+    out = torch.empty_like(a), torch.empty_like(b)
+    programs = [triton.cdiv(t.numel(), SCALED) for t in (a, b)]
+    if sum(programs):
+        with torch.cuda.device_of(a):
+            _scale_kernel[sum(programs),](
+                a, b, *out, factor, a.numel(), b.numel(), programs[0], BLOCK=SCALED, num_warps=8
+            )
+    return out
+
+
+@_scale_op.register_fake
+def _(a, b, factor):
+    return a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 class _Sum:

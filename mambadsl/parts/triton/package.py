@@ -4,18 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mambadsl.kinds.fields import Field, Int, OrWord
+from mambadsl.kinds.fields import Field, Int, OneOf, OrWord
 from mambadsl.parts.part import Package, Part, Request
-from mambadsl.parts.triton.decode.accepts import step
+from mambadsl.parts.triton.decode.accepts import head, step
 
 #: One program holds one group of channels (or one row) in registers.
 LARGEST_ROW = 16384
 
 
+#: Taps that the convolution keeps in registers; tiles of a chunk that shared memory holds.
+TAPS, LARGEST_HEAD, LARGEST_STATE = (2, 8), 128, 256
+
+
+def conv(request: Request) -> Iterator[str]:
+    least, most = TAPS
+    if not least <= request.fields.d_conv <= most:
+        yield f"takes d_conv from {least} to {most}, not {request.fields.d_conv}"
+
+
+def scan(request: Request) -> Iterator[str]:
+    f = request.fields
+    if f.head_dim > LARGEST_HEAD:
+        yield f"takes head_dim up to {LARGEST_HEAD}, not {f.head_dim}"
+    if f.d_state > LARGEST_STATE:
+        yield f"takes d_state up to {LARGEST_STATE}, not {f.d_state}"
+
+
+def core(request: Request) -> Iterator[str]:
+    for narrow in (conv, scan, gate_norm):
+        yield from narrow(request)
+
+
 def gate_norm(request: Request) -> Iterator[str]:
     f = request.fields
     width = f.heads * f.head_dim // f.norm_groups
-    if width > LARGEST_ROW:
+    if f.gated_norm != "none" and width > LARGEST_ROW:
         yield f"norms groups of at most {LARGEST_ROW:,} channels, not {width:,}"
 
 
@@ -24,6 +47,13 @@ def rms_norm(request: Request) -> Iterator[str]:
         yield f"norms at most {LARGEST_ROW // 2:,} channels (and twice that with the embedding beside)"
 
 
+CHUNK = Field(
+    "chunk", OrWord("auto", Int(16, 128)), None, "tokens computed together, a power of two; no effect on the result"
+)
+KEEP = Field(
+    "keep", OneOf("states", "all", "none"), "states",
+    "what the forward pass keeps for the backward pass: none is smallest, all is fastest",
+)
 CHUNKS = Field(
     "chunks", OrWord("auto", Int(1, 1024)), None, "how many chunks of tokens the logits are computed in, one at a time"
 )
@@ -37,6 +67,19 @@ PACKAGE = Package(
     tested="3.6.0",
     source="https://github.com/triton-lang/triton",
     parts=(
+        Part(
+            "triton.core", ("mamba2.core",),
+            "convolution, SSD scan and gated norm as one opaque op; with a state, the narrow slots",
+            "mambadsl.parts.triton.core:make_core", core, (CHUNK, KEEP),
+        ),
+        Part(
+            "triton.conv", ("mamba2.conv", "mamba1.conv"), "the convolution with silu, documents and states included",
+            "mambadsl.parts.triton.conv:make_conv", conv,
+        ),
+        Part(
+            "triton.scan", ("mamba2.scan",), "the chunked SSD scan, initial and final states included",
+            "mambadsl.parts.triton.scan:make_scan", scan, (CHUNK,),
+        ),
         Part(
             "triton.gate_norm", ("mamba2.gate_norm",), "gate and grouped RMS norm in one pass",
             "mambadsl.parts.triton.gate_norm:make_gate_norm", gate_norm,
@@ -54,6 +97,19 @@ PACKAGE = Package(
             "triton.step", ("mamba2.step", "attention.step", "mlp.step"),
             "one token of a whole sublayer in a few kernels, its state in place",
             "mambadsl.parts.triton.decode.steps:make_step", step,
+        ),
+        Part(
+            "triton.embed", ("model.embed_step",), "lookup, multiplier and dtype of the stream in one kernel",
+            "mambadsl.parts.triton.decode.embed:make_embed",
+        ),
+        Part(
+            "triton.head", ("model.head_step",), "final norm and logits of one token, in one kernel for small batches",
+            "mambadsl.parts.triton.decode.head:make_head", head,
+        ),
+        Part(
+            "triton.next_token", ("model.next_token",),
+            "greedy choice, written where the next step and the host read it",
+            "mambadsl.parts.triton.decode.head:make_next_token",
         ),
     ),
 )

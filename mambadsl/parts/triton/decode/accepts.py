@@ -20,21 +20,30 @@ def step(request: Any) -> Iterator[str]:
     yield from KINDS[kind](request.fields) if kind in KINDS else (f"there is no fused step for {kind}",)
 
 
-def _sublayer(request: Any) -> Iterator[str]:
+def head(request: Any) -> Iterator[str]:
+    """request: of the slot `model.head_step`."""
+    yield from _rows(request, request.fields.norm.name)
+
+
+def _rows(request: Any, norm: str) -> Iterator[str]:
     if request.dtype == "fp16":
         yield "computes in fp32 and bf16, not in fp16"
+    if norm not in ("rmsnorm", "none"):
+        yield f"the norm is `{norm}`, not an RMS norm"
+    if request.dims.d_in > WIDEST_NORM:
+        yield f"rows of {request.dims.d_in} channels are wider than {WIDEST_NORM}"
+
+
+def _sublayer(request: Any) -> Iterator[str]:
+    yield from _rows(request, request.sub.norm.name)
     if not request.alone:
         yield "the layer is one branch of a sum"
     if request.sub.residual.name != "pre":
         yield f"the residual form is `{request.sub.residual.name}`, not `pre`"
     if request.sub.input != "stream":
         yield f"the layer reads `{request.sub.input}`, not the stream alone"
-    if request.sub.norm.name not in ("rmsnorm", "none"):
-        yield f"the norm is `{request.sub.norm.name}`, not an RMS norm"
     if request.branch.adapter.name != "none":
         yield f"the layer has an adapter, `{request.branch.adapter.name}`"
-    if request.dims.d_in > WIDEST_NORM:
-        yield f"rows of {request.dims.d_in} channels are wider than {WIDEST_NORM}"
 
 
 def _mamba2(f: Values) -> Iterator[str]:

@@ -36,8 +36,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Scan:
-    """Of the mixer. rows: of a head's state, for one program. registers: most of a thread (None: as the compiler likes).
-    ahead: each program asks for the state of the one so many later (0: for none)."""
+    """Of the mixer. rows: of a head's state, for one program. registers: most of a thread (None: as the compiler
+    likes). ahead: each program asks for the state of the one so many later (0: for none)."""
 
     rows: int
     warps: int = 1

@@ -215,7 +215,8 @@ def _w_block(W, n, k, N, K, EVEN: tl.constexpr):
 @triton.jit
 def _matvec_kernel(
     X, W, NORM_W, Z, BIAS_N, OUT, ZX, CONV, K, N, x_stride, z_stride, out_stride, I, S, C, zx_stride,
-    conv_row, conv_channel, conv_tap, x_scale, B_scale, C_scale, programs, eps, z_scale, in_scale, gate_multiplier, out_scale,
+    conv_row, conv_channel, conv_tap, x_scale, B_scale, C_scale, programs, eps, z_scale, in_scale, gate_multiplier,
+    out_scale,
     B: tl.constexpr, BB: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, CENTERED: tl.constexpr,
     GROUP: tl.constexpr, GATE: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
     ADD: tl.constexpr, TAPS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -313,7 +314,8 @@ def _skinny_kernel(
         w = tl.load(w_place + start, mask=w_mask, other=0.0, eviction_policy="evict_first")
         acc = tl.dot(w, x, acc, input_precision="ieee")
         if GATED:
-            u = tl.load(w_place + start + tl.cast(N, tl.int64) * K, mask=w_mask, other=0.0, eviction_policy="evict_first")
+            u_place = w_place + start + tl.cast(N, tl.int64) * K
+            u = tl.load(u_place, mask=w_mask, other=0.0, eviction_policy="evict_first")
             up = tl.dot(u, x, up, input_precision="ieee")
     _finish(
         tl.sum(acc, 0), tl.sum(up, 0), BIAS_N, OUT, n, b, N, B, out_stride, gate_multiplier, out_scale,

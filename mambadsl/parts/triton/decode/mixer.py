@@ -49,8 +49,8 @@ def mix(
         zx_BE, conv_BCJ, xbc_BC, ssm_BHPN, y_BI, conv_weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H,
         zx_BE.stride(0), *conv_BCJ.stride(), H, H * N // S, S, C, float(low), math.inf if high is None else float(high),
         *map(float, scales), GATED=gated, BIAS=conv_bias_C is not None, TAPS=taps, P=P, N=N,
-        ROWS=rows, EARLY=B <= MOST_EARLY, CONVOLVED=xbc_BC is not None, AHEAD=tile.ahead, num_warps=tile.warps,
-        maxnreg=tile.registers, **launch_options(zx_BE),
+        ROWS=rows, EARLY=xbc_BC is None and B <= MOST_EARLY, CONVOLVED=xbc_BC is not None, AHEAD=tile.ahead,
+        num_warps=tile.warps, maxnreg=tile.registers, **launch_options(zx_BE),
     )
     return y_BI
 

@@ -77,8 +77,8 @@ def _norm_kernel(
         for start in range(group * 1024, C, groups * 1024):
             channels = start + tl.arange(0, 1024)
             shift_conv(
-                ZX, CONV, row, channels, channels < C, I, S, zx_stride, conv_row, conv_channel, conv_tap, x_scale, B_scale,
-                C_scale, TAPS,
+                ZX, CONV, row, channels, channels < C, I, S, zx_stride, conv_row, conv_channel, conv_tap, x_scale,
+                B_scale, C_scale, TAPS,
             )
 
 

@@ -3,11 +3,11 @@
     step(sublayer, x_BD, position_B, state) -> x_BD        (x_BD is updated in place and returned)
 
 x_BD: float32, or the dtype of the weights. position_B: int64, place of the new token in its document. state: the
-branch's tensors, of fixed size, written in place: mamba2 `conv` [B, C, J] (oldest first; any strides) and `ssm` [B, H, P, N], as
-its module keeps them; attention `k`, `v` [B, S, Kv, P] and `used` [B] int64, counted up here (see `attention.py`).
-Nothing waits for the device, so a whole model's step can be captured in one CUDA graph, after one step that compiles
-the kernels. What is refused is said by `accepts.py`; the maths are those of the kinds' modules and of
-`build/sublayer.py`, without the roundings between kernels that were fused.
+branch's tensors, of fixed size, written in place: mamba2 `conv` [B, C, J] (oldest first, of any strides) and `ssm` [B,
+H, P, N], as its module keeps them; attention `k`, `v` [B, S, Kv, P] and `used` [B] int64, counted up here (see
+`attention.py`). Nothing waits for the device, so a whole model's step can be captured in one CUDA graph, after one
+step that compiles the kernels. What is refused is said by `accepts.py`; the maths are those of the kinds' modules and
+of `build/sublayer.py`, without the roundings between kernels that were fused.
 
 A plain tensor is the stream between sublayers: the product that ends one adds into it directly (also in float32 from
 bfloat16 weights), so a sum handed on to the next norm would save no kernel.

@@ -29,7 +29,7 @@ from mambadsl.parts.triton.ssd.shape import (
     write,
 )
 
-SCAN = Loop(warps=4, stages=2, programs=2)
+SCAN = Loop(warps=8, stages=3, programs=1, cut=False)
 
 
 def scan_forward(
@@ -43,7 +43,7 @@ def scan_forward(
     B, T, H, P = x_BTHP.shape
     G, N = C_BTGN.shape[2:]
     c, _, Q = dt_BcHQ.shape[1:]
-    R = tiles(Q)
+    R = tiles(Q, loop)
     y_BTHP = torch.empty(B, T, H, P, dtype=x_BTHP.dtype, device=x_BTHP.device) if out is None else out
     M = splits(loop, pieces=B * c * G, ratio=H // G, device=x_BTHP.device)
     _scan_forward[(M * G, c, B)](
@@ -54,7 +54,7 @@ def scan_forward(
         y_BTHP.stride(0), y_BTHP.stride(1), y_BTHP.stride(2),
         Q=Q, R=R, K=Q // R, P=P, N=N, PB=block(P), NB=block(N), HAS_D=D_H is not None,
         HAS_SEGMENTS=segments_BT is not None, WHOLE=T % Q == 0 and block(P) == P and block(N) == N,
-        PRECISION=precision(x_BTHP), **loop.options(x_BTHP.dtype),
+        PRECISION=precision(x_BTHP), **loop.options(x_BTHP.dtype, rows=Q // R, state=block(P) * block(N)),
     )
     return y_BTHP
 

@@ -8,19 +8,17 @@ Letters as in `forward.py`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mambadsl.parts.triton.ssd.backward import inputs_backward, scores_backward
-from mambadsl.parts.triton.ssd.forward import scan_forward
+from mambadsl.parts.triton.ssd.backward import SCORES, inputs_backward, scores_backward
+from mambadsl.parts.triton.ssd.forward import SCAN, scan_forward
 from mambadsl.parts.triton.ssd.groups import add_up, groups_backward
 from mambadsl.parts.triton.ssd.shape import tiles
 from mambadsl.parts.triton.ssd.states import chunk_states, pass_states, pass_states_backward
-
-if TYPE_CHECKING:
-    from mambadsl.parts.mamba_ssm.steps import DecayParts
+from mambadsl.parts.triton.ssd.steps import DecayParts
 
 
 class Inputs(NamedTuple):
@@ -35,8 +33,17 @@ class Inputs(NamedTuple):
     D_H: Tensor | None
     document_BT: Tensor | None
 
+    @property
+    def step_BHcQ(self) -> Tensor:
+        """Views with the heads first, as mamba_ssm lays them out."""
+        return self.step_BcHQ.transpose(1, 2)
+
+    @property
+    def decay_BHcQ(self) -> Tensor:
+        return self.decay_BcHQ.transpose(1, 2)
+
     def check(self) -> None:
-        tiles(self.step_BcHQ.shape[3])
+        tiles(self.step_BcHQ.shape[3], SCAN)
         _check_dense(x=self.x_BTHP, B=self.B_BTGN, C=self.C_BTGN)
         for name in ("step_BcHQ", "decay_BcHQ", "document_BT"):
             tensor = getattr(self, name)
@@ -68,8 +75,6 @@ def backward(
     dx: Tensor, dB: Tensor, dC: Tensor, wants_dstate: bool = False,
 ) -> tuple[DecayParts, Tensor | None]:
     """Writes the gradients of x, B and C; returns those of the decays in parts, and of the first state (float32)."""
-    from mambadsl.parts.mamba_ssm.steps import DecayParts
-
     i.check()
     _check_dense(dy=dy_BTHP, dx=dx, dB=dB, dC=dC)
     shared = i.x_BTHP, i.step_BcHQ, i.decay_BcHQ, i.B_BTGN, i.C_BTGN
@@ -77,23 +82,22 @@ def backward(
     dafter_BcHPN, across_BcHt, dstate_BHPN = pass_states_backward(
         dbefore_BcHPN, before_BcHPN, i.decay_BcHQ, dlast_BHPN, i.document_BT, first=wants_dstate
     )
-    # Two shares of the gradient of the running sums, which add up in the same way.
-    sums_tBcHQ = torch.empty(2, *i.step_BcHQ.shape, dtype=torch.float32, device=dy_BTHP.device)
+    # Shares of the gradient of the running sums, which add up in the same way: of the scores' tiles, and of C.
+    R = tiles(i.step_BcHQ.shape[3], SCORES)
+    sums_tBcHQ = torch.empty(R + 1, *i.step_BcHQ.shape, dtype=torch.float32, device=dy_BTHP.device)
     step_BcHQ, after_BcHQ = inputs_backward(*shared, dafter_BcHPN, dy_BTHP, i.D_H, i.document_BT, dx=dx)
-    dscores_BcMGQQ, dD_BcH = scores_backward(
-        *shared, dy_BTHP, i.document_BT, da=sums_tBcHQ[0], has_D=i.D_H is not None
+    dscores_BcMGQQ, dD_RBcH = scores_backward(
+        *shared, dy_BTHP, i.document_BT, da=sums_tBcHQ[:R], has_D=i.D_H is not None
     )
     parts_B = groups_backward(
         i.x_BTHP, dafter_BcHPN, None, i.C_BTGN, dscores_BcMGQQ, i.decay_BcHQ, i.step_BcHQ, i.document_BT, out=dB
     )
     parts_C = groups_backward(
         dy_BTHP, before_BcHPN, i.C_BTGN, i.B_BTGN, dscores_BcMGQQ, i.decay_BcHQ, None, i.document_BT, out=dC,
-        da=sums_tBcHQ[1],
+        da=sums_tBcHQ[R],
     )
     add_up(parts_B, parts_C)
-    inside_tBcHQ = torch.zeros(1, *i.step_BcHQ.shape, dtype=torch.float32, device=dy_BTHP.device)
-    dD_1BcH = None if dD_BcH is None else dD_BcH[None]
-    parts = DecayParts(step_BcHQ[None], after_BcHQ[None], sums_tBcHQ, inside_tBcHQ, across_BcHt, dD_1BcH)
+    parts = DecayParts(step_BcHQ[None], after_BcHQ[None], sums_tBcHQ, None, across_BcHt, dD_RBcH)
     return parts, dstate_BHPN
 
 

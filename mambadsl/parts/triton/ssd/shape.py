@@ -1,8 +1,8 @@
 """What the SSD kernels share: how a chunk and the heads of a group are cut, precision, loads and decays of a tile.
 
-A chunk of more than 64 tokens is two tiles. Within a tile, exp(a_i - a_j) is computed for each pair; between them it
-is exp(a_i - m) exp(m - a_j), m the sum at the first tile's end: neither factor exceeds 1, and the exponentials are of
-tokens instead of pairs. Refuses (ValueError) chunks of more than two tiles.
+A chunk of more than 64 tokens is two tiles, in kernels that cut it. Within a tile, exp(a_i - a_j) is computed for each
+pair; between them it is exp(a_i - m) exp(m - a_j), m the sum at the first tile's end: neither factor exceeds 1, and the
+exponentials are of tokens instead of pairs. Refuses (ValueError) chunks of more than two tiles.
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 class Loop(NamedTuple):
     """How a kernel that loops over heads runs: warps, depth of the pipeline of loads, programs on a multiprocessor,
-    registers of a thread (None: as ptxas likes)."""
+    registers of a thread (None: as ptxas likes). cut: a chunk of more than TILE tokens into two tiles; uncut, two
+    warpgroups have half of its rows each, and compute more exponentials. With 2 stages the next head's loads are asked
+    for when a head is done, with 3 before it begins."""
 
     warps: int
     stages: int
     programs: int
     registers: int | None = None
+    cut: bool = True
 
-    def options(self, dtype: torch.dtype) -> dict[str, int | None]:
-        # Tiles of float32 fill shared memory without a pipeline.
-        stages = 1 if dtype == torch.float32 else self.stages
-        return dict(STAGES=stages, num_warps=self.warps, maxnreg=self.registers)
+    def options(self, dtype: torch.dtype, *, rows: int = 128, state: int = 0) -> dict[str, int | None]:
+        """rows: of a tile. state: numbers in a head's state, where they are read."""
+        # Tiles of float32 and wide states fill shared memory without so deep a pipeline.
+        stages = 1 if dtype == torch.float32 else min(self.stages, 3 if state <= 2**13 else 2 if state <= 2**14 else 1)
+        # Uncut, a warpgroup of 4 warps is to have 64 rows whole: a row in two would go through shared memory.
+        warps = self.warps if self.cut else min(self.warps, max(4, rows // 16))
+        return dict(STAGES=stages, num_warps=warps, maxnreg=self.registers)
 
 
-def tiles(Q: int) -> int:
+def tiles(Q: int, loop: Loop) -> int:
     """Tiles of a chunk."""
     if Q > 2 * TILE:
         raise ValueError(f"these kernels take chunks of at most {2 * TILE} tokens, not {Q}")
-    return 2 if Q > TILE else 1
+    return 2 if loop.cut and Q > TILE else 1
 
 
 def block(width: int) -> int:

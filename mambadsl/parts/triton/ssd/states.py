@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mambadsl.parts.triton.ssd.shape import LOG2E, Loop, block, precision, read, same_document, splits, write
 
-STATES = Loop(warps=4, stages=3, programs=2)
+STATES = Loop(warps=8, stages=3, programs=2)
 
 
 class Pass(NamedTuple):
@@ -29,8 +29,8 @@ class Pass(NamedTuple):
     stages: int
 
 
-PASS = Pass(512, 4, 4)
-PASS_BACKWARD = Pass(512, 4, 4)
+PASS = Pass(2048, 4, 4)
+PASS_BACKWARD = Pass(1024, 2, 4)
 
 
 def chunk_states(

@@ -22,9 +22,13 @@ from mambadsl.kinds.mamba2.module import step_sizes  # noqa: E402
 from mambadsl.kinds.tokens import Tokens  # noqa: E402
 from mambadsl.parts.causal_conv1d import kernels as conv_kernels  # noqa: E402
 from mambadsl.parts.causal_conv1d.conv import make_conv  # noqa: E402
-from mambadsl.parts.mamba_ssm import core, launch, load, selective, ssd, steps  # noqa: E402
-from mambadsl.parts.mamba_ssm.core import make_core  # noqa: E402
-from mambadsl.parts.mamba_ssm.scan import make_scan  # noqa: E402
+from mambadsl.parts.mamba_ssm import launch, load, selective, ssd  # noqa: E402
+from mambadsl.parts.triton import conv as triton_conv  # noqa: E402
+from mambadsl.parts.triton import core  # noqa: E402
+from mambadsl.parts.triton.core import make_core  # noqa: E402
+from mambadsl.parts.triton.scan import make_scan  # noqa: E402
+from mambadsl.parts.triton.ssd import steps  # noqa: E402
+from mambadsl.parts.triton.ssd.kernels import chunk_length, documents  # noqa: E402
 
 SEGMENTS = torch.tensor([[3] * 7 + [4] * 20 + [3] * 13, [0] * 16 + [1] * 19 + [-1] * 5], dtype=torch.int32)
 
@@ -92,6 +96,17 @@ if not interpreter.INTERPRETED:
             alone = self.call(selective.make_selective_scan())(*later, None)
             assert torch.equal(whole[0][:, 5:], alone[0]) and torch.equal(whole[1], alone[1])
 
+        @pytest.mark.parametrize("packed", [False, True])
+        def test_a_layer_compiles_whole(self, packed):
+            mine = module("mamba1", chunk=16)
+            mine.parts["scan"] = selective.make_selective_scan()
+            tokens = Tokens.packed(SEGMENTS) if packed else Tokens.plain(2, 40)
+            x, weights = noise(2, 40, mine.in_proj.weight.shape[1]), list(mine.parameters())
+            whole = torch.compile(mine, fullgraph=True, dynamic=False, backend="aot_eager")
+            found, truth = (torch.autograd.grad(f(x, tokens).square().sum(), weights) for f in (whole, mine))
+            for a, b in zip(found, truth, strict=True):
+                near(a, b)
+
         def test_refuses_in_numbers(self):
             with pytest.raises(ValueError, match="up to 256 states, not 300"):
                 selective._check(1, 8, 300, 16)
@@ -104,12 +119,15 @@ if not interpreter.INTERPRETED:
         @pytest.mark.parametrize("chunk", [8, 48, 512])
         @pytest.mark.parametrize("make", [make_core, make_scan])
         def test_chunk(self, make, chunk):
-            with pytest.raises(ValueError, match=f"power of two from 16 to 256, not {chunk}"):
-                make(chunk=chunk)
+            for by, most in ("triton", 128), ("mamba_ssm", 256):
+                with pytest.raises(ValueError, match=f"power of two from 16 to {most}, not {chunk}"):
+                    make(chunk=chunk, by=by)
 
         def test_keep(self):
             with pytest.raises(ValueError, match="all, states, none, not 'some'"):
                 make_core(keep="some")
+            with pytest.raises(ValueError, match="triton, mamba_ssm, not 'cuda'"):
+                make_core(by="cuda")
 
         def test_offsets(self):
             ssd.check_offsets(x=2**31 - 1)
@@ -124,12 +142,15 @@ if not interpreter.INTERPRETED:
 
     @pytest.mark.parametrize("wanted, got", [(4096, 128), (128, 128), (127, 64), (64, 64), (40, 32), (3, 16)])
     def test_the_chunk_that_suits_a_layer(wanted, got):
-        assert ssd.chunk_length(wanted, None) == got
-        assert ssd.chunk_length(wanted, 256) == 256
+        for by in ("triton", "mamba_ssm"):
+            assert chunk_length(wanted, None, of=by) == got
+            assert chunk_length(wanted, 32, of=by) == 32
+        # Ours are short of registers in float32.
+        assert chunk_length(wanted, None, of="triton", dtype=torch.float32) == min(got, 64)
 
     def test_documents_are_counted_from_zero():
-        assert ssd.documents(None) is None
-        counted = ssd.documents(torch.tensor([[7, 7, 2, 7, 7], [0, 0, 0, 0, -1]]))
+        assert documents(None) is None
+        counted = documents(torch.tensor([[7, 7, 2, 7, 7], [0, 0, 0, 0, -1]]))
         assert counted.dtype == torch.int32 and counted.tolist() == [[0, 0, 1, 2, 2], [0, 0, 0, 0, 1]]
 
 else:
@@ -149,12 +170,12 @@ else:
             real = torch.arange(self.T) < lengths[:, None]
             truth = torch.where(real[..., None], step_sizes(raw[..., 3:], bias, limit=limit), 0)
             padded = torch.nn.functional.pad(truth, (0, 0, 0, -self.T % self.Q)).unflatten(1, (-1, self.Q))
-            torch.testing.assert_close(step, padded.permute(0, 3, 1, 2), atol=0, rtol=2e-6)
-            sums = (padded * -A_log.exp()).cumsum(2).permute(0, 3, 1, 2)
+            torch.testing.assert_close(step, padded.transpose(2, 3), atol=0, rtol=2e-6)
+            sums = (padded * -A_log.exp()).cumsum(2).transpose(2, 3)
             torch.testing.assert_close(decay, sums, atol=1e-6, rtol=1e-5)
 
-        @pytest.mark.parametrize("raw", [True, False])
-        def test_backward(self, raw):
+        @pytest.mark.parametrize("raw, inside", [(True, True), (False, True), (True, False)])
+        def test_backward(self, raw, inside):
             c = -(-self.T // self.Q)
             tile = (self.B, c, self.H, self.Q)
             parts = steps.DecayParts(
@@ -162,6 +183,8 @@ else:
                 noise(self.B, c, self.H, 5, seed=5), noise(4, self.B, c, self.H, seed=6),
             )
             parts.after[..., 0] = float("nan")
+            if not inside:
+                parts = parts._replace(inside=None)
             leaves = [noise(self.B, self.T, self.H), noise(self.H, seed=7), noise(self.H, seed=8)]
             if not raw:
                 leaves[0] = leaves[0].abs()
@@ -171,7 +194,8 @@ else:
             padded = padded.unflatten(1, (-1, self.Q)).transpose(2, 3)
             decay = padded * (-A.exp() if raw else A)[:, None]
             after = parts.after.sum(0).nan_to_num()
-            d_decay = parts.inside.sum(0) + after.cumsum(-1) + parts.before.sum(0).flip(-1).cumsum(-1).flip(-1)
+            d_decay = after.cumsum(-1) + parts.before.sum(0).flip(-1).cumsum(-1).flip(-1)
+            d_decay = d_decay + (parts.inside.sum(0) if inside else 0)
             d_decay = d_decay + parts.across.sum(-1, keepdim=True)
             ((padded * parts.step.sum(0)).sum() + (decay * d_decay).sum()).backward()
             how = (bias.detach(), None, 0.2, 1.5) if raw else ()
@@ -183,17 +207,22 @@ else:
             if raw:
                 near(dbias, bias.grad)
 
-    @pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="needs the sources of mamba_ssm")
+    PACKAGE = importlib.util.find_spec("mamba_ssm") is not None
+    MISSING = pytest.mark.skipif(not PACKAGE, reason="needs the sources of mamba_ssm")
+
+    @pytest.mark.parametrize("by", ["triton", pytest.param("mamba_ssm", marks=MISSING)])
     class TestKernels:
+        """The ops with our kernels, and with the package's."""
+
         @pytest.fixture(autouse=True)
         def on_a_cpu(self, monkeypatch):
-            """One configuration for each kernel, the smallest blocks; no device to choose."""
+            """One configuration for each of the package's kernels, the smallest blocks; no device to choose."""
             from triton.runtime.autotuner import Autotuner
 
             monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
             small = types.SimpleNamespace(multi_processor_count=2)
             monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: small)
-            for made in vars(load.triton_kernels()).values():
+            for made in vars(load.triton_kernels()).values() if PACKAGE else ():
                 for kernel in vars(made).values():
                     if isinstance(kernel, Autotuner):
                         kernel.configs = sorted(kernel.configs, key=lambda c: sum(c.kwargs.values()))[:1]
@@ -209,7 +238,7 @@ else:
             (True, True, 16, 16, 2, 16, True),
             (False, True, 48, 40, 1, 64, False),
         ])
-        def test_scan(self, packed, state, P, N, G, chunk, split, monkeypatch):
+        def test_scan(self, by, packed, state, P, N, G, chunk, split, monkeypatch):
             monkeypatch.setattr(ssd, "processors", lambda device: 1000 if split else 2)
             B, T, H = 2, 40, 4 if split else 2
             dt = noise(B, T, H, seed=1).abs() * 0.4
@@ -220,15 +249,16 @@ else:
             segments = SEGMENTS.clamp_min(1) if packed else None
             if packed:
                 dt[1, 35:] = 0
-            mine = results(self.call(make_scan(chunk=chunk)), tensors, segments_BT=segments)
+            mine = results(self.call(make_scan(chunk=chunk, by=by)), tensors, segments_BT=segments)
             theirs = results(self.call(ssd_definition), tensors, segments_BT=segments)
             for a, b in zip(mine, theirs, strict=True):
                 near(a, b)
 
         @staticmethod
-        def layers(**fields):
+        def layers(by, **fields):
             both = [module("mamba2", head_dim=16, d_state=16, chunk=16, **fields) for _ in range(2)]
-            both[0].parts |= {"conv": make_conv(), "scan": make_scan()}
+            conv = {"triton": triton_conv.make_conv, "mamba_ssm": make_conv}[by]
+            both[0].parts |= {"conv": conv(), "scan": make_scan(by=by)}
             return both
 
         @staticmethod
@@ -244,17 +274,17 @@ else:
             ("before_gate", "all", dict(heads=2, conv_bias=False, dt_limit=(0.1, 1.0))),
             ("none", "none", dict(heads=2)),
         ])
-        def test_core(self, order, keep, more, packed):
-            mine, reference = self.layers(gated_norm=order, **more)
-            mine.parts["core"] = make_core(keep=keep)
+        def test_core(self, by, order, keep, more, packed):
+            mine, reference = self.layers(by, gated_norm=order, **more)
+            mine.parts["core"] = make_core(keep=keep, by=by)
             tokens = Tokens.packed(SEGMENTS) if packed else Tokens.plain(2, 40)
             for a, b in zip(self.trained(mine, mine, tokens), self.trained(reference, reference, tokens), strict=True):
                 near(a, b)
 
-        def test_core_compiles_whole(self):
+        def test_core_compiles_whole(self, by):
             for keep in ("all", "none"):
-                mine, reference = self.layers(heads=2)
-                mine.parts["core"] = make_core(keep=keep)
+                mine, reference = self.layers(by, heads=2)
+                mine.parts["core"] = make_core(keep=keep, by=by)
                 tokens = Tokens.packed(SEGMENTS)
                 whole = torch.compile(mine, fullgraph=True, backend="aot_eager")
                 truth = self.trained(reference, reference, tokens)
@@ -262,12 +292,12 @@ else:
                     near(a, b)
 
         @pytest.mark.parametrize("keep", ["all", "states", "none"])
-        def test_fakes_have_the_shapes_of_the_real(self, keep):
-            layer, _ = self.layers(heads=2)
+        def test_fakes_have_the_shapes_of_the_real(self, by, keep):
+            layer, _ = self.layers(by, heads=2)
             given = (
                 noise(2, 40, layer.in_proj.weight.shape[0]), layer.conv.weight, layer.conv.bias, layer.dt_bias,
                 layer.A_log, layer.D, layer.gate_norm.weight, None, None, 16, 1, 16, keep, 0.0, None, "after_gate",
-                1, 1e-5,
+                1, 1e-5, by,
             )
             given = [t.detach() if isinstance(t, torch.Tensor) else t for t in given]
             torch.library.opcheck(core._op._opoverload, tuple(given), test_utils=("test_schema", "test_faketensor"))
@@ -275,9 +305,9 @@ else:
             back = (torch.ones_like(outs[0]), *outs[1:], *given)
             torch.library.opcheck(core._backward_op._opoverload, back, test_utils=("test_schema", "test_faketensor"))
 
-        def test_prompts_in_pieces(self):
-            mine, reference = self.layers(heads=2)
-            mine.parts["core"] = make_core()
+        def test_prompts_in_pieces(self, by):
+            mine, reference = self.layers(by, heads=2)
+            mine.parts["core"] = make_core(by=by)
             x, states = noise(2, 40, 32), [layer.init_state(2, dtype=torch.float32) for layer in (mine, reference)]
             with torch.no_grad():
                 for lo, hi in ((0, 17), (17, 40)):
@@ -287,12 +317,12 @@ else:
             for name in states[1]:
                 near(states[0][name].float(), states[1][name].float())
 
-        def test_the_tuned_kernel_is_called_itself(self):
+        def test_the_tuned_kernel_is_called_itself(self, by):
             tensors = [
                 noise(1, 20, 2, 16), noise(1, 20, 2).abs(), -noise(2).exp(), noise(1, 20, 1, 16), noise(1, 20, 1, 16),
                 noise(2), None,
             ]
-            first = results(self.call(make_scan()), tensors)
-            assert launch._CHOSEN
-            for a, b in zip(first, results(self.call(make_scan()), tensors), strict=True):
+            first = results(self.call(make_scan(by=by)), tensors)
+            assert by != "mamba_ssm" or launch._CHOSEN
+            for a, b in zip(first, results(self.call(make_scan(by=by)), tensors), strict=True):
                 assert torch.equal(a, b)

@@ -1,8 +1,8 @@
 """Step sizes and log decays of the SSD scan, and the gradients of all that is one number a head and token.
 
-In: dt as in_proj gives it (or as softplus has left it) and A; out: what the package's scan kernels read, in chunks.
-The backward takes the parts of the decay's gradient that those kernels leave, where the package would run a dozen
-small operations. Everything in float32; row offsets are 64-bit; sums are made in a fixed order.
+In: dt as in_proj gives it (or as softplus has left it) and A; out: what scan kernels read, in chunks. The backward
+takes the parts of the decay's gradient that those kernels leave, where mamba_ssm would run a dozen small operations.
+Everything in float32; row offsets are 64-bit; sums are made in a fixed order.
 
 Letters: B batch, T time, H heads, c chunks, Q tokens of a chunk, t tiles of a kernel's output.
 """
@@ -44,13 +44,14 @@ class DecayParts(NamedTuple):
 
     step: of dt where it scales x. after: of the decay from a token to its chunk's end, one place late (place 0 is
     not set); before: of the decay from the chunk's start to a token; inside: of each token's decay, by pairs
-    in the chunk. across [B, c, H, t]: of the whole chunk's decay. D [t, B, c, H]: of D, None without it.
+    in the chunk (None: counted in `before`). across [B, c, H, t]: of the whole chunk's decay. D [t, B, c, H]: of D,
+    None without it.
     """
 
     step: Tensor
     after: Tensor
     before: Tensor
-    inside: Tensor
+    inside: Tensor | None
     across: Tensor
     D: Tensor | None
 
@@ -127,7 +128,7 @@ def _backward_kernel(
     T, H, dt_stride_b, dt_stride_t, dt_stride_h, low, high,
     ddt_stride_b, ddt_stride_t, ddt_stride_h, step_tiles, after_tiles, before_tiles, inside_tiles,
     across_tiles, across_stride, D_tiles, D_stride,
-    RAW: tl.constexpr, LENGTHS: tl.constexpr, HIGH: tl.constexpr, HAS_D: tl.constexpr,
+    RAW: tl.constexpr, LENGTHS: tl.constexpr, HIGH: tl.constexpr, HAS_D: tl.constexpr, HAS_INSIDE: tl.constexpr,
     Q: tl.constexpr, HEADS: tl.constexpr,
 ):
     b, c = tl.program_id(0), tl.program_id(1)
@@ -149,8 +150,9 @@ def _backward_kernel(
     d_step = _tiles(step_ptr, at, mask, step_tiles, tile_stride)
     after = _tiles(after_ptr, at, mask & (q > 0)[None, :], after_tiles, tile_stride)
     before = _tiles(before_ptr, at, mask, before_tiles, tile_stride)
-    d_decay = _tiles(inside_ptr, at, mask, inside_tiles, tile_stride)
-    d_decay += tl.cumsum(after, axis=1) + tl.cumsum(before, axis=1, reverse=True)
+    d_decay = tl.cumsum(after, axis=1) + tl.cumsum(before, axis=1, reverse=True)
+    if HAS_INSIDE:
+        d_decay += _tiles(inside_ptr, at, mask, inside_tiles, tile_stride)
     across = tl.zeros([HEADS], tl.float32)
     for tile in range(0, across_tiles):
         across += tl.load(across_ptr + head * across_stride + tile, mask=heads, other=0.0)
@@ -173,14 +175,14 @@ def _backward_kernel(
 
 
 def forward(steps: Steps, *, chunk: int) -> tuple[Tensor, Tensor]:
-    """Step sizes, and log decays summed from the start of each chunk: [B, H, c, Q] float32, views of [B, c, H, Q]."""
+    """Step sizes, and log decays summed from the start of each chunk: [B, c, H, Q] float32."""
     B, T, H = steps.dt_BTH.shape
     c = triton.cdiv(T, chunk)
     step_BcHQ, sum_BcHQ = (steps.dt_BTH.new_empty(B, c, H, chunk, dtype=torch.float32) for _ in range(2))
     _forward_kernel[B, c, triton.cdiv(H, HEADS)](
         step_ptr=step_BcHQ, sum_ptr=sum_BcHQ, Q=chunk, HEADS=HEADS, **steps.arguments()
     )
-    return step_BcHQ.transpose(1, 2), sum_BcHQ.transpose(1, 2)
+    return step_BcHQ, sum_BcHQ
 
 
 def backward(steps: Steps, parts: DecayParts, *, ddt: Tensor) -> Tensor:
@@ -194,9 +196,10 @@ def backward(steps: Steps, parts: DecayParts, *, ddt: Tensor) -> Tensor:
         across_ptr=parts.across, D_ptr=parts.D, ddt_ptr=ddt, sums_ptr=sums_c3H,
         ddt_stride_b=ddt.stride(0), ddt_stride_t=ddt.stride(1), ddt_stride_h=ddt.stride(2),
         step_tiles=parts.step.shape[0], after_tiles=parts.after.shape[0], before_tiles=parts.before.shape[0],
-        inside_tiles=parts.inside.shape[0], across_tiles=parts.across.shape[3], across_stride=parts.across.stride(2),
+        inside_tiles=0 if parts.inside is None else parts.inside.shape[0],
+        across_tiles=parts.across.shape[3], across_stride=parts.across.stride(2),
         D_tiles=0 if parts.D is None else parts.D.shape[0], D_stride=0 if parts.D is None else parts.D.stride(0),
-        HAS_D=parts.D is not None, Q=chunk, HEADS=HEADS,
+        HAS_D=parts.D is not None, HAS_INSIDE=parts.inside is not None, Q=chunk, HEADS=HEADS,
         **steps.arguments(),
     )
     return sums_c3H.sum(0)

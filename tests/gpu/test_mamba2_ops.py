@@ -1,4 +1,5 @@
-"""The parts from mamba_ssm and causal_conv1d equal the definitions on an NVIDIA GPU, forward and backward.
+"""Convolution, scan and core of Mamba-2, by our kernels and by those of mamba_ssm and causal_conv1d, and the selective
+scan, equal the definitions on an NVIDIA GPU, forward and backward.
 
 Each result is held to the definition in float32, on the same (rounded) inputs, by the relative size of the
 difference: below 4e-3 in fp32 (the kernels multiply in TF32, by truncation, twice over), 2e-2 in bf16. The first
@@ -8,6 +9,7 @@ use of sizes tunes kernels.
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -23,25 +25,37 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-if torch.cuda.is_available():
-    pytest.importorskip("causal_conv1d")
-    from mambadsl.parts.mamba_ssm import load
-
-    try:
-        load.load()
-    except ImportError as reason:
-        pytest.skip(f"mamba_ssm: {reason}", allow_module_level=True)
-    from mambadsl.parts.causal_conv1d.conv import make_conv
-    from mambadsl.parts.mamba_ssm.core import KEEP, make_core
-    from mambadsl.parts.mamba_ssm.scan import make_scan
-    from mambadsl.parts.mamba_ssm.selective import make_selective_scan
+BY = ("triton", "mamba_ssm")
+#: Set by the fixture `by`.
+make_core = make_scan = make_conv = None
 
 B, T, H = 2, 300, 16
 LIMIT = {torch.float32: 4e-3, torch.bfloat16: 2e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(LIMIT), ids=["fp32", "bf16"])
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 #: head_dim, d_state, groups, chunk
-SIZES = [(64, 128, 1, 128), (64, 128, 8, 256), (80, 64, 2, 64)]
+SIZES = [(64, 128, 1, 128), (64, 128, 8, 64), (80, 64, 2, 64)]
+
+
+@pytest.fixture(autouse=True, params=BY)
+def by(request, monkeypatch):
+    """Whose kernels: the makers of this file are theirs."""
+    from mambadsl.parts.triton import conv, core, scan
+
+    make_conv = conv.make_conv
+    if request.param == "mamba_ssm":
+        pytest.importorskip("causal_conv1d")
+        from mambadsl.parts.causal_conv1d.conv import make_conv
+        from mambadsl.parts.mamba_ssm import load
+
+        try:
+            load.load()
+        except ImportError as reason:
+            pytest.skip(f"mamba_ssm: {reason}")
+    made = dict(make_core=core.make_core, make_scan=scan.make_scan)
+    for name, make in {**{n: partial(m, by=request.param) for n, m in made.items()}, "make_conv": make_conv}.items():
+        monkeypatch.setitem(globals(), name, make)
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +124,7 @@ def test_conv(K, bias, state, dtype, packed):
 @pytest.mark.parametrize("P, N, G, chunk", SIZES)
 def test_scan(P, N, G, chunk, state, dtype, packed):
     rows = Rows.of(Tokens.packed(segments())) if packed else Rows()
-    dt = rows.without_padding(torch.rand(B, T, H, device="cuda") * 0.2)
+    dt = torch.rand(B, T, H, device="cuda") * 0.2
     tensors = [
         torch.randn(B, T, H, P, device="cuda", dtype=dtype), dt, -torch.rand(H, device="cuda") * 4 - 0.1,
         torch.randn(B, T, G, N, device="cuda", dtype=dtype), torch.randn(B, T, G, N, device="cuda", dtype=dtype),
@@ -118,7 +132,10 @@ def test_scan(P, N, G, chunk, state, dtype, packed):
     ]
 
     def call(scan):
-        return lambda *t: scan(*t[:-1], chunk=chunk, segments_BT=rows.segments_BT, state_BHPN=t[-1])
+        # Padding takes no step, whatever its dt.
+        return lambda x, dt, *t: scan(
+            x, rows.without_padding(dt), *t[:-1], chunk=chunk, segments_BT=rows.segments_BT, state_BHPN=t[-1]
+        )
 
     compare(call(make_scan(chunk=chunk)), call(mamba2.ssd), tensors, dtype)
 
@@ -172,7 +189,7 @@ def test_core_forms(fields, keep, dtype, packed):
 def test_core_is_the_same_whatever_it_keeps():
     mine = layer(torch.bfloat16)
     zxbcdt = torch.randn(B, T, mine.in_proj.weight.shape[0], device="cuda", dtype=torch.bfloat16)
-    first, *others = (core_results(make_core(keep=keep), mine, zxbcdt, Rows()) for keep in KEEP)
+    first, *others = (core_results(make_core(keep=keep), mine, zxbcdt, Rows()) for keep in ("all", "states", "none"))
     for other in others:
         near(other, first, torch.bfloat16)
         assert torch.equal(first[0], other[0])
@@ -248,8 +265,12 @@ def test_core_in_a_cuda_graph(keep):
 @PACKED
 @DTYPES
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
-def test_selective_scan(state, dtype, packed):
+def test_selective_scan(state, dtype, packed, by):
+    if by != "mamba_ssm":
+        pytest.skip("the selective scan is mamba_ssm's")
     pytest.importorskip("selective_scan_cuda")
+    from mambadsl.parts.mamba_ssm.selective import make_selective_scan
+
     I, N = 64, 16
     rows = Rows.of(Tokens.packed(segments())) if packed else Rows()
     tensors = [

@@ -1,4 +1,4 @@
-"""The slot `mamba2.core` in one opaque op: causal_conv1d's convolution, mamba_ssm's scan, the gated norm.
+"""The slot `mamba2.core` in one opaque op: convolution, SSD scan and gated norm, by our kernels or mamba_ssm's.
 
 In and out: as `kinds/mamba2/module.py`'s `core`, the definition. Every gradient of the wide input is written
 where it belongs, in one buffer. Refuses (ValueError): as the convolution's and the scan's files. With a
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from mambadsl.kinds.mamba2 import module
 from mambadsl.kinds.rows import Rows
-from mambadsl.parts.causal_conv1d import kernels as conv
-from mambadsl.parts.mamba_ssm import ssd, steps
 from mambadsl.parts.triton.gate_norm import gate_norm_backward, gate_norm_forward
+from mambadsl.parts.triton.ssd import steps
+from mambadsl.parts.triton.ssd.kernels import MODULES, chunk_length, documents, kernels
+from mambadsl.parts.triton.ssd.scan import Inputs
 
-#: What the op keeps for its backward beside its input, the scan's output and the norm's scales: everything,
-#: the states before each chunk and the step sizes, or nothing (all is computed again, as in mamba_ssm).
+#: What the op keeps for its backward beside its input, the scan's output and the norm's scales: the convolution's
+#: output, the states before each chunk and the step sizes; without the first; nothing (as mamba_ssm's own op).
 KEEP = "all", "states", "none"
 
 
@@ -65,59 +66,59 @@ def _op(
     zxbcdt_BTE: Tensor, weight_CK: Tensor, conv_bias_C: Optional[Tensor], dt_bias_H: Tensor, A_log_H: Tensor,
     D_H: Tensor, norm_I: Optional[Tensor], document_BT: Optional[Tensor], lengths_B: Optional[Tensor],
     head_dim: int, groups: int, chunk: int, keep: str, low: float, high: Optional[float], order: str,
-    norm_groups: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out [B, T, I], and what is kept: y [B, T, H, P], rstd, step sizes, decays, states, conv's output, scores;
-    empty where not."""
+    norm_groups: int, eps: float, by: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out [B, T, I], and what is kept: y [B, T, H, P], rstd, step sizes, decays, states, conv's output;
+    empty where not. by: whose kernels."""
     s = _Sizes.of(zxbcdt_BTE, weight_CK, dt_bias_H, head_dim, groups, chunk)
-    ssd.check_offsets(in_proj=zxbcdt_BTE.numel())
+    scan, conv = kernels(by)
     with torch.cuda.device_of(zxbcdt_BTE):
         z_RI, xbc_BTC, dt_BTH = s.columns(zxbcdt_BTE)
         xbc_BTC = conv.forward(xbc_BTC, weight_CK, conv_bias_C, document_BT=document_BT)
         raw = steps.Steps(dt_BTH, A_log_H, dt_bias_H, lengths_B, low, high)
-        inputs = ssd.Inputs(*s.heads(xbc_BTC), *steps.forward(raw, chunk=chunk), D_H, document_BT)
-        y_BTHP, _, states, scores = ssd.forward(inputs)
+        inputs = Inputs(*s.heads(xbc_BTC), *steps.forward(raw, chunk=chunk), D_H, document_BT)
+        y_BTHP, _, states = scan.forward(inputs, last=False)
         out_RI, rstd_RG = gate_norm_forward(
             y_BTHP.view(-1, s.I), z_RI, norm_I, order=order, groups=norm_groups, eps=eps
         )
-    return out_RI.view(s.B, s.T, s.I), y_BTHP, rstd_RG, *_kept(keep, inputs, states, xbc_BTC, scores)
+    return out_RI.view(s.B, s.T, s.I), y_BTHP, rstd_RG, *_kept(keep, inputs, states, xbc_BTC)
 
 
-def _kept(keep: str, inputs: ssd.Inputs, states: Tensor, xbc_BTC: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
-    """Step sizes, decays, states, conv's output, scores; empty where not kept."""
-    tensors = (inputs.step_BHcQ.transpose(1, 2), inputs.decay_BHcQ.transpose(1, 2), states, xbc_BTC, scores)
-    count = {"all": 5, "states": 3, "none": 0}[keep]
+def _kept(keep: str, inputs: Inputs, states: Tensor, xbc_BTC: Tensor) -> tuple[Tensor, ...]:
+    """Step sizes, decays, states, conv's output; empty where not kept."""
+    tensors = inputs.step_BcHQ, inputs.decay_BcHQ, states, xbc_BTC
+    count = {"all": 4, "states": 3, "none": 0}[keep]
     return (*tensors[:count], *(t.new_empty(0) for t in tensors[count:]))
 
 
 @_op.register_fake
 def _(
     zxbcdt_BTE, weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_I, document_BT, lengths_B, head_dim, groups,
-    chunk, keep, low, high, order, norm_groups, eps,
+    chunk, keep, low, high, order, norm_groups, eps, by,
 ):
     s = _Sizes.of(zxbcdt_BTE, weight_CK, dt_bias_H, head_dim, groups, chunk)
     new, fp32 = zxbcdt_BTE.new_empty, torch.float32
     step = (s.B, s.chunks, s.H, s.Q) if keep != "none" else (0,)
     states = (s.B, s.chunks, s.H, s.P, s.N) if keep != "none" else (0,)
     xbc = (s.B, s.T, s.C) if keep == "all" else (0,)
-    scores = (s.B, s.chunks, s.G, s.Q, s.Q) if keep == "all" else (0,)
     return (
         new(s.B, s.T, s.I), new(s.B, s.T, s.H, s.P), new(s.B * s.T, 0 if order == "none" else norm_groups, dtype=fp32),
-        new(step, dtype=fp32), new(step, dtype=fp32), new(states), new(xbc), new(scores, dtype=fp32),
+        new(step, dtype=fp32), new(step, dtype=fp32), new(states), new(xbc),
     )
 
 
 @torch.library.custom_op("mambadsl::mamba2_core_backward", mutates_args=())
 def _backward_op(
     dout_BTI: Tensor, y_BTHP: Tensor, rstd_RG: Tensor, step: Tensor, decay: Tensor, states: Tensor, xbc: Tensor,
-    scores: Tensor, zxbcdt_BTE: Tensor, weight_CK: Tensor, conv_bias_C: Optional[Tensor], dt_bias_H: Tensor,
+    zxbcdt_BTE: Tensor, weight_CK: Tensor, conv_bias_C: Optional[Tensor], dt_bias_H: Tensor,
     A_log_H: Tensor, D_H: Tensor, norm_I: Optional[Tensor], document_BT: Optional[Tensor],
     lengths_B: Optional[Tensor], head_dim: int, groups: int, chunk: int, keep: str, low: float,
-    high: Optional[float], order: str, norm_groups: int, eps: float,
+    high: Optional[float], order: str, norm_groups: int, eps: float, by: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of zxbcdt; of conv's weight and bias, flat; of A_log, dt_bias and D [3, H] float32; of the norm's
     weight (empty without one)."""
     s = _Sizes.of(zxbcdt_BTE, weight_CK, dt_bias_H, head_dim, groups, chunk)
+    scan, conv = kernels(by)
     with torch.cuda.device_of(zxbcdt_BTE):
         z_RI, xbc_in_BTC, dt_BTH = s.columns(zxbcdt_BTE)
         dzxbcdt_BTE = zxbcdt_BTE.new_empty(zxbcdt_BTE.shape)
@@ -129,19 +130,13 @@ def _backward_op(
         raw = steps.Steps(dt_BTH, A_log_H, dt_bias_H, lengths_B, low, high)
         if keep != "all":
             xbc = conv.forward(xbc_in_BTC, weight_CK, conv_bias_C, document_BT=document_BT)
+        kept = steps.forward(raw, chunk=chunk) if keep == "none" else (step, decay)
+        inputs = Inputs(*s.heads(xbc), *kept, D_H, document_BT)
         if keep == "none":
-            kept = steps.forward(raw, chunk=chunk)
-        else:
-            kept = step.transpose(1, 2), decay.transpose(1, 2)
-        inputs = ssd.Inputs(*s.heads(xbc), *kept, D_H, document_BT)
-        if keep == "none":
-            states, _ = ssd.states_before(inputs)
+            states, _ = scan.states_before(inputs, last=False)
         dxbc_BTC = torch.empty_like(xbc)
         dx, dB, dC = s.heads(dxbc_BTC)
-        parts, _ = ssd.backward(
-            inputs, dy_RI.view_as(y_BTHP), states, scores if keep == "all" else ssd.chunk_scores(inputs),
-            dx=dx, dB=dB, dC=dC,
-        )
+        parts, _ = scan.backward(inputs, dy_RI.view_as(y_BTHP), states, dx=dx, dB=dB, dC=dC)
         dheads_3H = steps.backward(raw, parts, ddt=ddt_BTH)
         _, dconv, _ = conv.backward(
             dxbc_BTC, xbc_in_BTC, weight_CK, conv_bias_C, document_BT=document_BT, dx=dxbc_in_BTC
@@ -151,8 +146,8 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(
-    dout_BTI, y_BTHP, rstd_RG, step, decay, states, xbc, scores, zxbcdt_BTE, weight_CK, conv_bias_C, dt_bias_H,
-    A_log_H, D_H, norm_I, document_BT, lengths_B, head_dim, groups, chunk, keep, low, high, order, norm_groups, eps,
+    dout_BTI, y_BTHP, rstd_RG, step, decay, states, xbc, zxbcdt_BTE, weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H,
+    norm_I, document_BT, lengths_B, head_dim, groups, chunk, keep, low, high, order, norm_groups, eps, by,
 ):
     weights = weight_CK.numel() + (0 if conv_bias_C is None else conv_bias_C.numel())
     return (
@@ -173,7 +168,7 @@ def _backward(ctx, dout_BTI, *_):
     if dout_BTI is None:
         return (None,) * (9 + len(ctx.settings))
     saved = ctx.saved_tensors
-    weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_I = saved[8:14]
+    weight_CK, conv_bias_C, dt_bias_H, A_log_H, D_H, norm_I = saved[7:13]
     dzxbcdt_BTE, dconv, (dA_log_H, ddt_bias_H, dD_H), dnorm_I = _backward_op(dout_BTI, *saved, *ctx.settings)
     taps = weight_CK.numel()
     return (
@@ -187,29 +182,31 @@ _op.register_autograd(_backward, setup_context=_save)
 
 
 def make_core(
-    *, chunk: int | None = None, keep: str = "states"
+    *, chunk: int | None = None, keep: str = "states", by: str = "triton"
 ) -> Callable[[Any, Tensor, Rows, dict[str, Any] | None], Tensor]:
     """The function of the slot `mamba2.core`.
 
-    chunk: tokens that the kernels compute together, a power of two from 16 to 256 (None: as suits the layer).
-    keep: one of KEEP, from most memory and least time to least memory. Neither changes the result. ValueError for
-    other values.
+    chunk: tokens that the kernels compute together, a power of two (None: as suits the layer). keep: one of KEEP, from
+    most memory and least time to least memory. by: whose kernels, one of MODULES. None of them changes the result.
+    ValueError for other values.
     """
-    if keep not in KEEP:
-        raise ValueError(f"keep must be one of {', '.join(KEEP)}, not {keep!r}")
+    for name, given, legal in ("keep", keep, KEEP), ("by", by, tuple(MODULES)):
+        if given not in legal:
+            raise ValueError(f"{name} must be one of {', '.join(legal)}, not {given!r}")
     if chunk is not None:
-        ssd.chunk_length(chunk, chunk)
+        chunk_length(chunk, chunk, of=by)
 
     def core(layer: Any, zxbcdt_BTE: Tensor, rows: Rows, state: dict[str, Any] | None) -> Tensor:
         if state is not None:
             return module.core(layer, zxbcdt_BTE, rows, state)
         f = layer.f
         low, high = f.dt_limit
+        Q = chunk_length(f.chunk, chunk, of=by, dtype=zxbcdt_BTE.dtype)
         out_BTI, *_ = _op(
             zxbcdt_BTE.contiguous(), layer.conv.weight, layer.conv.bias, layer.dt_bias, layer.A_log, layer.D,
-            None if f.gated_norm == "none" else layer.gate_norm.weight, ssd.documents(rows.segments_BT),
-            rows.lengths_B, f.head_dim, f.groups, ssd.chunk_length(f.chunk, chunk), keep, float(low),
-            None if high is None else float(high), f.gated_norm, f.norm_groups, f.norm_eps,
+            None if f.gated_norm == "none" else layer.gate_norm.weight, documents(rows.segments_BT),
+            rows.lengths_B, f.head_dim, f.groups, Q, keep, float(low),
+            None if high is None else float(high), f.gated_norm, f.norm_groups, f.norm_eps, by,
         )
         return out_BTI
 
