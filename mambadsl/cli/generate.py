@@ -10,7 +10,7 @@ import click
 
 from mambadsl.cli import output
 from mambadsl.cli.command import command
-from mambadsl.cli.source import Given, takes_model
+from mambadsl.cli.source import Given, part_set, takes_model
 from mambadsl.cli.types import COUNT, Numbers
 
 
@@ -40,6 +40,7 @@ from mambadsl.cli.types import COUNT, Numbers
 )
 @click.option("--dtype", type=click.Choice(("fp32", "bf16")), default="fp32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda, cuda:1, ...")
+@click.option("--parts", default="auto", show_default=True, metavar="SET", help="The part set that runs it.")
 def run(
     model: Given,
     prompt: str | None,
@@ -49,6 +50,7 @@ def run(
     weights: Path | None,
     dtype: str,
     device: str,
+    parts: str,
     seed: int,
     as_json: bool,
     **how: Any,
@@ -62,6 +64,7 @@ def run(
     if tokenizer is not None and prompt is None:
         raise click.UsageError("--tokenizer is for --prompt; --tokens are ids already")
     program = model.program()
+    part_set(parts, program)
     try:
         from mambadsl.build.device import device as usable
         from mambadsl.run.generate import generate, read_prompts, stream
@@ -76,7 +79,9 @@ def run(
         [ids] = read_prompts([words.encode(prompt) if words else tokens], vocab=vocab)
         stops = [tuple(words.encode(text)) if words else _ids(text) for text in stop]
         _fits(program.cost().params * (2 if dtype == "bf16" else 4), place.type)
-        built = program.build(dtype=dtype, device=place, seed=seed)
+        built = program.build(dtype=dtype, device=place, seed=seed, parts=parts)
+        if place.type != "cpu":
+            output.note(f"parts {parts}: {', '.join(built.assignment.used)}")
         if weights is not None:
             from mambadsl.build.checkpoint import load_weights
 

@@ -23,17 +23,23 @@ WIDEST = 34
 
 def assignment_text(name: str, found: Assignment, *, where: str) -> str:
     """name: the model's. where: the machine in words."""
-    slots = 2 + max(len(_slot(c)) for row in found.rows for c in row.choices)
-    parts = min(WIDEST, max(len(c.text) for row in found.rows for c in row.choices))
+    told = [c for row in found.rows for c in _told(row)]
+    slots = 2 + max(len(_slot(c)) for c in told)
+    parts = min(WIDEST, max(len(c.text) for c in told))
     lines = [f"{name}   parts {found.asked}   {found.dtype}   {where}", ""]
     for row in found.rows:
         lines.append(_head(row))
-        for choice in row.choices:
+        for choice in _told(row):
             lines += _choice(choice, slots, parts)
         if not row.choices:
             lines.append("  its kind has no slots")
         lines.append("")
     return "\n".join([*lines, *_packages(found)]).rstrip() + "\n"
+
+
+def _told(row: Row) -> list[Choice]:
+    """What the table has of a layer: not the slots that stay empty because the set never fills them."""
+    return [c for c in row.choices if c.part or c.refused]
 
 
 def assignment_data(found: Assignment) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mambadsl import load
 from mambadsl.cli.commands import cli
 from mambadsl.kinds.registry import all_kinds
 from mambadsl.parts import registry
-from mambadsl.parts.part import Package
+from mambadsl.parts.part import Package, Part
 from mambadsl.run.doctor import environment, packages
 from mambadsl.run.doctor.child import Ended, ask
 from mambadsl.run.doctor.environment import Environment, has_gpu
@@ -143,6 +143,25 @@ def test_parts_that_are_not_right(parts, body, status, words):
     parts(body, more="dtypes=('fp32',)")
     row, = tried()
     assert row.status == status and words in row.detail
+
+
+@pytest.mark.parametrize("best, status", [("argmax", "ok"), ("argmin", "wrong")])
+def test_the_choice_of_tokens_is_tried(best, status):
+    """The engine's own slots are looked at through the engine."""
+
+    def make():
+        def next_token(logits_BV, token_B, history_TB, written_1):
+            token_B.copy_(getattr(logits_BV, best)(-1))
+            history_TB.index_copy_(0, written_1, token_B[None])
+            written_1.add_(1)
+
+        return next_token
+
+    part = Part("probe.next", ("model.next_token",), "a choice", make, dtypes=("fp32",), devices=("cpu", "cuda"))
+    with forgotten():
+        registry.add(Package("probe", "for tests", ("torch",), parts=(part,)))
+        row, = check("probe.next", "model.next_token")
+    assert row["status"] == status and (status == "ok" or "the tokens chosen" in row["detail"])
 
 
 @pytest.mark.parametrize(

@@ -88,3 +88,13 @@ def test_what_changes_nothing_is_said():
 def test_a_folder_without_a_checkpoint(tmp_path):
     result = call("--tokens", "1", "--weights", str(tmp_path))
     assert result.exit_code == 1 and "error[E9" in result.stderr
+
+
+def test_part_sets():
+    """A set that this machine cannot have is refused with the reasons, and none replaces another in silence."""
+    ids = ("--tokens", "1,2,3", "--max-tokens", "3")
+    assert call(*ids, "--parts", "reference").stdout == call(*ids).stdout
+    refused = call(*ids, "--parts", "te")
+    assert refused.exit_code == 1 and "error[E902]" in refused.stderr and "te not installed" in refused.stderr
+    unknown = call(*ids, "--parts", "fusd")
+    assert unknown.exit_code == 2 and "did you mean `fused`?" in unknown.stderr

@@ -21,6 +21,7 @@ from mambadsl.build.model import Model
 from mambadsl.compile import Program, load
 from mambadsl.kinds import registry as kinds
 from mambadsl.parts import registry
+from mambadsl.run.decode import Decoder
 from mambadsl.text.diagnostic import MdlError
 
 BATCH, TOKENS, PROMPT, STEPS = 2, 200, 9, 4
@@ -107,7 +108,7 @@ def _model(program: Program, dtype: str, device: str, *, parts: str) -> Model:
 
 
 def _outcome(model: Model) -> dict[str, Tensor]:
-    """Logits, loss, gradients, and the logits of a prompt and steps after it."""
+    """Logits, loss, gradients, the logits of a prompt and steps after it, and how good the tokens written are."""
     tokens = torch.randint(512, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1)).to(model.device)
     model.zero_grad()
     loss = model.loss(tokens)
@@ -123,7 +124,19 @@ def _outcome(model: Model) -> dict[str, Tensor]:
             pieces = [tokens[:, :PROMPT], *(tokens[:, end - 1 : end] for end in ends[1:])]
             logits = [model(piece, state=state).float() for piece in pieces]
             found[f"decoding with a {sort} state"] = torch.cat(logits, 1)
+        found["decoding, the tokens chosen"] = _choices(model, tokens[:, :PROMPT])
     return found
+
+
+def _choices(model: Model, tokens: Tensor) -> Tensor:
+    """1 for each token that the engine writes where it is the best one; more by how far it is from it, in standard
+    deviations of the logits."""
+    with Decoder(model, batch=BATCH, capacity=PROMPT + STEPS, graph=False) as decoder:
+        decoder.prefill(tokens.tolist())
+        written = torch.tensor([row.tokens for row in decoder.run(STEPS)], device=model.device)
+    logits = model(torch.cat((tokens, written[:, :-1]), 1))[:, PROMPT - 1 :].float()
+    chosen = logits.gather(-1, written[..., None])[..., 0]
+    return 1 + (logits.amax(-1) - chosen) / logits.std(-1)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
