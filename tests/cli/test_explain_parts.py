@@ -76,7 +76,9 @@ def test_json_says_the_same(on):
     conv = next(slot for slot in rows["M"]["slots"] if slot["slot"] == "mamba2.conv")
     assert conv["part"] == "reference"
     assert conv["refused"] == [
-        {"part": f"{name}.conv", "reason": f"{name} not installed"} for name in ("triton", "causal_conv1d", "fla")
+        {"part": f"{name}.conv", "reason": f"{missing} not installed"}
+        for name, *lacks in (("triton", "triton"), ("causal_conv1d", "causal_conv1d", "triton"), ("fla", "fla"))
+        for missing in lacks
     ]
     package = next(p for p in data["packages"] if p["name"] == "mamba_ssm")
     assert package["missing"] == "not installed" and package["install"].startswith("pip install")

@@ -141,7 +141,7 @@ else:
         x, weight, bias, state = case(time=19, bias=bias, state=state)
         leaves = [t if t is None else t.requires_grad_() for t in (x[..., 3:23], weight, bias, state)]
         document_BT = documents(2, 19)["segments_BT"]
-        torch.library.opcheck(torch.ops.mambadsl.triton_conv.default, (*leaves[:3], document_BT, leaves[3]))
+        torch.library.opcheck(torch.ops.mambadsl.causal_conv.default, (*leaves[:3], document_BT, leaves[3], "triton"))
 
     def test_keeps_the_dtype_of_x():
         x, weight, bias, _ = case(before=0, after=0)

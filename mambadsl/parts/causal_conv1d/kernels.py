@@ -45,15 +45,15 @@ def check(x_BTC: Tensor, weight_CK: Tensor) -> None:
 
 def forward(
     x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, *, document_BT: Tensor | None = None,
-    initial_BJC: Tensor | None = None,
+    state_BCJ: Tensor | None = None,
 ) -> Tensor:
-    """silu(conv(x)), [B, T, C] in the dtype of x. document_BT: int32, contiguous, not together with
-    initial_BJC, the inputs before the first one."""
+    """silu(conv(x)), [B, T, C] in the dtype of x. document_BT: int32, contiguous, not together with state_BCJ, the
+    inputs before the first one."""
     check(x_BTC, weight_CK)
     x_BTC = _readable(x_BTC)
     y_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype, device=x_BTC.device)
     extension().causal_conv1d_fwd(
-        x_BTC.transpose(1, 2), weight_CK, bias_C, document_BT, _channels_second(initial_BJC), y_BTC.transpose(1, 2),
+        x_BTC.transpose(1, 2), weight_CK, bias_C, document_BT, _channels_last(state_BCJ), y_BTC.transpose(1, 2),
         None, True,
     )
     return y_BTC
@@ -61,29 +61,31 @@ def forward(
 
 def backward(
     dy_BTC: Tensor, x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, *, document_BT: Tensor | None = None,
-    initial_BJC: Tensor | None = None, dx: Tensor | None = None,
+    state_BCJ: Tensor | None = None, dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x (written to `dx` where given), of the weights and then the bias in one flat tensor of their
-    dtype, and of initial_BJC."""
+    dtype, and of the state."""
     check(x_BTC, weight_CK)
     x_BTC, dy_BTC = _readable(x_BTC), _readable(dy_BTC)
     in_place = dx is not None and _is_readable(dx)
     into = dx if in_place else torch.empty(x_BTC.shape, dtype=x_BTC.dtype, device=x_BTC.device)
     taps = weight_CK.numel()
     flat = torch.zeros(taps + (0 if bias_C is None else bias_C.numel()), dtype=torch.float32, device=x_BTC.device)
-    dinitial_BJC = None if initial_BJC is None else torch.empty_like(initial_BJC)
+    state_BCJ = _channels_last(state_BCJ)
+    dstate_BCJ = None if state_BCJ is None else torch.empty_like(state_BCJ)
     extension().causal_conv1d_bwd(
-        x_BTC.transpose(1, 2), weight_CK, bias_C, dy_BTC.transpose(1, 2), document_BT, _channels_second(initial_BJC),
+        x_BTC.transpose(1, 2), weight_CK, bias_C, dy_BTC.transpose(1, 2), document_BT, state_BCJ,
         None, into.transpose(1, 2), flat[:taps].view_as(weight_CK), None if bias_C is None else flat[taps:],
-        _channels_second(dinitial_BJC), True,
+        dstate_BCJ, True,
     )
     if dx is not None and not in_place:
         dx.copy_(into)
-    return into if dx is None else dx, flat.to(weight_CK.dtype), dinitial_BJC
+    return into if dx is None else dx, flat.to(weight_CK.dtype), dstate_BCJ
 
 
-def _channels_second(t_BTC: Tensor | None) -> Tensor | None:
-    return None if t_BTC is None else t_BTC.transpose(1, 2)
+def _channels_last(t_BCJ: Tensor | None) -> Tensor | None:
+    """The same values with the channels side by side in memory."""
+    return None if t_BCJ is None else t_BCJ.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _is_readable(t_BTC: Tensor) -> bool:

@@ -40,7 +40,7 @@ PACKAGE = Package(
         Part(
             "causal_conv1d.conv", ("mamba2.conv", "mamba1.conv"),
             "the convolution with silu, documents and states included",
-            "mambadsl.parts.causal_conv1d.conv:make_conv", conv,
+            "mambadsl.parts.causal_conv1d.conv:make_conv", conv, needs=("triton",),
         ),
     ),
 )

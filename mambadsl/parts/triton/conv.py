@@ -17,8 +17,8 @@ import triton
 from torch import Tensor
 
 from mambadsl.kinds.conv import _last_inputs
-from mambadsl.kinds.rows import starts
 from mambadsl.parts.triton.conv_kernels import backward_kernel, forward_kernel
+from mambadsl.parts.triton.ssd.kernels import documents, kernels
 
 #: Registers hold the taps, their gradients and two windows.
 MOST_TAPS = 8
@@ -148,50 +148,52 @@ def _strides(t_BCJ: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if t_BCJ is None else t_BCJ.stride()
 
 
-@torch.library.custom_op("mambadsl::triton_conv", mutates_args=())
-def _op(
+@torch.library.custom_op("mambadsl::causal_conv", mutates_args=())
+def convolve(
     x_BTC: Tensor, weight_CK: Tensor, bias_C: Optional[Tensor], document_BT: Optional[Tensor],
-    state_BCJ: Optional[Tensor],
+    state_BCJ: Optional[Tensor], by: str,
 ) -> Tensor:
-    return forward(x_BTC, weight_CK, bias_C, document_BT=document_BT, state_BCJ=state_BCJ)
+    """silu of the convolution. by: whose kernels, as in `ssd/kernels.py`."""
+    return kernels(by).conv.forward(x_BTC, weight_CK, bias_C, document_BT=document_BT, state_BCJ=state_BCJ)
 
 
-@_op.register_fake
-def _(x_BTC, weight_CK, bias_C, document_BT, state_BCJ):
+@convolve.register_fake
+def _(x_BTC, weight_CK, bias_C, document_BT, state_BCJ, by):
     return x_BTC.new_empty(x_BTC.shape)
 
 
-@torch.library.custom_op("mambadsl::triton_conv_backward", mutates_args=())
+@torch.library.custom_op("mambadsl::causal_conv_backward", mutates_args=())
 def _backward_op(
     dy_BTC: Tensor, x_BTC: Tensor, weight_CK: Tensor, bias_C: Optional[Tensor], document_BT: Optional[Tensor],
-    state_BCJ: Optional[Tensor],
+    state_BCJ: Optional[Tensor], by: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx_BTC, flat, dstate_BCJ = backward(
+    dx_BTC, flat, dstate_BCJ = kernels(by).conv.backward(
         dy_BTC, x_BTC, weight_CK, bias_C, document_BT=document_BT, state_BCJ=state_BCJ
     )
-    return dx_BTC, flat, x_BTC.new_empty(0) if dstate_BCJ is None else dstate_BCJ
+    return dx_BTC, flat, x_BTC.new_empty(0) if dstate_BCJ is None else dstate_BCJ.contiguous()
 
 
 @_backward_op.register_fake
-def _(dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ):
+def _(dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ, by):
     weights = weight_CK.numel() + (0 if bias_C is None else bias_C.numel())
-    dstate = x_BTC.new_empty(0) if state_BCJ is None else torch.empty_like(state_BCJ)
+    dstate = x_BTC.new_empty(0) if state_BCJ is None else state_BCJ.new_empty(state_BCJ.shape)
     return x_BTC.new_empty(x_BTC.shape), weight_CK.new_empty(weights), dstate
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.by = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, dy_BTC):
     x_BTC, weight_CK, bias_C, document_BT, state_BCJ = ctx.saved_tensors
-    dx_BTC, flat, dstate_BCJ = _backward_op(dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ)
+    dx_BTC, flat, dstate_BCJ = _backward_op(dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ, ctx.by)
     taps = weight_CK.numel()
     dbias_C = None if bias_C is None else flat[taps:].to(bias_C.dtype)
-    return dx_BTC, flat[:taps].view_as(weight_CK), dbias_C, None, None if state_BCJ is None else dstate_BCJ
+    return dx_BTC, flat[:taps].view_as(weight_CK), dbias_C, None, None if state_BCJ is None else dstate_BCJ, None
 
 
-_op.register_autograd(_backward, setup_context=_save)
+convolve.register_autograd(_backward, setup_context=_save)
 
 
 def make_conv() -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -205,12 +207,12 @@ def causal_conv(
 ) -> tuple[Tensor, Tensor | None]:
     """As `kinds.conv.causal_conv`. ValueError for sizes that the kernels do not take."""
     # Counted: of two documents with one number in a row, the second must not see the first.
-    document_BT = None if segments_BT is None else starts(segments_BT).cumsum(1, dtype=torch.int32)
+    document_BT = documents(segments_BT)
     if state_BCJ is None:
-        return _op(x_BTC, weight_CK, bias_C, document_BT, None), None
+        return convolve(x_BTC, weight_CK, bias_C, document_BT, None, "triton"), None
     J = weight_CK.shape[1] - 1
     state_BCJ = state_BCJ.to(x_BTC.dtype)
-    y_BTC = _op(x_BTC, weight_CK, bias_C, document_BT, state_BCJ)
+    y_BTC = convolve(x_BTC, weight_CK, bias_C, document_BT, state_BCJ, "triton")
     read_BTC = x_BTC if segments_BT is not None else x_BTC[:, max(x_BTC.shape[1] - J, 0) :]
     before_BSC = torch.cat([state_BCJ.transpose(1, 2), read_BTC], dim=1)
     return y_BTC, _last_inputs(before_BSC, J, segments_BT, lengths_B)
