@@ -69,12 +69,12 @@ class Task:
 #: contender's prefix -> module of `rivals`, and what `--rivals` calls it.
 RIVALS = {"megatron": "megatron", "transformers": "nemotron_h", "mamba_ssm": "mamba_lm"}
 HYBRID = (
-    "fused", "megatron", "transformers", "fused compile", "fused compile graph", "te", "te graph", "fused graph",
-    "te fp8", "te fp8 graph", "megatron fp8", "megatron graph",
+    "fused", "megatron", "transformers", "fused compile graph", "keep compile graph", "te", "te graph", "fused compile",
+    "fused graph", "te fp8", "te fp8 graph", "megatron fp8", "megatron graph",
 )
 #: Only when `--only` asks: what is slow to start, or could spoil the process for the others.
 ON_REQUEST = ("megatron fp8", "megatron graph", "te fp8 graph")
-PURE = ("fused", "mamba_ssm", "fused compile graph", "fused compile", "fused graph")
+PURE = ("fused", "mamba_ssm", "fused compile graph", "keep compile graph", "fused compile", "fused graph")
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Race:
         self.flops = float(flops.forward + flops.backward_input + flops.backward_weight) * batch * length
         self.tokens = batch * length
         cpu = device == "cpu"
-        every = {parts: "reference" for parts in ("fused", "te", "te_fp8")} if cpu else {}
+        every = {parts: "reference" for parts in ("fused", "keep", "te", "te_fp8")} if cpu else {}
         self.ours = Ours(
             text, device=device, dtype="fp32" if cpu else "bf16", parts=every,
             backend="aot_eager" if cpu else "inductor",

@@ -12,8 +12,9 @@ from torch import Tensor
 import mambadsl
 from rivals.contender import Contender
 
-#: A block to put behind a model's text: every projection in FP8.
-FP8_PARTS = """
+#: Blocks to put behind a model's text: Mamba-2 that keeps all it can for the backward pass; every projection in FP8.
+BLOCKS = """
+parts keep : fused { mamba2.core = triton.core(keep=all) }
 parts te_fp8 : te {
   mamba2.in_proj = te.norm_linear(fp8=true)
   mamba2.out_proj = te.linear(fp8=true)
@@ -29,6 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fused compile": ("fused", dict(compile=True)),
     "fused graph": ("fused", dict(graph=True)),
     "fused compile graph": ("fused", dict(compile=True, graph=True)),
+    "keep compile graph": ("keep", dict(compile=True, graph=True)),
     "te": ("te", {}),
     "te graph": ("te", dict(graph=True)),
     "te fp8": ("te_fp8", {}),
@@ -48,7 +50,7 @@ class Ours:
     def model(self, parts: str) -> Any:
         parts = self.stand_ins.get(parts, parts)
         if parts not in self.models:
-            text = self.text + (FP8_PARTS if parts == "te_fp8" else "")
+            text = self.text + BLOCKS
             # Drawing the initial values on the CPU would take longer than all the rest.
             with patch("mambadsl.build.model.initialise", draw_on_device):
                 model = mambadsl.load(text=text).build(parts=parts, **self.made).train()
