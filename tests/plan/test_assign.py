@@ -85,6 +85,14 @@ def test_a_base_that_is_a_set():
     assert found.of("model")["loss"].part == "triton.linear_cross_entropy"
 
 
+def test_older_gpus_have_the_package_s_scan():
+    """Our scan wants the shared memory of an H100."""
+    older = Machine("cuda", "an A100", (8, 0), missing=lambda package: None)
+    slots = chosen(model("parts probe : fused { }"), machine=older).of("stack.0")
+    assert (slots["core"].part, slots["scan"].part) == ("mamba_ssm.core", "mamba_ssm.scan")
+    assert ("triton.core", "needs compute capability 9.0; this GPU has 8.0") in slots["core"].refused
+
+
 def test_a_wide_part_leaves_narrow_slots_what_it_does_not_do():
     found = chosen(model("parts probe { mamba2.core = fake.core }"))
     slots = found.of("stack.0")

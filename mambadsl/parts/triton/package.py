@@ -12,6 +12,8 @@ from mambadsl.parts.triton.decode.accepts import head, step
 LARGEST_ROW = 16384
 
 
+#: The scan's loops hold up to 170 KB in shared memory; GPUs before the H100 have less.
+HOPPER = (9, 0)
 #: Taps that the convolution keeps in registers; tiles of a chunk that shared memory holds.
 TAPS, LARGEST_HEAD, LARGEST_STATE = (2, 8), 128, 256
 
@@ -70,7 +72,7 @@ PACKAGE = Package(
         Part(
             "triton.core", ("mamba2.core",),
             "convolution, SSD scan and gated norm as one opaque op; with a state, the narrow slots",
-            "mambadsl.parts.triton.core:make_core", core, (CHUNK, KEEP),
+            "mambadsl.parts.triton.core:make_core", core, (CHUNK, KEEP), capability=HOPPER,
         ),
         Part(
             "triton.conv", ("mamba2.conv", "mamba1.conv"), "the convolution with silu, documents and states included",
@@ -78,7 +80,7 @@ PACKAGE = Package(
         ),
         Part(
             "triton.scan", ("mamba2.scan",), "the chunked SSD scan, initial and final states included",
-            "mambadsl.parts.triton.scan:make_scan", scan, (CHUNK,),
+            "mambadsl.parts.triton.scan:make_scan", scan, (CHUNK,), capability=HOPPER,
         ),
         Part(
             "triton.gate_norm", ("mamba2.gate_norm",), "gate and grouped RMS norm in one pass",
