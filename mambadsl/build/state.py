@@ -123,8 +123,9 @@ def describe(
         segments_BT = torch.where(valid.bool(), segments_BT, PADDING)
     last_B = zeros_BT[:, 0] if state is None or state.segment_B is None else state.segment_B
     before_BT = _before(segments_BT, last_B)
-    # A look at the data: free on a CPU, a wait for the device elsewhere.
-    if segments_BT.device.type == "cpu" and _goes_back(segments_BT):
+    # A look at the data: free on a CPU, a wait for the device elsewhere, and nothing that can be traced.
+    looks = segments_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and _goes_back(segments_BT):
         raise ValueError("document numbers in `segments` must not go down along a row: documents would mix")
     if positions is None:
         positions = _count(segments_BT, before_BT, start_B)

@@ -72,3 +72,14 @@ def test_a_mask_and_segments_together():
 def test_given_positions_are_kept():
     tokens = describe((2, 3), positions=torch.tensor([7, 8, 9]))
     assert tokens.positions_BT.tolist() == [[7, 8, 9]] * 2
+
+
+def test_documents_can_be_traced():
+    """torch.compile takes it whole: the look at the data is left out there."""
+    segments = torch.tensor([[0, 0, 1, 1], [2, 3, 3, -1]])
+
+    def positions(segments):
+        return describe((2, 4), segments=segments).positions_BT
+
+    whole = torch.compile(positions, fullgraph=True, backend="eager")
+    assert torch.equal(whole(segments), positions(segments))
