@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# All GPU tests in parallel processes on one GPU (most of their time is compilation on the CPU).
+#   tests/gpu/run.sh [SECONDS_A_PROCESS] [FOLDER_OF_LOGS]
+# Prints a line for each process, then what failed. Exit status 1 if any process failed or ran out of time.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+limit=${1:-300} logs=${2:-$(mktemp -d)}
+mkdir -p "$logs"
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2
+pids=()
+run() {
+  local name=$1 status; shift
+  timeout "$limit" python3 -m pytest -p no:cacheprovider -q --tb=short --show-capture=no -W ignore "$@" > "$logs/$name.txt" 2>&1
+  status=$?
+  echo "$name: exit $status, $(tail -n 1 "$logs/$name.txt" | cut -c 1-120)"
+  # 5: nothing to run here, a package is missing.
+  [ $status -eq 5 ] || return $status
+}
+start() { run "$@" & pids+=($!); }
+
+sets=tests/gpu/test_sets.py
+for family in "mamba or samba" falcon_h1 granite nemotron "bamba or jamba or tiny"; do
+  start "sets ${family%% *}" $sets -k "($family) and not compiled"
+done
+for family in "falcon_h1 or samba" "granite or bamba or tiny" "nemotron or jamba" "mamba and not bamba and not samba"; do
+  start "compiled ${family%% *}" $sets -k "compiled and ($family)"
+done
+for file in tests/gpu/test_*.py; do
+  [ "$file" = $sets ] || start "$(basename "$file" .py)" "$file"
+done
+failed=0
+for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+grep -hE '^(FAILED|ERROR)' "$logs"/*.txt | cut -c 1-200 | sort -u
+exit $failed
