@@ -21,6 +21,7 @@ from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.text.source import from_text
 
+pytestmark = pytest.mark.usefixtures("frozen_heap")
 MODELS = Path(__file__).parent.parent.parent / "models"
 
 
@@ -142,9 +143,9 @@ def test_graphs_without_text_are_checked_too():
 def test_ten_thousand_layers_take_a_moment():
     graph = graph_of("stack { [M F M F M F A E]*1250 }")
     assert len(graph.layers) == 10_000
-    start = time.process_time()
+    start = time.thread_time()
     check(graph, Facts(target="megatron", lora_targets=("in_proj",), length=2048))
-    assert time.process_time() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 def test_wild_numbers_answer_quickly():
@@ -157,10 +158,10 @@ layer A = attention(heads={big - 1}, kv_heads=7, head_dim=3, rope=rope(fraction=
 layer E = moe(experts={big - 1}, top_k={big}, router=sigmoid(groups=7, top_groups=9))
 stack {{ M N A E }}
 """)
-    start = time.process_time()
+    start = time.thread_time()
     facts = dict(target="mamba_ssm", tp=8, cp=8, precision="fp8", max_sequences=10**9, memory_bytes=1)
     assert len(codes(graph, **facts)) > 10
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_checks_load_nothing_slow():

@@ -14,8 +14,10 @@ from mambadsl.syntax.read import read
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.text.source import from_text
 
-#: CPU seconds of a stage. Measured on a slow machine: nearly all below 0.5, none above 1.1.
-LIMIT = 1.5
+pytestmark = pytest.mark.usefixtures("frozen_heap")
+#: CPU seconds of a stage. Measured on a slow machine: nearly all below 0.5, none above 1.1, but for one that took 1.6
+#: late in a long run of all tests.
+LIMIT = 2.5
 
 
 def doubling(n: int, first: str = "layer B0 = [M F]") -> str:
@@ -82,24 +84,24 @@ REFUSED = {
 @pytest.mark.parametrize("name", FINE)
 def test_what_is_large_and_fine_takes_no_time(name):
     file = read(from_text(FINE[name]))
-    start = time.process_time()
+    start = time.thread_time()
     graph = unroll(resolve(file))
-    assert time.process_time() - start < LIMIT
+    assert time.thread_time() - start < LIMIT
     assert graph.layers
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_hostile_is_refused_at_once(name):
     file = read(from_text(REFUSED[name]))
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(MdlError) as caught:
         unroll(resolve(file))
-    assert time.process_time() - start < LIMIT
+    assert time.thread_time() - start < LIMIT
     found = caught.value.diagnostics
     assert found[0].code.id == name[:4] and len(found) <= 50
-    start = time.process_time()
+    start = time.thread_time()
     assert len(str(caught.value)) < 100_000
-    assert time.process_time() - start < LIMIT
+    assert time.thread_time() - start < LIMIT
 
 
 def test_the_famous_one_is_one_clear_error():
