@@ -161,9 +161,9 @@ def test_ten_thousand_layers_are_counted_at_once():
     import time
 
     g = graph("shared S = [A F] stack { [M F]*2500 S*2500 }")
-    start = time.process_time()
+    start = time.thread_time()
     cost = total(costs(g))
-    assert time.process_time() - start < 2
+    assert time.thread_time() - start < 2
     assert cost.params == whole("shared S = [A F] stack { [M F] S }").params + 2499 * (
         of("stack { M }").params + of("stack { F }").params
     )

@@ -250,9 +250,9 @@ def test_folds_as_people_write_them():
     ids=["random", "one", "period", "mostly one", "long period"],
 )
 def test_folding_ten_thousand_names_takes_no_second(row):
-    start = time.process_time()
+    start = time.thread_time()
     text = fold(row)
-    assert time.process_time() - start < 2  # measured: below 0.6 s on a slow machine
+    assert time.thread_time() - start < 2  # measured: below 0.6 s on a slow machine
     assert flattened(text) == row
 
 

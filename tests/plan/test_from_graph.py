@@ -93,14 +93,14 @@ def test_a_plan_comes_back_from_json():
 @pytest.mark.parametrize("name", sorted(p.stem for p in MODELS.glob("*.mdl") if p.stem != "std"))
 def test_every_published_model_is_planned_or_says_why_not(name):
     program = load(MODELS / f"{name}.mdl")
-    start = time.process_time()
+    start = time.thread_time()
     try:
         made = plan(program.checked, stages=4, length=4096)
         assert [path for s in made.stages for path in s.paths] == [n.path for n in program.layers.nodes]
         assert max(made.peak_bytes) <= made.memory_limit
     except MdlError as error:
         assert {d.code.id for d in error.diagnostics} <= {"E803"}
-    assert time.process_time() - start < 2
+    assert time.thread_time() - start < 2
 
 
 def test_planning_loads_nothing_slow():

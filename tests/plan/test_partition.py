@@ -94,7 +94,7 @@ def test_ten_thousand_layers_for_sixty_four_stages():
     edge = [0, *[50] * 9_999, 0]
     static = prefix_of(values)
     room = Room(lambda s, a, b: static[b] - static[a], edge, 1.05 * sum(values) / 64)
-    start = time.process_time()
+    start = time.thread_time()
     value, cuts = min_max(prefix_of(values), 64, edge=edge, room=room)
-    assert time.process_time() - start < 2
+    assert time.thread_time() - start < 2
     assert len(cuts) == 65 and value < sum(values) / 64 + 100 + 1613

@@ -175,6 +175,6 @@ def test_orders_of_a_plan_run_its_schedule():
 )
 def test_in_time(length, options, seconds):
     chain = hybrid(1, length, **(HEAVY if length < 1000 else {}))
-    start = time.process_time()
+    start = time.thread_time()
     plan_units(chain, **options)
-    assert time.process_time() - start < seconds
+    assert time.thread_time() - start < seconds

@@ -287,10 +287,10 @@ def test_pure_garbage_is_refused_without_a_crash():
 )
 def test_hostile_text_is_answered_in_good_time(text):
     source = from_text(text)
-    start = time.perf_counter()
+    start = time.thread_time()
     try:
         read(source)
     except MdlError as error:
         assert len(error.diagnostics) <= 50
         assert len(str(error)) < 60_000
-    assert time.perf_counter() - start < 3.0  # measured: all below 0.7 s; slow machines get some room
+    assert time.thread_time() - start < 3.0  # measured: all below 0.7 s; slow machines get some room
