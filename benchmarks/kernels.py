@@ -318,6 +318,18 @@ def text(row: dict[str, Any]) -> str:
     return " ".join([*shown, row.get("failed", ""), str(row.get("launch", ""))]).rstrip()
 
 
+def require_gpu(script: str) -> None:
+    """Exit 2 where torch or a GPU that it can use is missing."""
+    try:
+        import torch
+        has_gpu = torch.cuda.is_available()
+    except ImportError:
+        has_gpu = False
+    if not has_gpu:
+        print(f"benchmarks/{script} needs a GPU that torch can use; there is none here", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -325,14 +337,9 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="the best launches of our kernels, no rivals")
     parser.add_argument("--runs", type=int, default=20)
     asked = parser.parse_args()
-    try:
-        import torch
-        has_gpu = torch.cuda.is_available()
-    except ImportError:
-        has_gpu = False
-    if not has_gpu:
-        print("benchmarks/kernels.py needs a GPU that torch can use; there is none here", file=sys.stderr)
-        raise SystemExit(2)
+    require_gpu("kernels.py")
+    import torch
+
     bytes_per_s = copy_speed("cuda", runs=asked.runs)
     rows = []
 

@@ -17,12 +17,11 @@ import argparse
 import functools
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kernels import TOLERANCE, copy_speed, text, timed
+from kernels import TOLERANCE, copy_speed, require_gpu, text, timed
 from ssd_launches import first_line, tune
 
 
@@ -330,14 +329,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     asked = parser.parse_args()
     asked.groups = asked.groups or ([1] if asked.tune else [1, 8])
-    try:
-        import torch
-        has_gpu = torch.cuda.is_available()
-    except ImportError:
-        has_gpu = False
-    if not has_gpu:
-        print("benchmarks/ssd.py needs a GPU that torch can use; there is none here", file=sys.stderr)
-        raise SystemExit(2)
+    require_gpu("ssd.py")
+    import torch
+
     bytes_per_s = copy_speed("cuda", runs=asked.runs)
     rows = []
     for row in rows_of(asked, device="cuda", sizes=Sizes(), bytes_per_s=bytes_per_s):

@@ -7,7 +7,6 @@ process of its own.
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 
 import torch
 
@@ -30,13 +29,8 @@ def missing(package: Package) -> str | None:
     is: extension modules fail in many ways."""
     if absent := not_found(package.modules):
         return absent
-    module, _, function = package.load.partition(":")
     try:
-        if function:
-            getattr(import_module(module), function)()
-        else:
-            for name in package.modules:
-                import_module(name)
+        package.import_all()
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
         return f"does not load ({type(error).__name__}: {first})"

@@ -77,10 +77,7 @@ class Part:
 
     def load(self) -> Callable[..., Callable[..., Any]]:
         """The function that makes the callable. Imports torch and the package: ImportError if that fails."""
-        if callable(self.code):
-            return self.code
-        module, _, function = self.code.partition(":")
-        return getattr(import_module(module), function)
+        return self.code if callable(self.code) else _named(self.code)
 
     def obstacles(self, request: Request) -> Iterator[str]:
         """Every reason why it cannot fill this slot here, installed or not."""
@@ -114,3 +111,17 @@ class Package:
     parts: tuple[Part, ...] = ()
     fixes: Mapping[str, str] = field(default_factory=dict, hash=False)
     source: str = ""
+
+    def import_all(self) -> None:
+        """Imports what its parts need, into this process. Raises whatever the package raises: it can be anything."""
+        if self.load:
+            _named(self.load)()
+        else:
+            for name in self.modules:
+                import_module(name)
+
+
+def _named(code: str) -> Callable[..., Any]:
+    """The function `module:function`."""
+    module, _, function = code.partition(":")
+    return getattr(import_module(module), function)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from mambadsl.graph.graph import LayerGraph, Role
 from mambadsl.kinds.fields import Call, Mismatch
@@ -94,12 +95,9 @@ class Assignment:
         """Slot name -> choice, of the branch at `path` (`model`: the slots around the layers)."""
         return self._by_path[path]
 
-    @property
+    @cached_property
     def _by_path(self) -> dict[str, Mapping[str, Choice]]:
-        if "_table" not in self.__dict__:
-            table = {p: {c.slot.partition(".")[2]: c for c in row.choices} for row in self.rows for p in row.paths}
-            object.__setattr__(self, "_table", table)
-        return self.__dict__["_table"]
+        return {path: {c.slot.partition(".")[2]: c for c in row.choices} for row in self.rows for path in row.paths}
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -112,15 +110,15 @@ def assign(graph: LayerGraph, *, parts: str, machine: Machine, dtype: str = "bf1
     blocks, base = _chain(graph, parts)
     chooser = _Chooser(parts, blocks, base, machine, dtype)
     rows = [chooser.frame(graph)]
-    found: dict[tuple, tuple[Mixer, Dims, bool, list[str]]] = {}
+    found: dict[tuple, list[str]] = {}
     for node in graph.nodes:
         if node.role is Role.LAYER:
             uses = node.branches()
             for path, _, mixer in uses:
                 key = mixer, mixer.name, node.layer.sub, node.dims(graph.model.d_model), len(uses) == 1
-                found.setdefault(key, []).append((path, mixer))
-    for (mixer, _, sub, dims, alone), uses in found.items():
-        rows.append(chooser.layer(mixer, sub, dims, alone, tuple(path for path, _ in uses)))
+                found.setdefault(key, []).append(path)
+    for (mixer, _, sub, dims, alone), paths in found.items():
+        rows.append(chooser.layer(mixer, sub, dims, alone, tuple(paths)))
     if chooser.problems:
         raise MdlError(chooser.problems)
     return Assignment(parts, dtype, machine, tuple(rows))

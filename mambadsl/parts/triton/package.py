@@ -10,8 +10,6 @@ from mambadsl.parts.triton.decode.accepts import head, step
 
 #: One program holds one group of channels (or one row) in registers.
 LARGEST_ROW = 16384
-
-
 #: The scan's loops hold up to 170 KB in shared memory; GPUs before the H100 have less.
 HOPPER = (9, 0)
 #: Taps that the convolution keeps in registers; tiles of a chunk that shared memory holds.

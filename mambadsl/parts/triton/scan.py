@@ -6,14 +6,13 @@ Letters: B batch, T time, H heads, P head_dim, N d_state, G groups, c chunks, Q 
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Optional
 
 import torch
 from torch import Tensor
 
 from mambadsl.parts.triton.ssd import steps
-from mambadsl.parts.triton.ssd.kernels import MODULES, chunk_length, documents
+from mambadsl.parts.triton.ssd.kernels import chunk_length, documents, kernels
 from mambadsl.parts.triton.ssd.scan import Inputs
 
 
@@ -26,12 +25,8 @@ def _op(
     with torch.cuda.device_of(x_BTHP):
         step, decay = steps.forward(steps.Steps(dt_BTH, A_H), chunk=chunk)
         inputs = Inputs(x_BTHP, B_BTGN, C_BTGN, step, decay, D_H, document_BT)
-        y_BTHP, last_BHPN, before_BcHPN = _scan(by).forward(inputs, state_BHPN, last=True)
+        y_BTHP, last_BHPN, before_BcHPN = kernels(by).scan.forward(inputs, state_BHPN, last=True)
     return y_BTHP, last_BHPN, step, decay, before_BcHPN
-
-
-def _scan(by: str):
-    return import_module(MODULES[by][0])
 
 
 @_op.register_fake
@@ -57,7 +52,7 @@ def _backward_op(
         inputs = Inputs(x_BTHP, B_BTGN, C_BTGN, step, decay, D_H, document_BT)
         dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x_BTHP, B_BTGN, C_BTGN))
         ddt = torch.empty(dt_BTH.shape, dtype=dt_BTH.dtype, device=dt_BTH.device)
-        parts, dstate = _scan(by).backward(
+        parts, dstate = kernels(by).scan.backward(
             inputs, dy_BTHP.contiguous(), before_BcHPN,
             None if dlast_BHPN is None else dlast_BHPN.contiguous(), dx=dx, dB=dB, dC=dC, wants_dstate=wants_dstate,
         )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -52,12 +51,7 @@ def load(name: str) -> Answers:
     """Imports a package as its parts would."""
     package = registry.package(name)
     try:
-        if package.load:
-            module, _, function = package.load.partition(":")
-            getattr(importlib.import_module(module), function)()
-        else:
-            for module in package.modules:
-                importlib.import_module(module)
+        package.import_all()
     except Exception as error:
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
         yield {"loads": False, "type": type(error).__name__, "error": str(error), "absent": absent}

@@ -52,7 +52,6 @@ def make_step() -> Step:
 Path = str | tuple[str, str] | None
 
 
-
 def mamba2(sublayer: Any, x_BD: Tensor, position_B: Tensor, state: State, *, path: Path = None) -> Tensor:
     layer, f, branch = sublayer.mixer, sublayer.mixer.f, sublayer.branches[0].branch
     entry, exit = _ends(path)
