@@ -18,10 +18,13 @@ import torch
 GIB = 2**30
 #: The first pattern that a kernel's name has is its class.
 CLASSES = (
-    ("SSD scan", r"_chunk_|_state_passing|_bmm_chunk|ssd"),
-    ("convolution", r"causal_conv1d"),
-    ("attention", r"flash|fmha|sdpa|attention|softmax_warp"),
-    ("cross entropy", r"cross_entropy|nll|_ce_|log_softmax|softmax"),
+    (
+        "SSD scan",
+        r"_chunk_|_state_passing|_bmm_chunk|ssd|^_(pass_states|scan_forward|inputs_|scores_|groups_|steps_|add_up)",
+    ),
+    ("convolution", r"causal_conv1d|^conv_(for|back)ward"),
+    ("attention", r"flash|fmha|sdpa|attention|softmax_warp|^cudnn"),
+    ("cross entropy", r"cross_entropy|nll|_ce_|log_softmax|softmax|^_loss_kernel"),
     ("matrix product", r"gemm|nvjet|cutlass|xmma|cublas|splitK|triton_tem|matmul"),
     ("norm", r"_layer_norm|rms|norm_(fwd|bwd)|gate_norm"),
     ("copy, fill", r"^Mem(cpy|set)|copy_kernel|FillFunctor"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -14,7 +15,7 @@ from mambadsl.cli.commands import cli
 from mambadsl.kinds.registry import all_kinds
 from mambadsl.parts import registry
 from mambadsl.parts.part import Package, Part
-from mambadsl.run.doctor import environment, packages
+from mambadsl.run.doctor import child, environment, packages, report
 from mambadsl.run.doctor.child import Ended, ask
 from mambadsl.run.doctor.environment import Environment, has_gpu
 from mambadsl.run.doctor.kernels import TEXT, check
@@ -177,6 +178,26 @@ def test_a_part_takes_down_its_own_process_only(parts, body, limit_s, status, wo
     assert row.status == status and words in row.detail
 
 
+def test_what_ends_doctor_ends_its_processes(parts, monkeypatch):
+    """Ctrl-C, while one part hangs and others wait for their turn."""
+    parts("time.sleep(600)", more="dtypes=('fp32',)")
+    monkeypatch.setattr(report, "PROCESSES", 2)
+    asked, started = [], time.monotonic()
+
+    def look(what: str) -> None:
+        if what == "Ctrl-C":
+            while not child._running:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+        asked.append(what)
+        list(try_part("probe.act", ("mlp.act", "mlp.act"), limit_s=300))
+
+    with pytest.raises(KeyboardInterrupt):
+        report._side_by_side(look, ["Ctrl-C", "hangs", "waits"])
+    assert time.monotonic() - started < 60 and not child._running and "hangs" in asked
+    assert ask("facts", limit_s=60).answers
+
+
 def test_slots_after_a_crash_are_tried_too(parts):
     parts("os._exit(3)", more="dtypes=('fp32',)")
     rows = list(try_part("probe.act", ("mlp.act", "attention.core")))
@@ -276,6 +297,6 @@ def test_a_report_s_text(golden):
         Tried("mamba_ssm.core", "mamba2.core", "not here", detail="needs mamba_ssm"),
         Tried("te.linear", "mlp.up_proj", "crashed", detail="SIGSEGV"),
     )
-    report = Report(here, loaded, rows)
-    assert not report.ok
-    golden("doctor.txt", report_text(report))
+    found = Report(here, loaded, rows)
+    assert not found.ok
+    golden("doctor.txt", report_text(found))

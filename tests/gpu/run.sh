@@ -25,8 +25,15 @@ done
 for family in "falcon_h1 or samba" "granite or bamba or tiny" "nemotron or jamba" "mamba and not bamba and not samba"; do
   start "compiled ${family%% *}" $sets -k "compiled and ($family)"
 done
+ops=tests/gpu/test_mamba2_ops.py conv=tests/gpu/test_triton_conv.py
+start "ops scan" $ops -k "triton and test_scan"
+start "ops core" $ops -k "triton and test_core"
+start "ops rest" $ops -k "triton and not (test_scan or test_core)"
+start "ops mamba_ssm" $ops -k mamba_ssm
+start "conv shapes" $conv -k test_any_shape
+start "conv rest" $conv -k "not test_any_shape"
 for file in tests/gpu/test_*.py; do
-  [ "$file" = $sets ] || start "$(basename "$file" .py)" "$file"
+  case $file in $sets | $ops | $conv) ;; *) start "$(basename "$file" .py)" "$file" ;; esac
 done
 failed=0
 for pid in "${pids[@]}"; do wait "$pid" || failed=1; done

@@ -32,15 +32,6 @@ PROMPTS = [[1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11], [3, 3], [60
 COUNT = 40
 
 
-@pytest.fixture(autouse=True)
-def _exact_products():
-    """Products of float32 in float32, not TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def fitted(stack: str, *, parts: str, dtype: str = "fp32"):
     text = graph(STACKS[stack], more=LAYERS, d_model=64, context=128, tie_embeddings="true")
     try:

@@ -2,8 +2,7 @@
 scan, equal the definitions on an NVIDIA GPU, forward and backward.
 
 Each result is held to the definition in float32, on the same (rounded) inputs, by the relative size of the
-difference: below 4e-3 in fp32 (the kernels multiply in TF32, by truncation, twice over), 2e-2 in bf16. The first
-use of sizes tunes kernels.
+difference: below 4e-3 in fp32 (the kernels multiply in TF32, by truncation, twice over), 2e-2 in bf16.
 """
 
 from __future__ import annotations
@@ -59,12 +58,8 @@ def by(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _exact_products():
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+def _seeded():
     torch.manual_seed(0)
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def segments() -> torch.Tensor:

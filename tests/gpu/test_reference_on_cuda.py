@@ -12,15 +12,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _exact_products():
-    """Products of float32 in float32, not TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def _tokens(*shape: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(3))
 

@@ -173,6 +173,37 @@ def test_block_masks(tokens, window):
     assert not (tiles.any(-1).any(-1) & ~some).any()
     assert not (all_ & ~tiles.all(-1).all(-1)).any()
     assert torch.equal(mask.to_dense()[:, 0].bool().expand(B, J, J), some | all_)
+    assert_lists(mask.kv_num_blocks, mask.kv_indices, some & ~all_)
+    assert_lists(mask.full_kv_num_blocks, mask.full_kv_indices, all_)
+    assert_lists(mask.q_num_blocks, mask.q_indices, (some & ~all_).transpose(1, 2))
+    assert_lists(mask.full_q_num_blocks, mask.full_q_indices, all_.transpose(1, 2))
+
+
+def assert_lists(counts_B1J, order_B1JJ, pairs_BJJ) -> None:
+    """Which blocks each block has, first in order; laid out as FlexAttention's kernels step, from row to row by the
+    stride of the 1."""
+    B, J = order_B1JJ.shape[0], order_B1JJ.shape[-1]
+    assert counts_B1J.stride() == (J, J, 1) and order_B1JJ.stride() == (J * J, J * J, J, 1)
+    rank_JJ = torch.arange(J).expand(J, J)
+    dense_BJJ = torch.zeros(B, J, J, dtype=torch.bool).scatter(
+        2, order_B1JJ[:, 0].long(), rank_JJ < counts_B1J[:, 0, :, None]
+    )
+    assert torch.equal(dense_BJJ.expand_as(pairs_BJJ), pairs_BJJ)
+
+
+def test_compiled_block_masks_keep_their_layout():
+    """torch.compile may give a dimension of size 1 any stride, unless the lists come out of an op."""
+    segments_BT = torch.stack((torch.arange(6).repeat_interleave(128), torch.zeros(768, dtype=torch.int64))).int()
+    tokens, seen = Tokens.packed(segments_BT), []
+
+    def backend(graph, inputs):
+        ops = [node for node in graph.graph.nodes if "block_lists" in str(node.target)]
+        seen.extend(tuple(t.stride() for t in node.meta["example_value"]) for node in ops)
+        return graph.forward
+
+    mask = torch.compile(lambda t: blocks.block_mask(t, window=None).q_indices, fullgraph=True, backend=backend)(tokens)
+    assert torch.equal(mask, blocks.block_mask(tokens, window=None).q_indices)
+    assert seen == 2 * [((6, 6, 1), (36, 36, 6, 1)) * 2]
 
 
 def test_block_masks_leave_out_most():

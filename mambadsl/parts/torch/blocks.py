@@ -34,9 +34,12 @@ def block_mask(tokens: Tokens, *, window: int | None) -> BlockMask:
         return shown if window is None else shown & (back < window)
 
     some_BJJ, all_BJJ = block_pairs(tokens, window=window)
-    pairs = [*_listed(some_BJJ & ~all_BJJ), *_listed(all_BJJ)]
-    return BlockMask.from_kv_blocks(
-        *pairs, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(tokens.length, tokens.length)
+    some_kv, some_kv_index, some_q, some_q_index = _lists(some_BJJ & ~all_BJJ)
+    all_kv, all_kv_index, all_q, all_q_index = _lists(all_BJJ)
+    return BlockMask(
+        seq_lengths=(tokens.length, tokens.length), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen,
+        kv_num_blocks=some_kv, kv_indices=some_kv_index, full_kv_num_blocks=all_kv, full_kv_indices=all_kv_index,
+        q_num_blocks=some_q, q_indices=some_q_index, full_q_num_blocks=all_q, full_q_indices=all_q_index,
     )
 
 
@@ -78,7 +81,25 @@ def _range(x_BT: Tensor, J: int) -> tuple[Tensor, Tensor]:
     return x_BJT.amin(2), x_BJT.amax(2)
 
 
+@torch.library.custom_op("mambadsl::block_lists", mutates_args=())
+def _lists(pairs_BJJ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of pairs of blocks (queries, keys): how many blocks of keys each block of queries has, int32 [B, 1, J], and
+    which, first in [B, 1, J, J]; then how many blocks of queries each block of keys has, and which.
+
+    An op, because FlexAttention's kernels step from row to row by the stride of the 1, which torch.compile chooses as
+    it likes for tensors that it makes itself: rows would read each other's lists.
+    """
+    return *_listed(pairs_BJJ), *_listed(pairs_BJJ.transpose(1, 2))
+
+
+@_lists.register_fake
+def _(pairs_BJJ):
+    B, J, _ = pairs_BJJ.shape
+    counts, order = (pairs_BJJ.new_empty(s, dtype=torch.int32) for s in ((B, 1, J), (B, 1, J, J)))
+    return counts, order, torch.empty_like(counts), torch.empty_like(order)
+
+
 def _listed(pairs_BJJ: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each block of queries has, int32 [B, 1, J], and which, first in [B, 1, J, J]."""
+    pairs_BJJ = pairs_BJJ.contiguous()
     order_BJJ = pairs_BJJ.int().argsort(dim=-1, descending=True, stable=True)
     return pairs_BJJ.sum(-1, dtype=torch.int32)[:, None], order_BJJ.int()[:, None]

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from mambadsl.kinds.conv import _last_inputs
-from mambadsl.parts.triton.conv_kernels import backward_kernel, forward_kernel
+from mambadsl.parts.triton.conv_kernels import conv_backward, conv_forward
 from mambadsl.parts.triton.ssd.kernels import documents, kernels
 
 #: Registers hold the taps, their gradients and two windows.
@@ -60,7 +60,7 @@ def forward(
         return y_BTC
     laid = _lay(walk or FORWARD, x_BTC, K)
     with torch.cuda.device_of(x_BTC):
-        forward_kernel[laid.grid](
+        conv_forward[laid.grid](
             x_BTC, weight_CK, bias_C, document_BT, state_BCJ, y_BTC, B, T, laid.length, laid.segments,
             x_BTC.stride(0), y_BTC.stride(0), *_strides(state_BCJ), x_t=x_BTC.stride(1), y_t=y_BTC.stride(1),
             C=C, K=K, **laid.settings,
@@ -87,7 +87,7 @@ def backward(
     laid = _lay(walk or BACKWARD, x_BTC, K)
     partial_PW = torch.empty((laid.grid[1], width), dtype=torch.float32, device=x_BTC.device)
     with torch.cuda.device_of(x_BTC):
-        backward_kernel[laid.grid](
+        conv_backward[laid.grid](
             dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ, into, dstate_BCJ, partial_PW,
             B, T, laid.length, laid.segments,
             dy_BTC.stride(0), x_BTC.stride(0), into.stride(0), *_strides(state_BCJ), *_strides(dstate_BCJ),

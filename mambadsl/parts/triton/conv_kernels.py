@@ -86,7 +86,7 @@ def _seen(window, documents, r: tl.constexpr, NEAR: tl.constexpr, FAR: tl.conste
 
 
 @triton.jit
-def forward_kernel(
+def conv_forward(
     x_ptr, weight_ptr, bias_ptr, document_ptr, state_ptr, y_ptr, B, T, length, segments,
     x_b, y_b, state_b, state_c, state_j, x_t: tl.constexpr, y_t: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
@@ -169,7 +169,7 @@ def _write(rows, dx, time, begin, limit, inside, state_rows, state_j, J: tl.cons
 
 
 @triton.jit
-def backward_kernel(
+def conv_backward(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, document_ptr, state_ptr, dx_ptr, dstate_ptr, partial_ptr,
     B, T, length, segments, dy_b, x_b, dx_b, state_b, state_c, state_j, dstate_b, dstate_c, dstate_j,
     dy_t: tl.constexpr, x_t: tl.constexpr, dx_t: tl.constexpr,

@@ -33,7 +33,7 @@ BACKWARD = {
 
 
 @triton.jit
-def _forward_kernel(
+def _gate_norm_forward(
     y_ptr, z_ptr, weight_ptr, out_ptr, rstd_ptr, R, y_stride, z_stride, out_stride, eps,
     ORDER: tl.constexpr, I: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -59,7 +59,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gate_norm_backward(
     dout_ptr, y_ptr, z_ptr, weight_ptr, rstd_ptr, dy_ptr, dz_ptr, dweight_ptr, R,
     dout_stride, y_stride, z_stride, dy_stride, dz_stride,
     ORDER: tl.constexpr, I: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ def gate_norm_forward(
     launch = launch or launch_of(FORWARD, block)
     if R:
         with torch.cuda.device_of(y_RI):
-            _forward_kernel[triton.cdiv(R, launch.rows), pieces](
+            _gate_norm_forward[triton.cdiv(R, launch.rows), pieces](
                 y_RI, z_RI, weight_I, out, rstd_RG, R, y_RI.stride(0), z_RI.stride(0), out.stride(0), eps,
                 ORDER=order, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, num_warps=launch.warps,
             )
@@ -148,7 +148,7 @@ def gate_norm_backward(
     dweight_PI = None if order == "none" else torch.empty((P, I), dtype=torch.float32, device=y_RI.device)
     if R:
         with torch.cuda.device_of(y_RI):
-            _backward_kernel[P, pieces](
+            _gate_norm_backward[P, pieces](
                 dout_RI, y_RI, z_RI, weight_I, rstd_RG, dy, dz, dweight_PI, R,
                 dout_RI.stride(0), y_RI.stride(0), z_RI.stride(0), dy.stride(0), dz.stride(0),
                 ORDER=order, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, STAGES=launch.stages,

@@ -32,7 +32,7 @@ BACKWARD = {
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_forward(
     x_ptr, weight_ptr, out_ptr, rstd_ptr, R, x_stride, eps,
     D: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
@@ -49,7 +49,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_backward(
     dout_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr, R, dout_stride, x_stride,
     D: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -83,7 +83,7 @@ def rms_norm_forward(
     rstd_R = torch.empty(R, dtype=torch.float32, device=x_RD.device)
     if R:
         with torch.cuda.device_of(x_RD):
-            _forward_kernel[triton.cdiv(R, launch.rows),](
+            _rms_norm_forward[triton.cdiv(R, launch.rows),](
                 x_RD, weight_D, out_RD, rstd_R, R, x_RD.stride(0), eps,
                 D=D, OFFSET=float(zero_centered), ROWS=launch.rows, BLOCK=block, num_warps=launch.warps,
             )
@@ -103,7 +103,7 @@ def rms_norm_backward(
     dweight_PD = None if weight_D is None else torch.empty((P, D), dtype=torch.float32, device=x_RD.device)
     if R:
         with torch.cuda.device_of(x_RD):
-            _backward_kernel[P,](
+            _rms_norm_backward[P,](
                 dout_RD, x_RD, weight_D, rstd_R, dx_RD, dweight_PD, R, dout_RD.stride(0), x_RD.stride(0),
                 D=D, OFFSET=float(zero_centered), ROWS=launch.rows, BLOCK=block, STAGES=launch.stages,
                 num_warps=launch.warps, maxnreg=launch.registers,

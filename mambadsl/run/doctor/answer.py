@@ -61,11 +61,13 @@ def load(name: str) -> Answers:
 
 def compare(part: str, *slots: str) -> Answers:
     from mambadsl.run.doctor.kernels import check
+    from mambadsl.run.doctor.untuned import untuned
 
-    for slot in slots:
-        # Where the process ends here, it is this slot's doing.
-        yield {"trying": slot}
-        yield from check(part, slot)
+    with untuned():
+        for slot in slots:
+            # Where the process ends here, it is this slot's doing.
+            yield {"trying": slot}
+            yield from check(part, slot)
 
 
 QUESTIONS: dict[str, Callable[..., Answers]] = {"facts": facts, "missing": missing, "load": load, "try": compare}

@@ -10,11 +10,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from mambadsl.parts.plugins import loaded_files
+
+_running: set[subprocess.Popen] = set()
+_ending = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,12 @@ class Ended:
 
 
 def ask(*words: str, limit_s: float) -> Ended:
-    """Runs `answer.py` with the words. Files given by `--load` are loaded there too."""
+    """Runs `answer.py` with the words. Files given by `--load` are loaded there too.
+
+    Raises InterruptedError inside `all_ended`.
+    """
+    if _ending.is_set():
+        raise InterruptedError("no more questions")
     loads = [word for path in loaded_files() for word in ("--load", str(path))]
     command = [sys.executable, "-m", "mambadsl.run.doctor.answer", *loads, *words]
     started = time.monotonic()
@@ -47,14 +58,30 @@ def ask(*words: str, limit_s: float) -> Ended:
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
+    _running.add(child)
     try:
         out, error = child.communicate(timeout=limit_s)
         code = child.returncode
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         (out, error), code = child.communicate(), None
+    finally:
+        _running.discard(child)
     seconds = time.monotonic() - started
     return Ended(tuple(_objects(out)), code, error.decode(errors="replace")[-4000:], seconds)
+
+
+@contextmanager
+def all_ended() -> Iterator[None]:
+    """Ends the processes that other threads wait for; inside, no new ones are started."""
+    _ending.set()
+    try:
+        for child in list(_running):
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        yield
+    finally:
+        _ending.clear()
 
 
 def _objects(out: bytes) -> list[dict[str, Any]]:

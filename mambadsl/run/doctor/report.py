@@ -5,20 +5,26 @@ Refuses (KeyError) packages that do not exist. Nothing that is asked runs in thi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mambadsl.parts import registry
 from mambadsl.parts.machine import Machine
 from mambadsl.parts.part import Package, Part
 from mambadsl.run.doctor import environment, packages
-from mambadsl.run.doctor.child import ask
+from mambadsl.run.doctor.child import all_ended, ask
 from mambadsl.run.doctor.environment import Environment
 from mambadsl.run.doctor.packages import Loaded
 
 #: Of one slot: kernels are compiled first.
 SLOT_LIMIT_S = 150
+#: Side by side: most of their time is imports and compilers, on one core each.
+PROCESSES = max(1, min(8, (os.cpu_count() or 1) // 2))
+
+One, Found = TypeVar("One"), TypeVar("Found")
 
 #: What is wrong with a part, of the states that `kernels.check` and a process's end have.
 BROKEN = ("wrong", "failed", "crashed", "no end")
@@ -65,24 +71,35 @@ def examine(
     wanted = [every[name] for name in dict.fromkeys(names)] or list(every.values())
     tell("looking at Python, torch and the GPU")
     here = environment.look()
-    loaded = {}
-    for package in wanted:
-        needed = (n for part in package.parts for n in part.needs)
-        for one in (package, *(every[name] for name in needed if name in every)):
-            if one.name not in loaded:
-                tell(f"loading {one.name}")
-                loaded[one.name] = packages.look(one, cuda=here.facts.get("torch_cuda"))
-    tried = [] if quick else [row for package in wanted for row in _parts(package, here.machine, loaded, tell)]
-    return Report(here, tuple(loaded[package.name] for package in wanted), tuple(tried))
+    needed = (every[n] for package in wanted for part in package.parts for n in part.needs if n in every)
+
+    def look(package: Package) -> Loaded:
+        tell(f"loading {package.name}")
+        return packages.look(package, cuda=here.facts.get("torch_cuda"))
+
+    distinct = {package.name: package for package in (*wanted, *needed)}
+    loaded = dict(zip(distinct, _side_by_side(look, distinct.values())))
+
+    def hold(part: Part) -> list[Tried]:
+        if why := _not_here(part, here.machine, loaded):
+            return [Tried(part.name, slot, "not here", detail=why) for slot in part.slots]
+        tell(f"trying {part.name}")
+        return list(try_part(part.name, part.slots))
+
+    parts = () if quick else [part for package in wanted for part in package.parts]
+    tried = tuple(row for rows in _side_by_side(hold, parts) for row in rows)
+    return Report(here, tuple(loaded[package.name] for package in wanted), tried)
 
 
-def _parts(package: Package, here: Machine, loaded: dict[str, Loaded], tell: Callable[[str], None]) -> Iterator[Tried]:
-    for part in package.parts:
-        if why := _not_here(part, here, loaded):
-            yield from (Tried(part.name, slot, "not here", detail=why) for slot in part.slots)
-        else:
-            tell(f"trying {part.name}")
-            yield from try_part(part.name, part.slots)
+def _side_by_side(function: Callable[[One], Found], items: Iterable[One]) -> list[Found]:
+    """Results in the order of the items. What ends this ends the processes that were asked, too."""
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        try:
+            return list(pool.map(function, items))
+        except BaseException:
+            with all_ended():
+                pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _not_here(part: Part, here: Machine, loaded: dict[str, Loaded]) -> str:

@@ -11,12 +11,13 @@ from mambadsl.run.doctor.report import BROKEN, Report, Tried
 from mambadsl.show.units import size
 
 WIDTH = 110
+TRIED = "Parts, held to the reference on a small layer (relative errors; times before any tuning)"
 
 
 def report_text(report: Report) -> str:
     blocks = [["Machine", *_machine(report.environment)], ["Packages", *_packages(report.packages)]]
     if report.tried:
-        blocks.append(["Parts, held to the reference on a small layer (relative errors)", *_parts(report.tried)])
+        blocks.append([TRIED, *_parts(report.tried)])
     blocks.append([_verdict(report)])
     return "\n\n".join("\n".join(lines) for lines in blocks) + "\n"
 

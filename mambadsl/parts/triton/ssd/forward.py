@@ -29,7 +29,7 @@ from mambadsl.parts.triton.ssd.shape import (
     write,
 )
 
-SCAN = Loop(warps=8, stages=3, programs=1, cut=False)
+SCAN = Loop(warps=4, stages=2, programs=2)
 
 
 def scan_forward(

@@ -95,7 +95,7 @@ def _read(
 
 
 @triton.jit
-def _forward_kernel(
+def _steps_forward(
     dt_ptr, A_ptr, bias_ptr, lengths_ptr, step_ptr, sum_ptr, T, H, dt_stride_b, dt_stride_t, dt_stride_h, low, high,
     RAW: tl.constexpr, LENGTHS: tl.constexpr, HIGH: tl.constexpr, Q: tl.constexpr, HEADS: tl.constexpr,
 ):
@@ -122,7 +122,7 @@ def _tiles(ptr, at, mask, tiles, tile_stride):
 
 
 @triton.jit
-def _backward_kernel(
+def _steps_backward(
     dt_ptr, A_ptr, bias_ptr, lengths_ptr,
     step_ptr, after_ptr, before_ptr, inside_ptr, across_ptr, D_ptr, ddt_ptr, sums_ptr,
     T, H, dt_stride_b, dt_stride_t, dt_stride_h, low, high,
@@ -179,7 +179,7 @@ def forward(steps: Steps, *, chunk: int) -> tuple[Tensor, Tensor]:
     B, T, H = steps.dt_BTH.shape
     c = triton.cdiv(T, chunk)
     step_BcHQ, sum_BcHQ = (steps.dt_BTH.new_empty(B, c, H, chunk, dtype=torch.float32) for _ in range(2))
-    _forward_kernel[B, c, triton.cdiv(H, HEADS)](
+    _steps_forward[B, c, triton.cdiv(H, HEADS)](
         step_ptr=step_BcHQ, sum_ptr=sum_BcHQ, Q=chunk, HEADS=HEADS, **steps.arguments()
     )
     return step_BcHQ, sum_BcHQ
@@ -191,7 +191,7 @@ def backward(steps: Steps, parts: DecayParts, *, ddt: Tensor) -> Tensor:
     B, T, H = steps.dt_BTH.shape
     c, chunk = parts.step.shape[2], parts.step.shape[-1]
     sums_c3H = steps.dt_BTH.new_empty(B * c, 3, H, dtype=torch.float32)
-    _backward_kernel[B, c, triton.cdiv(H, HEADS)](
+    _steps_backward[B, c, triton.cdiv(H, HEADS)](
         step_ptr=parts.step, after_ptr=parts.after, before_ptr=parts.before, inside_ptr=parts.inside,
         across_ptr=parts.across, D_ptr=parts.D, ddt_ptr=ddt, sums_ptr=sums_c3H,
         ddt_stride_b=ddt.stride(0), ddt_stride_t=ddt.stride(1), ddt_stride_h=ddt.stride(2),
