@@ -1,7 +1,7 @@
 """Forward and backward of mambadsl and of its rivals on one GPU: same shapes, same weights, one run.
 
     python benchmarks/train.py [--model hybrid|mamba2_1_3b|all] [--rivals megatron,transformers,mamba_ssm]
-                               [--only REGEX] [--json FILE] [--steps 12] [--budget 400] [--profile]
+                               [--only REGEX] [--json FILE] [--steps 12] [--budget 400] [--warm 14] [--profile]
     python benchmarks/train.py --cpu        a check of the benchmark itself: tiny, no GPU, reference parts
 
 Loss, gradient norm and the embedding's gradient are compared with ours before any time counts: a row that
@@ -40,6 +40,7 @@ if torch.cuda.is_available():
 from rivals.contender import Contender, Shape  # noqa: E402
 from rivals.measure import GIB, at_most, matmul_peak, profiled, sync, turn_ms  # noqa: E402
 from rivals.ours import VARIANTS, Ours  # noqa: E402
+from rivals.warm import warm  # noqa: E402
 
 import mambadsl  # noqa: E402
 
@@ -139,7 +140,7 @@ class Race:
                 made = list(self._made(name))
             for contender in made:
                 row = self.rows.setdefault(contender.name, Row(contender.name))
-                with _Guard(row, seconds=min(150, self.left())):
+                with _Guard(row, seconds=min(300, self.left())):
                     self._check(contender, row)
                     self.contenders[contender.name] = contender
                 print(f"# {row.name}: loss {row.loss:.5f} {row.note}, {self.left():.0f} s left", flush=True)
@@ -286,6 +287,12 @@ def run(name: str, task: Task, args: argparse.Namespace, *, seconds: float, peak
     race = Race(task.text, device="cpu" if args.cpu else "cuda", batch=batch, length=length, seconds=seconds)
     named = [entry for entry in task.order if entry in VARIANTS or entry.split()[0] in args.rivals]
     wanted = [n for n in named if re.search(args.only, n)] if args.only else [n for n in named if n not in ON_REQUEST]
+    rivals = {n.split()[0]: n for n in reversed(wanted) if n not in VARIANTS}
+    for rival in rivals.values() if args.warm and not args.cpu else ():
+        # They all run mamba_ssm's kernels: one that is installed will do.
+        if good := warm(task.text, rival, processes=args.warm, seconds=race.left() / 3):
+            print(f"# {good} processes compiled the kernels of {rival}, {race.left():.0f} s left", flush=True)
+            break
     race.enter(wanted, keep_s=min(60, seconds / 4))
     race.time(args.steps)
     if not args.cpu:
@@ -311,6 +318,10 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write everything here")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each contender")
     parser.add_argument("--budget", type=float, default=400, help="seconds for all of it")
+    parser.add_argument(
+        "--warm", type=int, default=max(0, (os.cpu_count() or 1) - 2), metavar="PROCESSES",
+        help="to compile rivals' kernels in first (0: one after the other, when they run)",
+    )
     parser.add_argument("--profile", action="store_true", help="kernels of the fastest of ours")
     parser.add_argument("--cpu", action="store_true", help="check the benchmark itself, without a GPU")
     args = parser.parse_args()
