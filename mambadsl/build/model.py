@@ -283,7 +283,7 @@ class Model(nn.Module):
             logits_BV = self.frame["head_step"](self.final_norm, x_BD, self._head_weight(), **how)
             stream["logits"] = logits_BV[:, None]
             return
-        stream["h"] = self.final_norm(x_BLD).to(self._head_weight().dtype)
+        stream["h"] = self.final_norm(x_BLD, dtype=self._head_weight().dtype)
 
     def _head_weight(self) -> Tensor:
         return (self.embed if self.graph.tied else self.head).weight

@@ -91,14 +91,21 @@ class Sublayer(nn.Module):
         residual = self.sub.residual
         h_BTI = torch.cat((x_BTD, x0_BTD), -1) if self.sub.input == "with_embedding" else x_BTD
         if residual.name != "post" and not self.leaves_norm:
-            h_BTI = self.norm(h_BTI)
+            # Only a stream that goes on with the normed values needs them in its own dtype.
+            h_BTI = self.norm(h_BTI, dtype=None if residual.name == "normed" else self._narrow)
         y_BTD = self._sum(h_BTI, tokens, states)
         if self.norm_after:
             y_BTD = self._modules[self.norm_after](y_BTD)
-        y_BTD = y_BTD.to(x_BTD.dtype)
         if residual.name == "normed":
-            return scaled(h_BTI, residual.alpha) + scaled(y_BTD, residual.beta)
-        return x_BTD + y_BTD
+            return scaled(h_BTI, residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), residual.beta)
+        # The sum widens a narrower y by itself: as a copy, that would be read and written once more.
+        wide = torch.promote_types(x_BTD.dtype, y_BTD.dtype) == x_BTD.dtype
+        return x_BTD + (y_BTD if wide else y_BTD.to(x_BTD.dtype))
+
+    @property
+    def _narrow(self) -> torch.dtype:
+        """What the branches compute in."""
+        return self.mixer_modules()[0].dtype
 
     def _sum(self, h_BTI: Tensor, tokens: Tokens, states: States | None) -> Tensor:
         total_BTD = None

@@ -19,24 +19,29 @@ from mambadsl.kinds.module import add_weights
 from mambadsl.kinds.values import Variant
 
 
-def rms_norm(x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight, in the dtype of x; the scale is 1 + weight where zero_centered.
+def rms_norm(
+    x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight, in `dtype` (None: that of x); the scale is 1 + weight where zero_centered.
 
     Scaled before it is rounded, as in Nemotron-H, OLMo and Gemma (Llama and Mamba round first: bf16
     results differ by one rounding).
     """
     scale = None if weight_D is None else weight_D.float() + 1 if zero_centered else weight_D.float()
-    return F.rms_norm(x.float(), x.shape[-1:], scale, eps).to(x.dtype)
+    return F.rms_norm(x.float(), x.shape[-1:], scale, eps).to(dtype or x.dtype)
 
 
-def layer_norm(x: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, *, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias, in the dtype of x."""
+def layer_norm(
+    x: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, *, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in `dtype` (None: that of x)."""
     weight_D, bias_D = (None if t is None else t.float() for t in (weight_D, bias_D))
-    return F.layer_norm(x.float(), x.shape[-1:], weight_D, bias_D, eps).to(x.dtype)
+    return F.layer_norm(x.float(), x.shape[-1:], weight_D, bias_D, eps).to(dtype or x.dtype)
 
 
 class Norm(nn.Module):
-    """A norm form over `width` channels: [..., width] -> [..., width], same dtype. `none` changes nothing.
+    """A norm form over `width` channels: [..., width] -> [..., width], in `dtype` or in the dtype it has. `none`
+    changes nothing.
 
     Parameters `weight` and `bias` [width], those that `norm_weights` declares. rms: what computes RMS norms, with the
     signature of `rms_norm`.
@@ -56,14 +61,14 @@ class Norm(nn.Module):
         named = tuple(replace(w, name=w.name.removeprefix("norm.")) for w in table)
         add_weights(self, named, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         match self.norm.name:
             case "none":
-                return x
+                return x if dtype is None else x.to(dtype)
             case "rmsnorm":
                 zero_centered = self.norm.zero_centered
-                return self.rms(x, self.weight, eps=self.norm.eps, zero_centered=zero_centered)
-        return layer_norm(x, self.weight, self.bias, eps=self.norm.eps)
+                return self.rms(x, self.weight, eps=self.norm.eps, zero_centered=zero_centered, dtype=dtype)
+        return layer_norm(x, self.weight, self.bias, eps=self.norm.eps, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"{self.norm}, width={self.width}"

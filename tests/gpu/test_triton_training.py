@@ -77,6 +77,35 @@ def test_rms_norm(D, zero_centered, dtype):
     held_to(call(make_rms_norm()), call(rms_norm), (random(3, 211, D), random(D)), dtype=dtype)
 
 
+@pytest.mark.parametrize("D", [2048, 1000])
+def test_rms_norm_of_a_wide_stream(D):
+    """float32 in, bfloat16 out: the gradient comes back in bfloat16 and leaves in float32."""
+    from mambadsl.kinds.norm import rms_norm
+    from mambadsl.parts.triton.norm import make_rms_norm
+
+    x, weight, dout = random(3, 211, D), random(D), random(3, 211, D, dtype=torch.bfloat16)
+
+    def results(f, dtype):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        out = f(*leaves, eps=1e-5, dtype=dtype)
+        return out, *torch.autograd.grad(out, leaves, dout.to(dtype))
+
+    found, wanted = results(make_rms_norm(), torch.bfloat16), results(rms_norm, torch.float32)
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.float32, torch.float32]
+    near(found[0], wanted[0], tolerance=4e-3)
+    for mine, theirs in zip(found[1:], wanted[1:]):
+        near(mine, theirs, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("W", [7, 2048, 30720])
+def test_column_sums(W):
+    from mambadsl.parts.triton.sums import column_sums
+
+    partial = random(531, W)
+    near(column_sums(partial), partial.double().sum(0).float(), tolerance=1e-6)
+    near(column_sums(partial, torch.bfloat16), partial.double().sum(0).float(), tolerance=4e-3)
+
+
 def test_norms_read_rows_beyond_two_billion_elements():
     from mambadsl.kinds.mamba2.module import gate_norm
     from mambadsl.parts.triton.gate_norm import gate_norm_backward, gate_norm_forward

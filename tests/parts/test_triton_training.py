@@ -23,6 +23,7 @@ else:
     from mambadsl.kinds.mamba2 import module
     from mambadsl.parts.triton import cross_entropy, gate_norm, launch
     from mambadsl.parts.triton import norm as triton_norm
+    from mambadsl.parts.triton.sums import column_sums
 
     ORDERS = ("after_gate", "before_gate", "none")
     few = settings(max_examples=12, deadline=None)
@@ -135,6 +136,20 @@ else:
 
             same(wrap(call(mine)), call(norm.rms_norm), inputs, rtol=1e-4, atol=1e-5)
 
+        @compiled
+        @pytest.mark.parametrize("dtypes", [
+            (torch.float32, torch.float16), (torch.float16, torch.float32), (torch.float64, torch.float32),
+        ], ids=str)
+        def test_in_the_dtype_asked_for(self, dtypes, wrap):
+            """A wide stream goes into narrow layers: rounded once, and the gradient is wide again."""
+            mine, (given, wanted) = triton_norm.make_rms_norm(), dtypes
+            inputs = torch.randn(5, 40, dtype=given), torch.randn(40)
+
+            def call(f):
+                return lambda x, w: f(x, w, eps=1e-5, dtype=wanted)
+
+            same(wrap(call(mine)), call(norm.rms_norm), inputs, rtol=2e-3, atol=1e-3)
+
         def test_keeps_the_dtype_of_x(self):
             x, weight = torch.randn(4, 32), torch.randn(32, dtype=torch.float16)
             mine = triton_norm.make_rms_norm()
@@ -144,6 +159,17 @@ else:
         def test_refuses_too_wide_rows(self):
             with pytest.raises(ValueError, match="at most 16384"):
                 triton_norm.make_rms_norm()(torch.randn(1, 16385), None, eps=1e-5)
+
+    @few
+    @given(
+        P=st.integers(0, 150), shape=st.sampled_from([(1,), (3, 7), (40,), (4100,)]),
+        dtype=st.sampled_from([torch.float32, torch.float16]),
+    )
+    def test_column_sums(P, shape, dtype):
+        partial = torch.randn(P, *shape)
+        found = column_sums(partial, dtype)
+        torch.testing.assert_close(found, partial.double().sum(0).to(dtype), rtol=1e-3, atol=1e-4)
+        assert torch.equal(found, column_sums(partial.clone(), dtype))
 
     def reference_loss(x, weight, targets, *, multiplier, softcap):
         """As the model's head and its loss do it."""

@@ -74,7 +74,7 @@ def make_norm_linear(*, fp8: bool = False, recipe: str = "current") -> Callable[
     @torch.compiler.disable
     def norm_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, norm: Norm) -> Tensor:
         if x.dtype != weight.dtype:
-            return linear(norm(x).to(weight.dtype), weight, bias)
+            return linear(norm(x, dtype=weight.dtype), weight, bias)
         _check(x, weight, fp8)
         lent = _lent(weight, bias, layer_norm_weight=norm.weight, layer_norm_bias=norm.bias)
         with precision():

@@ -18,8 +18,11 @@ def make_rms_norm() -> Callable[..., Tensor]:
     return rms_norm
 
 
-def rms_norm(x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False) -> Tensor:
-    """x / sqrt(mean(x**2) + eps) * weight (1 + weight where zero_centered) in the dtype of x, computed in float32.
+def rms_norm(
+    x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight (1 + weight where zero_centered) in `dtype` (None: that of x), computed in
+    float32.
 
     Raises ValueError for dtypes that the kernel does not take together.
     """
@@ -30,7 +33,7 @@ def rms_norm(x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: b
     elif weight_D.dtype != x.dtype:
         raise ValueError(f"the norm's weight must have the dtype of its input, {x.dtype}, not {weight_D.dtype}")
     y_MD, _ = torch.ops.mambadsl.te_rms_norm(x.reshape(-1, x.shape[-1]), weight_D, float(eps), zero_centered)
-    return y_MD.view(x.shape)
+    return y_MD.view(x.shape).to(dtype or x.dtype)
 
 
 @torch.library.custom_op("mambadsl::te_rms_norm", mutates_args=())

@@ -19,6 +19,7 @@ from torch import Tensor
 from mambadsl.kinds.conv import _last_inputs
 from mambadsl.parts.triton.conv_kernels import conv_backward, conv_forward
 from mambadsl.parts.triton.ssd.kernels import documents, kernels
+from mambadsl.parts.triton.sums import column_sums
 
 #: Registers hold the taps, their gradients and two windows.
 MOST_TAPS = 8
@@ -95,7 +96,7 @@ def backward(
         )
     if dx is not None and not in_place:
         dx.copy_(into)
-    return into if dx is None else dx, partial_PW.sum(0).to(weight_CK.dtype), dstate_BCJ
+    return into if dx is None else dx, column_sums(partial_PW, weight_CK.dtype), dstate_BCJ
 
 
 class _Laid(NamedTuple):

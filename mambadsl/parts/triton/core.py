@@ -107,6 +107,11 @@ def _(
     )
 
 
+def _common_dtype(*tensors: Tensor) -> torch.dtype:
+    dtypes = {t.dtype for t in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
 @torch.library.custom_op("mambadsl::mamba2_core_backward", mutates_args=())
 def _backward_op(
     dout_BTI: Tensor, y_BTHP: Tensor, rstd_RG: Tensor, step: Tensor, decay: Tensor, states: Tensor, xbc: Tensor,
@@ -115,8 +120,8 @@ def _backward_op(
     lengths_B: Optional[Tensor], head_dim: int, groups: int, chunk: int, keep: str, low: float,
     high: Optional[float], order: str, norm_groups: int, eps: float, by: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of zxbcdt; of conv's weight and bias, flat; of A_log, dt_bias and D [3, H] float32; of the norm's
-    weight (empty without one)."""
+    """Gradients of zxbcdt; of conv's weight and bias, flat; of A_log, dt_bias and D [3, H], in their dtype if it is
+    one; of the norm's weight (empty without one)."""
     s = _Sizes.of(zxbcdt_BTE, weight_CK, dt_bias_H, head_dim, groups, chunk)
     scan, conv = kernels(by)
     with torch.cuda.device_of(zxbcdt_BTE):
@@ -137,11 +142,11 @@ def _backward_op(
         dxbc_BTC = torch.empty_like(xbc)
         dx, dB, dC = s.heads(dxbc_BTC)
         parts, _ = scan.backward(inputs, dy_RI.view_as(y_BTHP), states, dx=dx, dB=dB, dC=dC)
-        dheads_3H = steps.backward(raw, parts, ddt=ddt_BTH)
+        dheads_3H = steps.backward(raw, parts, ddt=ddt_BTH, dtype=_common_dtype(A_log_H, dt_bias_H, D_H))
         _, dconv, _ = conv.backward(
             dxbc_BTC, xbc_in_BTC, weight_CK, conv_bias_C, document_BT=document_BT, dx=dxbc_in_BTC
         )
-    return dzxbcdt_BTE, dconv, dheads_3H, y_BTHP.new_empty(0) if norm_I is None else dnorm_I.to(norm_I.dtype)
+    return dzxbcdt_BTE, dconv, dheads_3H, y_BTHP.new_empty(0) if norm_I is None else dnorm_I
 
 
 @_backward_op.register_fake
@@ -152,7 +157,7 @@ def _(
     weights = weight_CK.numel() + (0 if conv_bias_C is None else conv_bias_C.numel())
     return (
         zxbcdt_BTE.new_empty(zxbcdt_BTE.shape), weight_CK.new_empty(weights),
-        A_log_H.new_empty(3, A_log_H.shape[0], dtype=torch.float32),
+        A_log_H.new_empty(3, A_log_H.shape[0], dtype=_common_dtype(A_log_H, dt_bias_H, D_H)),
         y_BTHP.new_empty(0) if norm_I is None else norm_I.new_empty(norm_I.shape),
     )
 

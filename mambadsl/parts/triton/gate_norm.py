@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambadsl.parts.triton.launch import Launch, dense_rows, launch_of, persistent
+from mambadsl.parts.triton.sums import column_sums
 
 #: A program holds a group of a row in registers; a wider one would spill.
 WIDEST = 16384
@@ -133,7 +134,7 @@ def gate_norm_backward(
     dout_RI: Tensor, y_RI: Tensor, z_RI: Tensor, weight_I: Tensor | None, rstd_RG: Tensor, *, order: str,
     groups: int, eps: float, dy: Tensor | None = None, dz: Tensor | None = None, launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dy, dz, dweight_I float32; None for order none), from what the forward had and its rstd.
+    """(dy, dz, dweight_I in the weight's dtype; None for order none), from what the forward had and its rstd.
 
     dy and dz are written where given (dy may be dout itself), else made in the dtypes of y and z. Equal
     inputs give equal bits: each program sums the rows it walks over, and one reduction adds up the programs.
@@ -154,7 +155,7 @@ def gate_norm_backward(
                 ORDER=order, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, STAGES=launch.stages,
                 num_warps=launch.warps, maxnreg=launch.registers,
             )
-    return dy, dz, None if dweight_PI is None else dweight_PI.sum(0)
+    return dy, dz, None if dweight_PI is None else column_sums(dweight_PI, weight_I.dtype)
 
 
 def _pieces(channels: int, groups: int, order: str) -> tuple[int, int]:
@@ -198,7 +199,7 @@ def _backward_op(
     dy_RI, dz_RI, dweight_I = gate_norm_backward(
         dout_RI, y_RI, z_RI, weight_I, rstd_RG, order=order, groups=groups, eps=eps
     )
-    return dy_RI, dz_RI, y_RI.new_empty(0) if weight_I is None else dweight_I.to(weight_I.dtype)
+    return dy_RI, dz_RI, y_RI.new_empty(0) if weight_I is None else dweight_I
 
 
 @_backward_op.register_fake

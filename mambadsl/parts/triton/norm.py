@@ -1,8 +1,8 @@
 """RMS norm over the last axis, forward and backward, in Triton: for GPUs without torch.compile, whose own fusion of
 residual, norm and casts is as good.
 
-In: x and the weight of the slot `model.norm`, on a GPU; out: its result, in the dtype of x. What is computed is
-written in `kinds/norm.py`; float32 inside. Refuses (ValueError) more than WIDEST channels.
+In: x and the weight of the slot `model.norm`, on a GPU; out: its result, in the dtype of x or the one asked for. What
+is computed is written in `kinds/norm.py`; float32 inside. Refuses (ValueError) more than WIDEST channels.
 
 Letters: R rows, D channels, P programs of the backward kernel.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mambadsl.kinds.norm import rms_norm as definition
 from mambadsl.parts.triton.launch import Launch, dense_rows, launch_of, persistent
+from mambadsl.parts.triton.sums import column_sums
 
 #: A program holds a row in registers; a wider one would spill.
 WIDEST = 16384
@@ -73,13 +74,14 @@ def _rms_norm_backward(
 
 
 def rms_norm_forward(
-    x_RD: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False, launch: Launch | None = None
+    x_RD: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False,
+    dtype: torch.dtype | None = None, launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [R, D] in the dtype of x, rstd [R] float32). Rows of x may be of a wider buffer."""
+    """(out [R, D] in `dtype` or the dtype of x, rstd [R] float32). Rows of x may be of a wider buffer."""
     R, D = x_RD.shape
     block = _block(D)
     launch = launch or launch_of(FORWARD, block)
-    out_RD = torch.empty((R, D), dtype=x_RD.dtype, device=x_RD.device)
+    out_RD = torch.empty((R, D), dtype=dtype or x_RD.dtype, device=x_RD.device)
     rstd_R = torch.empty(R, dtype=torch.float32, device=x_RD.device)
     if R:
         with torch.cuda.device_of(x_RD):
@@ -94,7 +96,7 @@ def rms_norm_backward(
     dout_RD: Tensor, x_RD: Tensor, weight_D: Tensor | None, rstd_R: Tensor, *, zero_centered: bool = False,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx, dweight_D float32; None without a weight). Equal inputs give equal bits."""
+    """(dx, dweight_D in the weight's dtype; None without a weight). Equal inputs give equal bits."""
     R, D = x_RD.shape
     block = _block(D)
     read = (dout_RD, x_RD) if weight_D is None else (dout_RD, x_RD, weight_D)
@@ -108,7 +110,7 @@ def rms_norm_backward(
                 D=D, OFFSET=float(zero_centered), ROWS=launch.rows, BLOCK=block, STAGES=launch.stages,
                 num_warps=launch.warps, maxnreg=launch.registers,
             )
-    return dx_RD, None if dweight_PD is None else dweight_PD.sum(0)
+    return dx_RD, None if dweight_PD is None else column_sums(dweight_PD, weight_D.dtype)
 
 
 def _block(channels: int) -> int:
@@ -118,13 +120,15 @@ def _block(channels: int) -> int:
 
 
 @torch.library.custom_op("mambadsl::rms_norm", mutates_args=())
-def _op(x_RD: Tensor, weight_D: Optional[Tensor], eps: float, zero_centered: bool) -> tuple[Tensor, Tensor]:
-    return rms_norm_forward(x_RD, weight_D, eps=eps, zero_centered=zero_centered)
+def _op(
+    x_RD: Tensor, weight_D: Optional[Tensor], eps: float, zero_centered: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return rms_norm_forward(x_RD, weight_D, eps=eps, zero_centered=zero_centered, dtype=dtype)
 
 
 @_op.register_fake
-def _(x_RD, weight_D, eps, zero_centered):
-    return x_RD.new_empty(x_RD.shape), x_RD.new_empty(x_RD.shape[0], dtype=torch.float32)
+def _(x_RD, weight_D, eps, zero_centered, dtype):
+    return x_RD.new_empty(x_RD.shape, dtype=dtype), x_RD.new_empty(x_RD.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("mambadsl::rms_norm_backward", mutates_args=())
@@ -132,7 +136,7 @@ def _backward_op(
     dout_RD: Tensor, x_RD: Tensor, weight_D: Optional[Tensor], rstd_R: Tensor, zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
     dx_RD, dweight_D = rms_norm_backward(dout_RD, x_RD, weight_D, rstd_R, zero_centered=zero_centered)
-    return dx_RD, x_RD.new_empty(0) if weight_D is None else dweight_D.to(weight_D.dtype)
+    return dx_RD, x_RD.new_empty(0) if weight_D is None else dweight_D
 
 
 @_backward_op.register_fake
@@ -141,7 +145,7 @@ def _(dout_RD, x_RD, weight_D, rstd_R, zero_centered):
 
 
 def _save(ctx, inputs, output):
-    x_RD, weight_D, _, ctx.zero_centered = inputs
+    x_RD, weight_D, _, ctx.zero_centered, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_RD, weight_D, output[1])
@@ -150,22 +154,25 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout_RD, _):
     x_RD, weight_D, rstd_R = ctx.saved_tensors
     dx_RD, dweight_D = _backward_op(dense_rows(dout_RD), x_RD, weight_D, rstd_R, ctx.zero_centered)
-    return dx_RD, None if weight_D is None else dweight_D, None, None
+    return dx_RD, None if weight_D is None else dweight_D, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_save)
 
 
 def make_rms_norm() -> Callable[..., Tensor]:
-    """The function of the slot `model.norm`: rms_norm(x, weight_D, *, eps, zero_centered) as `kinds/norm.py`.
+    """The function of the slot `model.norm`: rms_norm(x, weight_D, *, eps, zero_centered, dtype) as `kinds/norm.py`.
 
     While torch.compile traces, that definition itself: the compiler joins it to the sum before and the cast after.
     """
 
-    def rms_norm(x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False) -> Tensor:
+    def rms_norm(
+        x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         if torch.compiler.is_compiling():
-            return definition(x, weight_D, eps=eps, zero_centered=zero_centered)
-        out_RD, _ = _op(dense_rows(x), weight_D, eps, zero_centered)
+            return definition(x, weight_D, eps=eps, zero_centered=zero_centered, dtype=dtype)
+        out_RD, _ = _op(dense_rows(x), weight_D, eps, zero_centered, dtype or x.dtype)
         return out_RD.view(x.shape)
 
     return rms_norm

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambadsl.parts.triton.sums import column_sums
+
 HEADS = 8  # of one program
 
 
@@ -185,8 +187,8 @@ def forward(steps: Steps, *, chunk: int) -> tuple[Tensor, Tensor]:
     return step_BcHQ, sum_BcHQ
 
 
-def backward(steps: Steps, parts: DecayParts, *, ddt: Tensor) -> Tensor:
-    """Writes dt's gradient to `ddt` [B, T, H]; returns those of A, the bias and D, [3, H] float32: of A_log where
+def backward(steps: Steps, parts: DecayParts, *, ddt: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Writes dt's gradient to `ddt` [B, T, H]; returns those of A, the bias and D, [3, H] in `dtype`: of A_log where
     the steps are raw."""
     B, T, H = steps.dt_BTH.shape
     c, chunk = parts.step.shape[2], parts.step.shape[-1]
@@ -202,4 +204,4 @@ def backward(steps: Steps, parts: DecayParts, *, ddt: Tensor) -> Tensor:
         HAS_D=parts.D is not None, HAS_INSIDE=parts.inside is not None, Q=chunk, HEADS=HEADS,
         **steps.arguments(),
     )
-    return sums_c3H.sum(0)
+    return column_sums(sums_c3H, dtype)
