@@ -290,7 +290,7 @@ def run(name: str, task: Task, args: argparse.Namespace, *, seconds: float, peak
     rivals = {n.split()[0]: n for n in reversed(wanted) if n not in VARIANTS}
     for rival in rivals.values() if args.warm and not args.cpu else ():
         # They all run mamba_ssm's kernels: one that is installed will do.
-        if good := warm(task.text, rival, processes=args.warm, seconds=race.left() / 3):
+        if good := warm(task.text, rival, processes=args.warm, seconds=race.left() / 2):
             print(f"# {good} processes compiled the kernels of {rival}, {race.left():.0f} s left", flush=True)
             break
     race.enter(wanted, keep_s=min(60, seconds / 4))
