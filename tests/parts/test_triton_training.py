@@ -23,6 +23,7 @@ else:
     from mambadsl.kinds.mamba2 import module
     from mambadsl.parts.triton import cross_entropy, gate_norm, launch
     from mambadsl.parts.triton import norm as triton_norm
+    from mambadsl.parts.triton.limits import WIDEST_NORM
     from mambadsl.parts.triton.sums import column_sums
 
     ORDERS = ("after_gate", "before_gate", "none")
@@ -114,7 +115,7 @@ else:
 
         def test_refuses_what_does_not_fit(self):
             y = torch.randn(2, 12)
-            for groups, channels in ((5, 12), (1, 2 * gate_norm.WIDEST)):
+            for groups, channels in ((5, 12), (1, 2 * WIDEST_NORM)):
                 y = torch.randn(2, channels)
                 with pytest.raises(ValueError, match=f"{channels} channels in {groups} groups"):
                     self.mine(y, y, y[0], order="after_gate", groups=groups, eps=1e-5)

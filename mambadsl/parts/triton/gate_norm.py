@@ -2,7 +2,7 @@
 
 In: tensors on a GPU as the slot `mamba2.gate_norm` has them; out: its results. What is computed is written
 in `kinds/mamba2/module.py`; float32 inside, whatever the dtypes. Refuses (ValueError) groups wider than
-WIDEST channels. `make_gate_norm` gives the slot's function; the two functions on rows are for other parts.
+WIDEST_NORM channels. `make_gate_norm` gives the slot's function; the two functions on rows are for other parts.
 
 Letters: B batch, T time, I channels, R rows (B * T), G groups, P programs of the backward kernel.
 """
@@ -16,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mambadsl.parts.triton.launch import Launch, dense_rows, launch_of, persistent
+from mambadsl.parts.triton.limits import WIDEST_NORM
 from mambadsl.parts.triton.sums import column_sums
 
-#: A program holds a group of a row in registers; a wider one would spill.
-WIDEST = 16384
 #: Without a norm nothing ties the channels together, and they are cut as suits the GPU.
 PIECE = 2048
 #: Block of channels (a power of two) -> launch; narrower blocks hold as many channels as the first, in more rows.
@@ -164,9 +163,9 @@ def _pieces(channels: int, groups: int, order: str) -> tuple[int, int]:
         width = min(channels, PIECE)
         return width, triton.cdiv(channels, width)
     width = channels // groups
-    if width * groups != channels or width > WIDEST:
+    if width * groups != channels or width > WIDEST_NORM:
         raise ValueError(
-            f"the gated norm takes groups of equal width, at most {WIDEST} channels each, "
+            f"the gated norm takes groups of equal width, at most {WIDEST_NORM} channels each, "
             f"not {channels} channels in {groups} groups"
         )
     return width, groups

@@ -2,7 +2,7 @@
 residual, norm and casts is as good.
 
 In: x and the weight of the slot `model.norm`, on a GPU; out: its result, in the dtype of x or the one asked for. What
-is computed is written in `kinds/norm.py`; float32 inside. Refuses (ValueError) more than WIDEST channels.
+is computed is written in `kinds/norm.py`; float32 inside. Refuses (ValueError) more than WIDEST_NORM channels.
 
 Letters: R rows, D channels, P programs of the backward kernel.
 """
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from mambadsl.kinds.norm import rms_norm as definition
 from mambadsl.parts.triton.launch import Launch, dense_rows, launch_of, persistent
+from mambadsl.parts.triton.limits import WIDEST_NORM
 from mambadsl.parts.triton.sums import column_sums
 
-#: A program holds a row in registers; a wider one would spill.
-WIDEST = 16384
 #: Block of channels -> launch, as in `gate_norm`.
 FORWARD = {
     512: Launch(4, 4), 1024: Launch(2, 4), 2048: Launch(1, 4), 4096: Launch(1, 8), 8192: Launch(1, 16),
@@ -114,8 +113,8 @@ def rms_norm_backward(
 
 
 def _block(channels: int) -> int:
-    if channels > WIDEST:
-        raise ValueError(f"the RMS norm takes at most {WIDEST} channels, not {channels}")
+    if channels > WIDEST_NORM:
+        raise ValueError(f"the RMS norm takes at most {WIDEST_NORM} channels, not {channels}")
     return triton.next_power_of_2(channels)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from mambadsl.kinds.fields import Field, Int, OneOf, OrWord
 from mambadsl.parts.part import Package, Part, Request
 from mambadsl.parts.triton.decode.accepts import head, step
+from mambadsl.parts.triton.limits import WIDEST_NORM
 
-#: One program holds one group of channels (or one row) in registers.
-LARGEST_ROW = 16384
 #: The scan's loops hold up to 170 KB in shared memory; GPUs before the H100 have less.
 HOPPER = (9, 0)
 #: Taps that the convolution keeps in registers; tiles of a chunk that shared memory holds.
@@ -38,13 +37,13 @@ def core(request: Request) -> Iterator[str]:
 def gate_norm(request: Request) -> Iterator[str]:
     f = request.fields
     width = f.heads * f.head_dim // f.norm_groups
-    if f.gated_norm != "none" and width > LARGEST_ROW:
-        yield f"norms groups of at most {LARGEST_ROW:,} channels, not {width:,}"
+    if f.gated_norm != "none" and width > WIDEST_NORM:
+        yield f"norms groups of at most {WIDEST_NORM:,} channels, not {width:,}"
 
 
 def rms_norm(request: Request) -> Iterator[str]:
-    if request.dims.d_model > LARGEST_ROW // 2:
-        yield f"norms at most {LARGEST_ROW // 2:,} channels (and twice that with the embedding beside)"
+    if request.dims.d_model > WIDEST_NORM // 2:
+        yield f"norms at most {WIDEST_NORM // 2:,} channels (and twice that with the embedding beside)"
 
 
 CHUNK = Field(

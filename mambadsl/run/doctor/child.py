@@ -21,6 +21,8 @@ from mambadsl.parts.plugins import loaded_files
 
 _running: set[subprocess.Popen] = set()
 _ending = threading.Event()
+#: Held from the look at `_ending` until the new process is among the running, so that none is missed.
+_starting = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,17 @@ def ask(*words: str, limit_s: float) -> Ended:
 
     Raises InterruptedError inside `all_ended`.
     """
-    if _ending.is_set():
-        raise InterruptedError("no more questions")
     loads = [word for path in loaded_files() for word in ("--load", str(path))]
     command = [sys.executable, "-m", "mambadsl.run.doctor.answer", *loads, *words]
     started = time.monotonic()
-    # A group of its own: compilers that it started end with it.
-    child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-    _running.add(child)
+    with _starting:
+        if _ending.is_set():
+            raise InterruptedError("no more questions")
+        # A group of its own: compilers that it started end with it.
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        _running.add(child)
     try:
         out, error = child.communicate(timeout=limit_s)
         code = child.returncode
@@ -74,7 +77,8 @@ def ask(*words: str, limit_s: float) -> Ended:
 @contextmanager
 def all_ended() -> Iterator[None]:
     """Ends the processes that other threads wait for; inside, no new ones are started."""
-    _ending.set()
+    with _starting:
+        _ending.set()
     try:
         for child in list(_running):
             with suppress(ProcessLookupError):

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mambadsl.kinds.values import Values
+from mambadsl.parts.triton.limits import WIDEST_NORM
 
-#: A program holds a row of a norm in registers; a wider one would spill.
-WIDEST_NORM = 16384
 WIDEST_STATE = 256
 WIDEST_HEAD = 256
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from mambadsl.parts.triton.decode.configs import MIXER, Scan, for_batch
 from mambadsl.parts.triton.decode.conv import past_sum
-from mambadsl.parts.triton.decode.device import begin, launch_options, prefetch, silu, softplus
+from mambadsl.parts.triton.decode.device import begin, launch_options, prefetch, silu
+from mambadsl.parts.triton.softplus import softplus
 
 #: Largest batch for which the convolution's past is read before the kernel that wrote zx ends.
 MOST_EARLY = 8

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambadsl.parts.triton.softplus import softplus
 from mambadsl.parts.triton.sums import column_sums
 
 HEADS = 8  # of one program
@@ -61,12 +62,8 @@ class DecayParts(NamedTuple):
 @triton.jit
 def _step(raw, low, high, HIGH: tl.constexpr):
     """softplus(raw) within the limits, and its derivative."""
-    # log1p, exact to rounding for small exponentials too.
-    e = tl.exp(tl.minimum(raw, 20.0))
-    one = 1.0 + e
-    small = tl.where(one == 1.0, e, tl.log(one) * (e / tl.where(one == 1.0, 1.0, one - 1.0)))
-    step = tl.where(raw > 20.0, raw, small)
-    slope = tl.where(raw > 20.0, 1.0, e / one)
+    step = softplus(raw)
+    slope = tl.where(raw > 20.0, 1.0, tl.sigmoid(raw))
     slope = tl.where(step < low, 0.0, slope)
     step = tl.maximum(step, low)
     if HIGH:
