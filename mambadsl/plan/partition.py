@@ -74,7 +74,7 @@ def bottleneck(prefix: Sequence[float], cuts: Sequence[int], *, edge: Sequence[f
 def least_limit(prefix: Sequence[float], stages: int, *, room: Room) -> float:
     """The least limit (to one part in a thousand, never below what does) under which some split exists."""
     n = len(prefix) - 1
-    low, high = 0.0, max(room.solid(s, 0, n) for s in (0, stages - 1)) + 2 * max(room.edge)
+    low, high = 0.0, max(room.solid(s, 0, n) for s in range(stages)) + 2 * max(room.edge)
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
         tried = Room(room.solid, room.edge, middle)

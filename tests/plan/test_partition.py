@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 from itertools import accumulate, combinations, combinations_with_replacement, pairwise
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mambadsl.plan.partition import Room, fold_loop, fold_v, least_limit, min_max, rank_load
@@ -62,8 +62,15 @@ def test_min_max_is_the_least_of_all_splits(problem):
     assert room is None or all(room.holds(s, a, b) for s, (a, b) in enumerate(parts))
 
 
+def _full_in_the_middle():
+    """Memory is largest where the most microbatches are in flight, and that need not be at either end."""
+    kept, flights = [0, 0, 1, 1], [0, 4, 3]
+    return [0] * 4, 3, [0] * 4, Room(lambda s, a, b: flights[s] * (kept[b] - kept[a]), [0, 5, 5, 1], 0)
+
+
 @settings(max_examples=150, deadline=None)
 @given(problems().filter(lambda p: p[3] is not None))
+@example(_full_in_the_middle())
 def test_least_limit_is_just_enough(problem):
     prefix, stages, _, room = problem
     if len(prefix) - 1 < stages:
