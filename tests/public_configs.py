@@ -85,6 +85,17 @@ def _granite(d: int, h: int, kv: int, ff: int, shared: int, experts: tuple = (0,
     )
 
 
+def _lfm2(d: int, h: int, ff: int, n: int, attention: list[int], *, adjusted: bool = True) -> tuple[str, dict]:
+    return "Lfm2", dict(
+        vocab_size=65536, hidden_size=d, num_attention_heads=h, num_key_value_heads=8, num_hidden_layers=n,
+        block_ff_dim=ff, block_auto_adjust_ff_dim=adjusted, full_attn_idxs=attention,
+    )
+
+
+LFM2_16 = [2, 5, 8, 10, 12, 14]
+LFM2_30 = [2, 5, 9, 13, 17, 21, 24, 27]
+
+
 def _samba(d: int, n: int, h: int, ff: int) -> tuple[str, dict]:
     return "Samba", dict(
         n_embd=d, n_layer=n, n_head=h, intermediate_size=ff, vocab_size=32000, block_size=4096, norm_eps=1e-5,
@@ -182,6 +193,14 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     "granite_4_0_h_small": _granite(4096, 32, 8, 768, 1536, (72, 10)),
     "granite_4_0_h_micro": _granite(2048, 32, 8, 8192, 8192),
     "granite_4_0_h_1b": _granite(1536, 12, 4, 4096, 4096),
+    "lfm2_350m": _lfm2(1024, 16, 6656, 16, LFM2_16),
+    "lfm2_700m": _lfm2(1536, 24, 10240, 16, LFM2_16),
+    "lfm2_1_2b": _lfm2(2048, 32, 12288, 16, LFM2_16),
+    "lfm2_2_6b": _lfm2(2048, 32, 10752, 30, LFM2_30, adjusted=False),
+    "lfm2_8b_a1b": ("Lfm2Moe", dict(
+        num_hidden_layers=24,
+        layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+    )),
     "samba_421m": _samba(1536, 12, 12, 4096),
     "samba_1_3b": _samba(2304, 18, 18, 6144),
 }

@@ -193,8 +193,9 @@ def bf16_is_near(wide: KindModule, tolerance: float = 0.03) -> None:
         y = module(x, Tokens.plain(2, 40), state)
         y.float().square().mean().backward()
         assert y.dtype == dtype and x.grad.dtype == dtype
-        assert state["conv"].dtype == dtype and state["ssm"].dtype == torch.float32
-        found.append((y, x.grad, state["conv"], state["ssm"]))
+        table = module.kind.state(module.f, module.dims)
+        assert all(state[s.name].dtype == (torch.float32 if s.fp32 else dtype) for s in table)
+        found.append((y, x.grad, *(state[s.name] for s in table)))
     for exact, near in zip(*found):
         if not exact.numel():
             continue

@@ -56,9 +56,14 @@ def _moe(f: Values) -> dict[str, Any]:
     return small if f.latent is None else {**small, "latent": 32}
 
 
+def _short_conv(f: Values) -> dict[str, Any]:
+    return dict(d_inner=64)
+
+
 #: Kind -> the fields to set, from those of the whole model.
 SMALL: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "mamba1": _mamba1, "mamba2": _mamba2, "attention": _attention, "mlp": _mlp, "moe": _moe,
+    "short_conv": _short_conv,
 }
 
 

@@ -1,7 +1,7 @@
 """The causal depthwise convolution of recurrent layers, in torch: documents, padding, and its state.
 
-y_t = act(bias + sum_k weight[:, K - 1 - k] * x_{t-k}), over inputs of the same document only. Matches
-causal_conv1d. Letters: B batch, T time, C channels, K taps, J = K - 1 earlier inputs (the state).
+y_t = bias + sum_k weight[:, K - 1 - k] * x_{t-k}, over inputs of the same document only; `causal_conv` gives its silu.
+Matches causal_conv1d. Letters: B batch, T time, C channels, K taps, J = K - 1 earlier inputs (the state).
 """
 
 from __future__ import annotations
@@ -22,14 +22,30 @@ def causal_conv(
 
     segments_BT, lengths_B: as in `Rows`. state_BCJ: the inputs before the first token.
     """
-    B, T, C = x_BTC.shape
-    J = weight_CK.shape[1] - 1
+    y_BTC, after_BCJ = _sums(x_BTC, weight_CK, bias_C, segments_BT, lengths_B, state_BCJ)
+    return F.silu(y_BTC).to(x_BTC.dtype), after_BCJ
+
+
+def plain_conv(
+    x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None, *, segments_BT: Tensor | None = None,
+    lengths_B: Tensor | None = None, state_BCJ: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """As `causal_conv`, without the silu."""
+    y_BTC, after_BCJ = _sums(x_BTC, weight_CK, bias_C, segments_BT, lengths_B, state_BCJ)
+    return y_BTC.to(x_BTC.dtype), after_BCJ
+
+
+def _sums(
+    x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, segments_BT: Tensor | None, lengths_B: Tensor | None,
+    state_BCJ: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution in float32, and the state after it."""
+    T, J = x_BTC.shape[1], weight_CK.shape[1] - 1
     if state_BCJ is not None:
         x_BTC = torch.cat([state_BCJ.transpose(1, 2).to(x_BTC.dtype), x_BTC], dim=1)
     reach_BT = None if segments_BT is None else _reach(segments_BT, J)
     bias_C = None if bias_C is None else bias_C.float()
     y_BTC = Taps.apply(x_BTC.float(), weight_CK.float(), bias_C, reach_BT, T)
-    y_BTC = F.silu(y_BTC).to(x_BTC.dtype)
     return y_BTC, None if state_BCJ is None else _last_inputs(x_BTC, J, segments_BT, lengths_B)
 
 

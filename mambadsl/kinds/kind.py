@@ -167,7 +167,8 @@ class Kind:
 
     weights(f, dims), state(f, dims), flops(f, dims, length), saved(f, dims): the tables, from field
     values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
-    recurrent: carries order along the sequence without position embeddings (rules E701, I702).
+    recurrent: carries order along the sequence without position embeddings (rules E701, I702). local: sees the last
+    few tokens only (I704).
     letter: its usual layer name, for text written by programs. example: a small layer that every kernel takes.
     module_code: where the torch module is, `module:Class` or a function that returns the class; of the kinds shipped,
     `Module` in the folder's module.py.
@@ -183,6 +184,7 @@ class Kind:
     slots: tuple[Slot, ...] = ()
     source: str = ""
     recurrent: bool = False
+    local: bool = False
     letter: str = "X"
     example: str = ""
     module_code: str | Callable[[], Any] = ""

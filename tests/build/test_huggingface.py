@@ -60,6 +60,13 @@ def pairs(mixers: list[str], before: str, feed_forward: str) -> list[tuple[str, 
     ]
 
 
+def lfm2(mixers: list[str]) -> list[tuple[str, ...]]:
+    return [
+        pair for i, mixer in enumerate(mixers)
+        for pair in ((f"{i}.operator_norm", f"{i}.{mixer}"), (f"{i}.ffn_norm", f"{i}.feed_forward"))
+    ]
+
+
 GROUPED = dict(
     mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
     mamba_chunk_size=8,
@@ -204,12 +211,46 @@ FAMILIES = {
         final="model.norm", tied=True,
         model="norm = rmsnorm(eps=1e-6)\n embedding_multiplier = 12\n logits_multiplier = 1 / 8",
     ),
+    "lfm2": Family(
+        "Lfm2",
+        dict(
+            intermediate_size=48, num_hidden_layers=4, conv_L_cache=3, norm_eps=1e-5, block_multiple_of=8,
+            layer_types=["conv", "full_attention", "conv", "full_attention"], **ATTENTION,
+        ),
+        """
+        layer C = short_conv(d_conv=3)
+        layer A = attention(heads=4, kv_heads=2, rope=rope(theta=1_000_000), qk_norm=per_head(eps=1e-5))
+        layer F = mlp(d_ff=32, gated=true)
+        stack { [C F A F]*2 }
+        """,
+        lfm2(["conv", "self_attn", "conv", "self_attn"]), final="model.embedding_norm", tied=True, model=EPS,
+    ),
+    "lfm2 with experts": Family(
+        "Lfm2Moe",
+        dict(
+            intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=4, conv_L_cache=3, norm_eps=1e-5,
+            layer_types=["conv", "conv", "full_attention", "conv"], num_dense_layers=2, num_experts=6,
+            num_experts_per_tok=2, conv_bias=True, routed_scaling_factor=1.5, **ATTENTION,
+        ),
+        """
+        layer C = short_conv(d_conv=3, bias=true, conv_bias=true)
+        layer A = attention(heads=4, kv_heads=2, rope=rope(theta=1_000_000), qk_norm=per_head(eps=1e-5))
+        layer F = mlp(d_ff=48, gated=true)
+        layer E = moe(experts=6, top_k=2, d_ff=24, gated=true, router=sigmoid(renorm_eps=1e-6, scale=1.5))
+        stack { [C F]*2 A E C E }
+        """,
+        lfm2(["conv", "conv", "self_attn", "conv"]), final="model.embedding_norm", tied=True, model=EPS,
+    ),
 }
 
 #: Our name below a mixer -> theirs, joined along axis 0; the first list whose names are all there is taken.
 NAMES: dict[str, list[list[str]]] = {
     "qkv_proj.weight": [["q_proj.weight", "k_proj.weight", "v_proj.weight"]],
-    "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"]],
+    "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
+    "down_proj.weight": [["w2.weight"]],
+    "o_proj.weight": [["out_proj.weight"]],
+    "q_norm.weight": [["q_layernorm.weight"]],
+    "k_norm.weight": [["k_layernorm.weight"]],
     "conv.weight": [["conv1d.weight"]],
     "conv.bias": [["conv1d.bias"]],
     "gate_norm.weight": [["norm.weight"]],
@@ -217,7 +258,7 @@ NAMES: dict[str, list[list[str]]] = {
     "b_norm.weight": [["b_layernorm.weight"]],
     "c_norm.weight": [["c_layernorm.weight"]],
     "router.weight": [["router.weight"], ["gate.weight"], ["block_sparse_moe.router.weight"]],
-    "router.bias": [["gate.e_score_correction_bias"]],
+    "router.bias": [["gate.e_score_correction_bias"], ["expert_bias"]],
     "experts.gate_up_proj": [["experts.gate_up_proj"], ["block_sparse_moe.experts.gate_up_proj"]],
     "experts.down_proj": [["experts.down_proj"], ["block_sparse_moe.experts.down_proj"]],
     "shared.gate_up_proj.weight": [["shared_mlp.input_linear.weight"]],

@@ -56,13 +56,13 @@ def results(f, inputs, *, before=0, **rows):
     return [*outs, *torch.autograd.grad(outs, [t for t in leaves if t is not None], douts)]
 
 
-def held_to_the_definition(inputs, *, mine=None, **how):
+def held_to_the_definition(inputs, *, mine=None, definition=None, **how):
     from mambadsl.kinds.conv import causal_conv
     from mambadsl.parts.triton.conv import make_conv
 
     dtype = inputs[0].dtype
     found = results(mine or make_conv(), inputs, **how)
-    truth = results(causal_conv, [None if t is None else t.float() for t in inputs], **how)
+    truth = results(definition or causal_conv, [None if t is None else t.float() for t in inputs], **how)
     for got, wanted in zip(found, truth, strict=True):
         assert got.dtype == dtype
         near(got, wanted, tolerance=CLOSE[dtype])
@@ -86,6 +86,17 @@ def test_any_shape(batch, time, channels, before, after, dtype):
     inputs = case(batch, time, channels, 4, before=before, after=after, state=True, dtype=dtype)
     held_to_the_definition(inputs, before=before)
     held_to_the_definition(inputs, before=before, **documents(batch, time))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("K, state", [(3, False), (3, True), (7, True)])
+def test_without_silu(K, state, packed):
+    from mambadsl.kinds.conv import plain_conv
+    from mambadsl.parts.triton.conv import make_plain_conv
+
+    inputs = case(2, 517, 384, K, before=8, after=16, state=state)
+    rows = documents(2, 517) if packed else {}
+    held_to_the_definition(inputs, mine=make_plain_conv(), definition=plain_conv, before=8, **rows)
 
 
 def test_large_values_stay_finite():

@@ -158,6 +158,41 @@ def granite(c: Any) -> list[Layer]:
     return [[branch] for kind in c.layer_types for branch in (mixers[kind], ff)]
 
 
+def short_conv(c: Any) -> Branch:
+    return Branch("short_conv", dict(
+        d_inner=c.hidden_size, d_conv=c.conv_L_cache, bias=c.conv_bias, conv_bias=c.conv_bias,
+    ))
+
+
+def _lfm2_mixers(c: Any) -> list[Branch]:
+    rope = ("rope", dict(theta=c.rope_parameters["rope_theta"], fraction=1, scaling="none"))
+    attention = attn(c, rope, qk_norm=("per_head", dict(eps=c.norm_eps)))
+    return [attention if kind == "full_attention" else short_conv(c) for kind in c.layer_types]
+
+
+def lfm2(c: Any) -> list[Layer]:
+    d_ff = c.intermediate_size
+    if c.block_auto_adjust_ff_dim:
+        d_ff = int(c.block_ffn_dim_multiplier * int(2 * d_ff / 3))
+        d_ff = -(-d_ff // c.block_multiple_of) * c.block_multiple_of
+    return [[branch] for mixer in _lfm2_mixers(c) for branch in (mixer, mlp(d_ff))]
+
+
+def lfm2_moe(c: Any) -> list[Layer]:
+    router = ("sigmoid", dict(
+        bias=c.use_expert_bias, groups=1, renorm=c.norm_topk_prob, renorm_eps=1e-6, scale=c.routed_scaling_factor,
+    ))
+    experts = Branch("moe", dict(
+        experts=c.num_experts, top_k=c.num_experts_per_tok, d_ff=c.moe_intermediate_size, act="silu", gated=True,
+        router=router, shared_d_ff=0, latent=None,
+    ))
+    dense = mlp(c.intermediate_size)
+    return [
+        [branch] for i, mixer in enumerate(_lfm2_mixers(c))
+        for branch in (mixer, dense if i < c.num_dense_layers else experts)
+    ]
+
+
 def samba(c: Any) -> list[Layer]:
     scan = Branch("mamba1", dict(
         d_inner=2 * c.n_embd, d_state=16, d_conv=4, dt_rank=c.n_embd // 16, bias=False, conv_bias=True,
@@ -173,7 +208,8 @@ def samba(c: Any) -> list[Layer]:
 
 FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
-    "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Samba": samba,
+    "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
+    "Lfm2Moe": lfm2_moe, "Samba": samba,
 }
 
 
@@ -184,7 +220,7 @@ def settings(name: str) -> dict[str, Any]:
             vocab=c.vocab_size, d_model=c.n_embd, norm=("rmsnorm", dict(eps=c.norm_eps)), tie_embeddings=True,
             context=c.block_size, residual_dtype="fp32",
         )
-    eps = c.rms_norm_eps if hasattr(c, "rms_norm_eps") else c.layer_norm_epsilon
+    eps = next(getattr(c, name) for name in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon") if hasattr(c, name))
     found = dict(
         vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings,
         norm=("rmsnorm", dict(eps=eps, weight=True, zero_centered=False)), logits_softcap=None,
@@ -231,6 +267,8 @@ def test_layers(name):
             assert not wrong, f"{name} stack.{place} {mixer.kind}"
 
 
-@pytest.mark.parametrize("name", ["mamba_130m", "mamba2_130m", "falcon_h1_0_5b", "granite_4_0_h_micro"])
+@pytest.mark.parametrize("name", [
+    "mamba_130m", "mamba2_130m", "falcon_h1_0_5b", "granite_4_0_h_micro", "lfm2_350m", "lfm2_8b_a1b",
+])
 def test_hugging_face_counts_the_same_parameters(name):
     assert load(MODELS / f"{name}.mdl").cost().params == hugging_face_params(name)

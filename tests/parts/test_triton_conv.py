@@ -18,7 +18,7 @@ else:
     from hypothesis import example, given, settings
     from hypothesis import strategies as st
 
-    from mambadsl.kinds.conv import causal_conv
+    from mambadsl.kinds.conv import causal_conv, plain_conv
     from mambadsl.parts.triton import conv
 
     few = settings(max_examples=3, deadline=None)
@@ -60,8 +60,8 @@ else:
         total.backward()
         return [y, *([] if after is None else [after]), *(t.grad for t in leaves if t is not None)]
 
-    def same(inputs, *, mine=None, **how):
-        found, truth = results(mine or conv.make_conv(), inputs, **how), results(causal_conv, inputs, **how)
+    def same(inputs, *, mine=None, definition=causal_conv, **how):
+        found, truth = results(mine or conv.make_conv(), inputs, **how), results(definition, inputs, **how)
         for a, b in zip(found, truth, strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
 
@@ -71,6 +71,13 @@ else:
     ])
     def test_equals_the_definition(K, bias, packed, state):
         same(case(K=K, bias=bias, state=state), **(documents(2, 37) if packed else {}))
+
+    @pytest.mark.parametrize("K, bias, packed, state", [(3, False, True, True), (7, True, False, False)])
+    def test_without_silu(K, bias, packed, state):
+        inputs, rows = case(K=K, bias=bias, state=state), documents(2, 37) if packed else {}
+        same(inputs, mine=conv.make_plain_conv(), definition=plain_conv, **rows)
+        whole = torch.compile(conv.make_plain_conv(), fullgraph=True, backend="aot_eager")
+        same(inputs, mine=whole, definition=plain_conv, **rows)
 
     @few
     @given(

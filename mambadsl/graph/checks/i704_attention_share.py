@@ -13,7 +13,7 @@ I704 = declare(
     "an unusual share or place of attention layers",
     """
     Among the attention and recurrent layers of a hybrid, more than a quarter are attention; or three and more
-    attention layers all stand in one half of the depth. Sums and sliding windows do not count.
+    attention layers all stand in one half of the depth. Sums, windows and short convolutions do not count.
 
     Why: released hybrids (Nemotron-H, Jamba, Bamba, Granite 4) have 7 to 13 %, evenly spread: every full
     attention layer costs cache for each token. It is a habit of the field, not a law.
@@ -31,7 +31,8 @@ def check(subject: Subject) -> Iterator[Problem]:
     for node in subject.graph.layers:
         if len(node.layer.branches) == 1 and not node.shared:
             mixer = node.layer.branches[0]
-            if get(mixer.kind).recurrent:
+            kind = get(mixer.kind)
+            if kind.recurrent and not kind.local:
                 mixers.append((False, node))
             elif mixer.kind == "attention" and mixer.fields.window is None:
                 mixers.append((True, node))

@@ -45,23 +45,23 @@ def check(x_BTC: Tensor, weight_CK: Tensor) -> None:
 
 def forward(
     x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, *, document_BT: Tensor | None = None,
-    state_BCJ: Tensor | None = None,
+    state_BCJ: Tensor | None = None, silu: bool = True,
 ) -> Tensor:
-    """silu(conv(x)), [B, T, C] in the dtype of x. document_BT: int32, contiguous, not together with state_BCJ, the
-    inputs before the first one."""
+    """silu(conv(x)), or conv(x), [B, T, C] in the dtype of x. document_BT: int32, contiguous, not together with
+    state_BCJ, the inputs before the first one."""
     check(x_BTC, weight_CK)
     x_BTC = _readable(x_BTC)
     y_BTC = torch.empty(x_BTC.shape, dtype=x_BTC.dtype, device=x_BTC.device)
     extension().causal_conv1d_fwd(
         x_BTC.transpose(1, 2), weight_CK, bias_C, document_BT, _channels_last(state_BCJ), y_BTC.transpose(1, 2),
-        None, True,
+        None, silu,
     )
     return y_BTC
 
 
 def backward(
     dy_BTC: Tensor, x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, *, document_BT: Tensor | None = None,
-    state_BCJ: Tensor | None = None, dx: Tensor | None = None,
+    state_BCJ: Tensor | None = None, dx: Tensor | None = None, silu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x (written to `dx` where given), of the weights and then the bias in one flat tensor of their
     dtype, and of the state."""
@@ -76,7 +76,7 @@ def backward(
     extension().causal_conv1d_bwd(
         x_BTC.transpose(1, 2), weight_CK, bias_C, dy_BTC.transpose(1, 2), document_BT, state_BCJ,
         None, into.transpose(1, 2), flat[:taps].view_as(weight_CK), None if bias_C is None else flat[taps:],
-        dstate_BCJ, True,
+        dstate_BCJ, silu,
     )
     if dx is not None and not in_place:
         dx.copy_(into)

@@ -1,9 +1,10 @@
-"""The causal depthwise convolution of recurrent layers with silu, forward and backward, in Triton.
+"""The causal depthwise convolution of recurrent layers, with silu or without, forward and backward, in Triton.
 
 In: rows of channels on a GPU, also a slice of a wider buffer, as the slot `conv` has them; out: its results, or
 gradients. What is computed is written in `kinds/conv.py`; float32 inside, whatever the dtypes. Refuses (ValueError)
 other than 2 to 8 taps. Slower, not refused: strides or a start that are no multiple of 16 bytes; channels that are
-not innermost are copied first. `make_conv` gives the slot's function; `forward` and `backward` are for other parts.
+not innermost are copied first. `make_conv` and `make_plain_conv` give slots' functions; `forward` and `backward` are
+for other parts.
 
 Letters: B batch, T time, C channels, K taps, J = K - 1 earlier inputs, S = J + T, P programs of a channel.
 """
@@ -47,9 +48,11 @@ BACKWARD = Walk(128, 4, 4, 4, 4, 128)
 
 def forward(
     x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, *, document_BT: Tensor | None = None,
-    state_BCJ: Tensor | None = None, walk: Walk | None = None,
+    state_BCJ: Tensor | None = None, silu: bool = True, walk: Walk | None = None,
 ) -> Tensor:
-    """silu(conv(x)), [B, T, C] in the dtype of x, contiguous. ValueError for sizes that the kernels do not take.
+    """silu(conv(x)), or conv(x), [B, T, C] in the dtype of x, contiguous.
+
+    Raises ValueError for sizes that the kernels do not take.
 
     document_BT: int32; taps reach over equal numbers only, so number the documents of a row apart.
     state_BCJ: the inputs before the first one, of its document. walk: other than the table's.
@@ -64,14 +67,14 @@ def forward(
         conv_forward[laid.grid](
             x_BTC, weight_CK, bias_C, document_BT, state_BCJ, y_BTC, B, T, laid.length, laid.segments,
             x_BTC.stride(0), y_BTC.stride(0), *_strides(state_BCJ), x_t=x_BTC.stride(1), y_t=y_BTC.stride(1),
-            C=C, K=K, **laid.settings,
+            C=C, K=K, SILU=silu, **laid.settings,
         )
     return y_BTC
 
 
 def backward(
     dy_BTC: Tensor, x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, *, document_BT: Tensor | None = None,
-    state_BCJ: Tensor | None = None, dx: Tensor | None = None, walk: Walk | None = None,
+    state_BCJ: Tensor | None = None, dx: Tensor | None = None, silu: bool = True, walk: Walk | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x (written to `dx` where given), of the weights and then the bias in one flat tensor of their
     dtype [C * K + C] (without a bias [C * K]), and of the state. Equal inputs give equal bits: each program sums what
@@ -92,7 +95,8 @@ def backward(
             dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ, into, dstate_BCJ, partial_PW,
             B, T, laid.length, laid.segments,
             dy_BTC.stride(0), x_BTC.stride(0), into.stride(0), *_strides(state_BCJ), *_strides(dstate_BCJ),
-            dy_t=dy_BTC.stride(1), x_t=x_BTC.stride(1), dx_t=into.stride(1), C=C, K=K, **laid.settings,
+            dy_t=dy_BTC.stride(1), x_t=x_BTC.stride(1), dx_t=into.stride(1), C=C, K=K, SILU=silu,
+            **laid.settings,
         )
     if dx is not None and not in_place:
         dx.copy_(into)
@@ -152,68 +156,81 @@ def _strides(t_BCJ: Tensor | None) -> tuple[int, ...]:
 @torch.library.custom_op("mambadsl::causal_conv", mutates_args=())
 def convolve(
     x_BTC: Tensor, weight_CK: Tensor, bias_C: Optional[Tensor], document_BT: Optional[Tensor],
-    state_BCJ: Optional[Tensor], by: str,
+    state_BCJ: Optional[Tensor], by: str, silu: bool = True,
 ) -> Tensor:
-    """silu of the convolution. by: whose kernels, as in `ssd/kernels.py`."""
-    return kernels(by).conv.forward(x_BTC, weight_CK, bias_C, document_BT=document_BT, state_BCJ=state_BCJ)
+    """The convolution, or silu of it. by: whose kernels, as in `ssd/kernels.py`."""
+    return kernels(by).conv.forward(
+        x_BTC, weight_CK, bias_C, document_BT=document_BT, state_BCJ=state_BCJ, silu=silu
+    )
 
 
 @convolve.register_fake
-def _(x_BTC, weight_CK, bias_C, document_BT, state_BCJ, by):
+def _(x_BTC, weight_CK, bias_C, document_BT, state_BCJ, by, silu=True):
     return x_BTC.new_empty(x_BTC.shape)
 
 
 @torch.library.custom_op("mambadsl::causal_conv_backward", mutates_args=())
 def _backward_op(
     dy_BTC: Tensor, x_BTC: Tensor, weight_CK: Tensor, bias_C: Optional[Tensor], document_BT: Optional[Tensor],
-    state_BCJ: Optional[Tensor], by: str,
+    state_BCJ: Optional[Tensor], by: str, silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx_BTC, flat, dstate_BCJ = kernels(by).conv.backward(
-        dy_BTC, x_BTC, weight_CK, bias_C, document_BT=document_BT, state_BCJ=state_BCJ
+        dy_BTC, x_BTC, weight_CK, bias_C, document_BT=document_BT, state_BCJ=state_BCJ, silu=silu
     )
     return dx_BTC, flat, x_BTC.new_empty(0) if dstate_BCJ is None else dstate_BCJ.contiguous()
 
 
 @_backward_op.register_fake
-def _(dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ, by):
+def _(dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ, by, silu):
     weights = weight_CK.numel() + (0 if bias_C is None else bias_C.numel())
     dstate = x_BTC.new_empty(0) if state_BCJ is None else state_BCJ.new_empty(state_BCJ.shape)
     return x_BTC.new_empty(x_BTC.shape), weight_CK.new_empty(weights), dstate
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.by = inputs
+    *tensors, ctx.by, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, dy_BTC):
     x_BTC, weight_CK, bias_C, document_BT, state_BCJ = ctx.saved_tensors
-    dx_BTC, flat, dstate_BCJ = _backward_op(dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ, ctx.by)
+    dx_BTC, flat, dstate_BCJ = _backward_op(
+        dy_BTC, x_BTC, weight_CK, bias_C, document_BT, state_BCJ, ctx.by, ctx.silu
+    )
     taps = weight_CK.numel()
     dbias_C = None if bias_C is None else flat[taps:].to(bias_C.dtype)
-    return dx_BTC, flat[:taps].view_as(weight_CK), dbias_C, None, None if state_BCJ is None else dstate_BCJ, None
+    dstate_BCJ = None if state_BCJ is None else dstate_BCJ
+    return dx_BTC, flat[:taps].view_as(weight_CK), dbias_C, None, dstate_BCJ, None, None
 
 
 convolve.register_autograd(_backward, setup_context=_save)
 
 
 def make_conv() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The function of the slots `mamba2.conv`, `mamba1.conv` and their like."""
-    return causal_conv
+    """The function of the slots `mamba2.conv`, `mamba1.conv` and their like: as `causal_conv` of `kinds/conv.py`."""
+    return _made(silu=True)
 
 
-def causal_conv(
-    x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None, *, segments_BT: Tensor | None = None,
-    lengths_B: Tensor | None = None, state_BCJ: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """As `kinds.conv.causal_conv`. ValueError for sizes that the kernels do not take."""
-    # Counted: of two documents with one number in a row, the second must not see the first.
-    document_BT = documents(segments_BT)
-    if state_BCJ is None:
-        return convolve(x_BTC, weight_CK, bias_C, document_BT, None, "triton"), None
-    J = weight_CK.shape[1] - 1
-    state_BCJ = state_BCJ.to(x_BTC.dtype)
-    y_BTC = convolve(x_BTC, weight_CK, bias_C, document_BT, state_BCJ, "triton")
-    read_BTC = x_BTC if segments_BT is not None else x_BTC[:, max(x_BTC.shape[1] - J, 0) :]
-    before_BSC = torch.cat([state_BCJ.transpose(1, 2), read_BTC], dim=1)
-    return y_BTC, _last_inputs(before_BSC, J, segments_BT, lengths_B)
+def make_plain_conv() -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function of the slot `short_conv.conv`: as `plain_conv` of `kinds/conv.py`."""
+    return _made(silu=False)
+
+
+def _made(*, silu: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def conv(
+        x_BTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None = None, *, segments_BT: Tensor | None = None,
+        lengths_B: Tensor | None = None, state_BCJ: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """ValueError for sizes that the kernels do not take."""
+        # Counted: of two documents with one number in a row, the second must not see the first.
+        document_BT = documents(segments_BT)
+        if state_BCJ is None:
+            return convolve(x_BTC, weight_CK, bias_C, document_BT, None, "triton", silu), None
+        J = weight_CK.shape[1] - 1
+        state_BCJ = state_BCJ.to(x_BTC.dtype)
+        y_BTC = convolve(x_BTC, weight_CK, bias_C, document_BT, state_BCJ, "triton", silu)
+        read_BTC = x_BTC if segments_BT is not None else x_BTC[:, max(x_BTC.shape[1] - J, 0) :]
+        before_BSC = torch.cat([state_BCJ.transpose(1, 2), read_BTC], dim=1)
+        return y_BTC, _last_inputs(before_BSC, J, segments_BT, lengths_B)
+
+    return conv

@@ -1,4 +1,4 @@
-"""The Triton kernels of `conv.py`: the causal depthwise convolution with silu, forward and backward.
+"""The Triton kernels of `conv.py`: the causal depthwise convolution, with silu or without, forward and backward.
 
 In: pointers and strides as `conv.py` lays them out; out: written where they point. A program walks along time in LANES
 segments side by side, each with the last K - 1 inputs (and gradients) of its channels in registers, so that every
@@ -89,8 +89,8 @@ def _seen(window, documents, r: tl.constexpr, NEAR: tl.constexpr, FAR: tl.conste
 def conv_forward(
     x_ptr, weight_ptr, bias_ptr, document_ptr, state_ptr, y_ptr, B, T, length, segments,
     x_b, y_b, state_b, state_c, state_j, x_t: tl.constexpr, y_t: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
 ):
     J: tl.constexpr = K - 1
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -124,7 +124,7 @@ def conv_forward(
             pre = bias
             for k in tl.static_range(K):
                 pre += taps[k] * seen[k]
-            y = pre * _sigmoid(pre, FAST)
+            y = pre * _sigmoid(pre, FAST) if SILU else pre
             mask = (time + r < limit)[:, None] & inside[None, :]
             tl.store(y_rows + r * y_t, y.to(y_ptr.dtype.element_ty), mask=mask)
         past = past[ROWS:]
@@ -137,14 +137,17 @@ def conv_forward(
 
 
 @triton.jit
-def _gradient(dy, seen, taps, bias, K: tl.constexpr, FAST: tl.constexpr):
-    """dy times silu' of the sum over taps, which is computed again."""
-    pre = bias
-    for k in tl.static_range(K):
-        pre += taps[k] * seen[k]
-    sigmoid = _sigmoid(pre, FAST)
-    silu = pre * sigmoid
-    return dy.to(tl.float32) * (sigmoid + silu * (1.0 - sigmoid))
+def _gradient(dy, seen, taps, bias, K: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr):
+    """dy, times silu' of the sum over taps, which is computed again."""
+    dy = dy.to(tl.float32)
+    if SILU:
+        pre = bias
+        for k in tl.static_range(K):
+            pre += taps[k] * seen[k]
+        sigmoid = _sigmoid(pre, FAST)
+        silu = pre * sigmoid
+        dy *= sigmoid + silu * (1.0 - sigmoid)
+    return dy
 
 
 @triton.jit
@@ -173,8 +176,8 @@ def conv_backward(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, document_ptr, state_ptr, dx_ptr, dstate_ptr, partial_ptr,
     B, T, length, segments, dy_b, x_b, dx_b, state_b, state_c, state_j, dstate_b, dstate_c, dstate_j,
     dy_t: tl.constexpr, x_t: tl.constexpr, dx_t: tl.constexpr,
-    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, FAST: tl.constexpr,
-    AHEAD: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr, FAST: tl.constexpr, AHEAD: tl.constexpr,
 ):
     J: tl.constexpr = K - 1
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -213,7 +216,7 @@ def conv_backward(
             past += (rows[r].to(tl.float32),)
         for r in tl.static_range(ROWS):
             seen = _seen(past, marks, r, True, False, K)
-            g = _gradient(drows[r], seen, taps, bias, K, FAST)
+            g = _gradient(drows[r], seen, taps, bias, K, SILU, FAST)
             added = ()
             for k in tl.static_range(K):
                 added += (dtaps[k] + g * seen[k],)
@@ -239,7 +242,7 @@ def conv_backward(
         past += (rows[r].to(tl.float32),)
     for r in tl.static_range(J):
         seen = _seen(past, marks, r, True, False, K)
-        gradients += (_gradient(drows[r], seen, taps, bias, K, FAST),)
+        gradients += (_gradient(drows[r], seen, taps, bias, K, SILU, FAST),)
         dx = _input_gradient(gradients, marks, taps, r, K)
         _write(dx_rows + r * dx_t, dx, time + r, begin, limit, inside, None, 0, J)
     partial_ptr += tl.program_id(1).to(tl.int64) * C * (K + 1 if bias_ptr is not None else K)

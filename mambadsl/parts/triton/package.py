@@ -76,6 +76,10 @@ PACKAGE = Package(
             "mambadsl.parts.triton.conv:make_conv", conv,
         ),
         Part(
+            "triton.plain_conv", ("short_conv.conv",), "the convolution without silu, documents and states included",
+            "mambadsl.parts.triton.conv:make_plain_conv", conv,
+        ),
+        Part(
             "triton.scan", ("mamba2.scan",), "the chunked SSD scan, initial and final states included",
             "mambadsl.parts.triton.scan:make_scan", scan, (CHUNK,), capability=HOPPER,
         ),
