@@ -201,6 +201,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         num_hidden_layers=24,
         layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
     )),
+    "olmo_hybrid_7b": ("OlmoHybrid", dict(rope_parameters=dict(rope_theta=None, rope_type="default"))),
     "samba_421m": _samba(1536, 12, 12, 4096),
     "samba_1_3b": _samba(2304, 18, 18, 6144),
 }

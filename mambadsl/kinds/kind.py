@@ -169,7 +169,8 @@ class Kind:
     values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
     recurrent: carries order along the sequence without position embeddings (rules E701, I702). local: sees the last
     few tokens only (I704).
-    letter: its usual layer name, for text written by programs. example: a small layer that every kernel takes.
+    letter: its usual layer name, for text written by programs. color: its fill in pictures, light.
+    example: a small layer that every kernel takes.
     module_code: where the torch module is, `module:Class` or a function that returns the class; of the kinds shipped,
     `Module` in the folder's module.py.
     """
@@ -186,6 +187,7 @@ class Kind:
     recurrent: bool = False
     local: bool = False
     letter: str = "X"
+    color: str = ""
     example: str = ""
     module_code: str | Callable[[], Any] = ""
 

@@ -241,6 +241,28 @@ FAMILIES = {
         """,
         lfm2(["conv", "conv", "self_attn", "conv"]), final="model.embedding_norm", tied=True, model=EPS,
     ),
+    "olmo_hybrid": Family(
+        "OlmoHybrid",
+        dict(
+            intermediate_size=48, num_hidden_layers=3, rms_norm_eps=1e-6, tie_word_embeddings=False,
+            linear_num_value_heads=4, linear_num_key_heads=4, linear_key_head_dim=8, linear_value_head_dim=12,
+            layer_types=["linear_attention", "full_attention", "linear_attention"], linear_allow_neg_eigval=True,
+            rope_parameters=dict(rope_theta=None, rope_type="default"), **ATTENTION,
+        ),
+        """
+        layer D = gated_delta_net(heads=4, key_dim=8, value_dim=12, negative_eigenvalues=true, norm_eps=1e-5)
+        layer A = attention(heads=4, kv_heads=2, rope=none, qk_norm=full_width(eps=1e-6), residual=post)
+        layer F = mlp(d_ff=48, gated=true)
+        layer G = F(residual=post)
+        stack { D F A G D F }
+        """,
+        [
+            ("0.input_layernorm", "0.linear_attn"), ("0.post_attention_layernorm", "0.mlp"),
+            ("1.post_attention_layernorm", "1.self_attn"), ("1.post_feedforward_layernorm", "1.mlp"),
+            ("2.input_layernorm", "2.linear_attn"), ("2.post_attention_layernorm", "2.mlp"),
+        ],
+        final="model.norm", model="norm = rmsnorm(eps=1e-6)",
+    ),
 }
 
 #: Our name below a mixer -> theirs, joined along axis 0; the first list whose names are all there is taken.
@@ -249,11 +271,13 @@ NAMES: dict[str, list[list[str]]] = {
     "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
     "down_proj.weight": [["w2.weight"]],
     "o_proj.weight": [["out_proj.weight"]],
+    "out_proj.weight": [["o_proj.weight"]],
     "q_norm.weight": [["q_layernorm.weight"]],
     "k_norm.weight": [["k_layernorm.weight"]],
     "conv.weight": [["conv1d.weight"]],
     "conv.bias": [["conv1d.bias"]],
-    "gate_norm.weight": [["norm.weight"]],
+    "gate_norm.weight": [["norm.weight"], ["o_norm.weight"]],
+    "in_proj.weight": [[f"{name}_proj.weight" for name in "qkvgba"]],
     "dt_norm.weight": [["dt_layernorm.weight"]],
     "b_norm.weight": [["b_layernorm.weight"]],
     "c_norm.weight": [["c_layernorm.weight"]],

@@ -41,6 +41,7 @@ from mambadsl.kinds.values import Variant
 
 #: Small sizes with more than one head, group and chunk. A kind that is not here has its defaults.
 BASE: dict[str, dict[str, Any]] = {
+    "gated_delta_net": dict(heads=4, key_heads=2, key_dim=5, value_dim=6, chunk=4),
     "attention": dict(heads=4, kv_heads=2),
     "mamba1": dict(d_state=4, chunk=4),
     "mamba2": dict(heads=4, head_dim=8, groups=2, d_state=8, chunk=4),
@@ -173,6 +174,14 @@ def test_fields_are_documented(kind):
         assert isinstance(field.type, Type) and field.type.says != Type.says
     for slot in kind.slots:
         assert re.fullmatch("[a-z][a-z0-9_]*", slot.name) and slot.doc
+
+
+def test_colors_tell_kinds_apart():
+    colors = [kind.color for kind in all_kinds()]
+    assert len(set(colors)) == len(colors)
+    # Light: dark text is read on them.
+    assert all(min(bytes.fromhex(color.removeprefix("#"))) >= 0x80 or max(bytes.fromhex(color[1:])) > 0xE0
+               for color in colors)
 
 
 @every_form

@@ -19,6 +19,10 @@ class Branch(NamedTuple):
 
 
 Layer = list[Branch]
+
+
+class PostNorm(list):
+    """A layer whose norm comes after it."""
 NO_LIMIT = (0, None)
 MAMBA_KIND = "linear_attention"
 
@@ -193,6 +197,21 @@ def lfm2_moe(c: Any) -> list[Layer]:
     ]
 
 
+def olmo_hybrid(c: Any) -> list[Layer]:
+    """Blocks with attention have their norms behind the layers."""
+    assert c.rope_parameters["rope_theta"] is None
+    delta = Branch("gated_delta_net", dict(
+        heads=c.linear_num_value_heads, key_heads=c.linear_num_key_heads, key_dim=c.linear_key_head_dim,
+        value_dim=c.linear_value_head_dim, d_conv=c.linear_conv_kernel_dim, conv_bias=False, norm_eps=1e-5,
+        negative_eigenvalues=c.linear_allow_neg_eigval, dt_min=c.linear_dt_min, dt_max=c.linear_dt_max,
+        dt_floor=c.linear_dt_init_floor,
+    ))
+    attention = attn(c, "none", qk_norm=("full_width", dict(eps=c.rms_norm_eps)))
+    ff = mlp(c.intermediate_size)
+    blocks = {MAMBA_KIND: [[delta], [ff]], "full_attention": [PostNorm([attention]), PostNorm([ff])]}
+    return [layer for kind in c.layer_types for layer in blocks[kind]]
+
+
 def samba(c: Any) -> list[Layer]:
     scan = Branch("mamba1", dict(
         d_inner=2 * c.n_embd, d_state=16, d_conv=4, dt_rank=c.n_embd // 16, bias=False, conv_bias=True,
@@ -209,7 +228,7 @@ def samba(c: Any) -> list[Layer]:
 FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
     "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
-    "Lfm2Moe": lfm2_moe, "Samba": samba,
+    "Lfm2Moe": lfm2_moe, "OlmoHybrid": olmo_hybrid, "Samba": samba,
 }
 
 
@@ -258,7 +277,7 @@ def test_layers(name):
     kinds = [[b.kind for b in layer.branches] for layer in found]
     assert kinds == [[b.kind for b in layer] for layer in expected]
     for place, (layer, branches) in enumerate(zip(found, expected, strict=True)):
-        assert layer.sub.residual.name == "pre"
+        assert layer.sub.residual.name == ("post" if isinstance(branches, PostNorm) else "pre")
         for mixer, branch in zip(layer.branches, branches, strict=True):
             values = {**mixer.fields, **mixer.branch}
             free = dict(in_multiplier=1, out_multiplier=1, dropout=0, adapter="none")

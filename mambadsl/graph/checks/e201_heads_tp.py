@@ -1,4 +1,4 @@
-"""E201: tensor parallelism gives every device equally many Mamba heads."""
+"""E201: tensor parallelism gives every device equally many heads or channels of recurrent layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mambadsl.text.diagnostic import declare
 
 E201 = declare(
     "E201",
-    "the heads of a Mamba layer do not divide among devices",
+    "the heads of a recurrent layer do not divide among devices",
     """
-    Tensor parallelism over `tp` devices splits Mamba-2 layers by heads and Mamba-1 layers by channels; tp
-    must divide them.
+    Tensor parallelism over `tp` devices splits Mamba-2 layers by heads, Mamba-1 layers and short convolutions
+    by channels; tp must divide them.
 
     Why: a head's state lives on one device.
 
@@ -26,7 +26,7 @@ E201 = declare(
 
 def check(subject: Subject) -> Iterator[Problem]:
     tp = subject.facts.tp
-    for site in subject.sites("mamba1", "mamba2"):
+    for site in subject.sites("mamba1", "mamba2", "short_conv"):
         field = "heads" if site.mixer.kind == "mamba2" else "d_inner"
         count = site.f[field]
         if count % tp:

@@ -24,7 +24,7 @@ E304 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    for site in subject.sites("mamba1", "mamba2"):
+    for site in subject.sites("mamba1", "mamba2", "gated_delta_net"):
         f = site.f
         if f.dt_min >= f.dt_max:
             yield site.problem(

@@ -160,6 +160,7 @@ KIND = Kind(
     name="attention",
     example="attention(heads=4, kv_heads=2, head_dim=64)",
     letter="A",
+    color="#f9c784",
     doc="causal softmax attention with grouped key/value heads",
     fields=FIELDS,
     weights=weights,

@@ -98,6 +98,7 @@ KIND = Kind(
     name="mamba1",
     example="mamba1(d_inner=512, d_state=16, chunk=64)",
     letter="M",
+    color="#a9d4f5",
     doc="Mamba-1: selective state space with a decay per channel and state",
     fields=FIELDS,
     weights=weights,

@@ -136,6 +136,7 @@ KIND = Kind(
     name="mamba2",
     example="mamba2(heads=8, head_dim=64, d_state=64, groups=2, chunk=64)",
     letter="M",
+    color="#7fc8f8",
     doc="Mamba-2: selective state space with one decay per head (SSD)",
     fields=FIELDS,
     weights=weights,

@@ -14,17 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambadsl.kinds.chunks import LONGEST_CHUNK, LOWEST_LOG_DECAY, in_chunks, masks, running_sums
 from mambadsl.kinds.conv import causal_conv
+from mambadsl.kinds.gate_norm import gate_norm
 from mambadsl.kinds.mamba2.kind import KIND, in_segments
 from mambadsl.kinds.module import KindModule
-from mambadsl.kinds.norm import rms_norm
 from mambadsl.kinds.rows import Rows, starts
 from mambadsl.kinds.tokens import Tokens
-
-#: exp(-128) is 0 in float32; more decay than that would only cost the chunk's sums their precision.
-LOWEST_LOG_DECAY = -128.0
-#: Torch is fastest here (CPU, P 64, N 128: 3 times as fast as 256); kernels take `chunk` itself.
-LONGEST_CHUNK = 64
 
 
 def core(layer: Module, zxbcdt_BTE: Tensor, rows: Rows, state: dict[str, Any] | None) -> Tensor:
@@ -76,18 +72,13 @@ def ssd(
     R, Q = H // G, min(chunk, T, LONGEST_CHUNK)
     x_BTHP, dtype = x_BTHP.float(), x_BTHP.dtype
 
-    def in_chunks(t: Tensor) -> Tensor:
-        missing = -T % Q
-        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)) if missing else t
-        return t.unflatten(1, (-1, Q))
-
-    document_BcQ = None if segments_BT is None else in_chunks(starts(segments_BT)).cumsum(2)
-    sees_BcQQ, whole_BcQ, last_BcQ = _masks(document_BcQ, Q, x_BTHP.device)
-    log_decay_BcQH = in_chunks((dt_BTH * A_H).clamp_min(LOWEST_LOG_DECAY))
-    log_decay_BcHQ = _running_sums(log_decay_BcQH, document_BcQ).transpose(2, 3)
-    x_BcQHP = in_chunks(x_BTHP * dt_BTH[..., None])
-    B_BcGQN = in_chunks(B_BTGN.float()).transpose(2, 3)
-    C_BcGQN = in_chunks(C_BTGN.float()).transpose(2, 3)
+    document_BcQ = None if segments_BT is None else in_chunks(starts(segments_BT), Q).cumsum(2)
+    sees_BcQQ, whole_BcQ, last_BcQ = masks(document_BcQ, Q, x_BTHP.device)
+    log_decay_BcQH = in_chunks((dt_BTH * A_H).clamp_min(LOWEST_LOG_DECAY), Q)
+    log_decay_BcHQ = running_sums(log_decay_BcQH, document_BcQ).transpose(2, 3)
+    x_BcQHP = in_chunks(x_BTHP * dt_BTH[..., None], Q)
+    B_BcGQN = in_chunks(B_BTGN.float(), Q).transpose(2, 3)
+    C_BcGQN = in_chunks(C_BTGN.float(), Q).transpose(2, 3)
     total_BcH1 = log_decay_BcHQ[..., -1:]
 
     # Inside a chunk: y_i = sum over j <= i of (C_i . B_j) exp(log decay from j to i) dt_j x_j. Where j > i
@@ -123,46 +114,6 @@ def ssd(
     y_BcQHP = torch.addcmul(y_BcQHP, read_BcQHP, from_start_BcHQ.transpose(2, 3)[..., None])
     y_BTHP = torch.addcmul(y_BcQHP.flatten(1, 2)[:, :T], x_BTHP, D_H.float()[:, None])
     return y_BTHP.to(dtype), state_BGNK.transpose(2, 3).reshape(B, H, P, N)
-
-
-def _masks(
-    document_BcQ: Tensor | None, Q: int, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Masks of ones and zeros for each chunk: which tokens up to itself a token sees [B or 1, c or 1, Q, Q];
-    which are of the document that the chunk begins in; of the one that it ends in [B, c, Q] (None: all)."""
-    causal_QQ = torch.ones(Q, Q, device=device).tril()
-    if document_BcQ is None:
-        return causal_QQ[None, None], None, None
-    sees_BcQQ = causal_QQ * (document_BcQ[..., :, None] == document_BcQ[..., None, :])
-    return sees_BcQQ, (document_BcQ == 0).float(), (document_BcQ == document_BcQ[..., -1:]).float()
-
-
-def _running_sums(a_BcQH: Tensor, document_BcQ: Tensor | None) -> Tensor:
-    """Sums of each document's tokens of a chunk up to each token: by doubling spans, where a cumsum would
-    let other documents into the rounding."""
-    if document_BcQ is None:
-        return a_BcQH.cumsum(2)
-    span = 1
-    while span < a_BcQH.shape[2]:
-        same_BcQ = document_BcQ[..., span:] == document_BcQ[..., :-span]
-        a_BcQH = a_BcQH + F.pad(a_BcQH[:, :, :-span] * same_BcQ[..., None], (0, 0, span, 0))
-        span *= 2
-    return a_BcQH
-
-
-def gate_norm(
-    y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float
-) -> Tensor:
-    """The gate silu(z) and the RMS norm over each of `groups` groups of channels, in float32; the result has
-    the dtype of y. order: after_gate norm(y * gate), before_gate norm(y) * gate, none y * gate."""
-    y, gate = y_BTI.float(), F.silu(z_BTI.float())
-    if order != "before_gate":
-        y = y * gate
-    if order != "none":
-        y = rms_norm(y.unflatten(-1, (groups, -1)), None, eps=eps).flatten(-2) * weight_I.float()
-    if order == "before_gate":
-        y = y * gate
-    return y.to(y_BTI.dtype)
 
 
 class Module(KindModule):

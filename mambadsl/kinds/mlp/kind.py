@@ -43,6 +43,7 @@ KIND = Kind(
     name="mlp",
     example="mlp(d_ff=512, gated=true)",
     letter="F",
+    color="#b8e0b0",
     doc="feed-forward layer, gated or not",
     fields=FIELDS,
     weights=weights,

@@ -126,6 +126,7 @@ KIND = Kind(
     name="moe",
     example="moe(experts=4, top_k=2, d_ff=256)",
     letter="E",
+    color="#f4b6c9",
     doc="mixture of feed-forward experts",
     fields=FIELDS,
     weights=weights,

@@ -50,6 +50,7 @@ KIND = Kind(
     name="short_conv",
     example="short_conv(d_conv=3)",
     letter="C",
+    color="#f3e58b",
     doc="gated short convolution (LFM2)",
     fields=FIELDS,
     weights=weights,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mambadsl.kinds.gated_delta_net import kind as gated_delta_net
 from mambadsl.kinds.mamba2.kind import conv_dim, in_segments
 from mambadsl.parts.part import Package, Part, Request
 
@@ -11,6 +12,9 @@ from mambadsl.parts.part import Package, Part, Request
 WIDTHS = {
     "mamba2": lambda f: (conv_dim(f), sum(n for _, n in in_segments(f))),
     "mamba1": lambda f: (f.d_inner, 2 * f.d_inner),
+    "gated_delta_net": lambda f: (
+        gated_delta_net.conv_dim(f), sum(n for _, n in gated_delta_net.in_segments(f))
+    ),
 }
 
 
@@ -38,7 +42,7 @@ PACKAGE = Package(
     source="https://github.com/Dao-AILab/causal-conv1d",
     parts=(
         Part(
-            "causal_conv1d.conv", ("mamba2.conv", "mamba1.conv"),
+            "causal_conv1d.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv"),
             "the convolution with silu, documents and states included",
             "mambadsl.parts.causal_conv1d.conv:make_conv", conv, needs=("triton",),
         ),

@@ -9,8 +9,9 @@ from mambadsl.parts.te.accepts import attention, linear, norm_linear, rms_norm
 FP8 = Field("fp8", Flag(), False, "the product in FP8")
 RECIPE = Field("recipe", OneOf("current", "block"), "current", "how FP8 tensors are scaled")
 
-ENTRIES = ("mamba2.in_proj", "mamba1.in_proj", "short_conv.in_proj", "attention.qkv_proj", "mlp.up_proj")
-EXITS = ("mamba2.out_proj", "mamba1.out_proj", "short_conv.out_proj", "attention.o_proj", "mlp.down_proj")
+RECURRENT = "mamba2", "mamba1", "short_conv", "gated_delta_net"
+ENTRIES = (*(f"{kind}.in_proj" for kind in RECURRENT), "attention.qkv_proj", "mlp.up_proj")
+EXITS = (*(f"{kind}.out_proj" for kind in RECURRENT), "attention.o_proj", "mlp.down_proj")
 
 PACKAGE = Package(
     name="te",

@@ -34,10 +34,16 @@ def core(request: Request) -> Iterator[str]:
         yield from narrow(request)
 
 
+#: For each kind: channels that are normed together, 0 without a norm.
+NORMED = {
+    "mamba2": lambda f: 0 if f.gated_norm == "none" else f.heads * f.head_dim // f.norm_groups,
+    "gated_delta_net": lambda f: f.value_dim,
+}
+
+
 def gate_norm(request: Request) -> Iterator[str]:
-    f = request.fields
-    width = f.heads * f.head_dim // f.norm_groups
-    if f.gated_norm != "none" and width > WIDEST_NORM:
+    width = NORMED[request.slot.partition(".")[0]](request.fields)
+    if width > WIDEST_NORM:
         yield f"norms groups of at most {WIDEST_NORM:,} channels, not {width:,}"
 
 
@@ -72,7 +78,8 @@ PACKAGE = Package(
             "mambadsl.parts.triton.core:make_core", core, (CHUNK, KEEP), capability=HOPPER,
         ),
         Part(
-            "triton.conv", ("mamba2.conv", "mamba1.conv"), "the convolution with silu, documents and states included",
+            "triton.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv"),
+            "the convolution with silu, documents and states included",
             "mambadsl.parts.triton.conv:make_conv", conv,
         ),
         Part(
@@ -84,7 +91,8 @@ PACKAGE = Package(
             "mambadsl.parts.triton.scan:make_scan", scan, (CHUNK,), capability=HOPPER,
         ),
         Part(
-            "triton.gate_norm", ("mamba2.gate_norm",), "gate and grouped RMS norm in one pass",
+            "triton.gate_norm", ("mamba2.gate_norm", "gated_delta_net.gate_norm"),
+            "gate and grouped RMS norm in one pass",
             "mambadsl.parts.triton.gate_norm:make_gate_norm", gate_norm,
         ),
         Part(

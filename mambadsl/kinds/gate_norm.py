@@ -1,0 +1,23 @@
+"""The gate and the grouped RMS norm behind a scan, in torch. Letters: B batch, T time, I channels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambadsl.kinds.norm import rms_norm
+
+
+def gate_norm(
+    y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float
+) -> Tensor:
+    """The gate silu(z) and the RMS norm over each of `groups` groups of channels, in float32; the result has
+    the dtype of y. order: after_gate norm(y * gate), before_gate norm(y) * gate, none y * gate."""
+    y, gate = y_BTI.float(), F.silu(z_BTI.float())
+    if order != "before_gate":
+        y = y * gate
+    if order != "none":
+        y = rms_norm(y.unflatten(-1, (groups, -1)), None, eps=eps).flatten(-2) * weight_I.float()
+    if order == "before_gate":
+        y = y * gate
+    return y.to(y_BTI.dtype)
