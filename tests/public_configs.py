@@ -202,6 +202,10 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
     )),
     "olmo_hybrid_7b": ("OlmoHybrid", dict(rope_parameters=dict(rope_theta=None, rope_type="default"))),
+    "qwen3_next_80b_a3b": ("Qwen3Next", dict(
+        max_position_embeddings=256 * KI,
+        rope_parameters=dict(rope_type="default", rope_theta=10_000_000, partial_rotary_factor=0.25),
+    )),
     "samba_421m": _samba(1536, 12, 12, 4096),
     "samba_1_3b": _samba(2304, 18, 18, 6144),
 }

@@ -7,6 +7,7 @@ configuration says, and Bamba rotates half of each head unless told otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,7 +30,8 @@ LIMIT = 5e-5
 @dataclass(frozen=True)
 class Family:
     """config: of `<name>Config`. text: the same model in our language. layers: for each of our layers,
-    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes."""
+    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes. apart: takes
+    their weights that hold several of ours in an order of their own, and gives them one by one."""
 
     name: str
     config: dict
@@ -40,6 +42,7 @@ class Family:
     base: str = "model.layers"
     model: str = ""
     tied: bool = field(default=False)
+    apart: Callable[[dict], dict] = lambda weights: weights
 
     def program(self) -> str:
         tied = "true" if self.tied else "false"
@@ -67,6 +70,47 @@ def lfm2(mixers: list[str]) -> list[tuple[str, ...]]:
     ]
 
 
+DELTA = dict(
+    linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=12,
+    num_hidden_layers=4, head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    rope_parameters=dict(rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25),
+)
+QWEN_EXPERTS = dict(
+    moe_intermediate_size=24, shared_expert_intermediate_size=20, num_experts=6, num_experts_per_tok=3,
+)
+QWEN_LAYERS = """
+layer D = gated_delta_net(heads=4, key_heads=2, key_dim=8, value_dim=12)
+layer A = attention(
+  heads=4, kv_heads=2, head_dim=16, rope=rope(theta=10_000_000, fraction=0.25),
+  qk_norm=per_head(eps=1e-6, zero_centered=true), out_gate=elementwise)
+layer E = moe(
+  experts=6, top_k=3, d_ff=24, gated=true, router=softmax(renorm=true), shared_d_ff=20, shared_gate=sigmoid)
+layer F = mlp(d_ff=48, gated=true)
+"""
+
+
+def qwen_apart(weights: dict) -> dict:
+    """Queries with their gates, and q, k, v, z, b and a of each key head, lie side by side."""
+    found = {}
+    for name, w in weights.items():
+        path, _, last = name.rpartition("linear_attn.")
+        attention, _, projection = name.rpartition("self_attn.")
+        if last == "in_proj_qkvz.weight":
+            names, parts = "qkvg", w.unflatten(0, (2, -1)).split([8, 8, 24, 24], 1)
+        elif last == "in_proj_ba.weight":
+            names, parts = "ba", w.unflatten(0, (2, -1)).split([2, 2], 1)
+        elif projection == "q_proj.weight":
+            q, gate = w.unflatten(0, (4, -1)).split([16, 16], 1)
+            found |= {name: q.flatten(0, 1), f"{attention}self_attn.gate_proj.weight": gate.flatten(0, 1)}
+            continue
+        else:
+            found[name] = w
+            continue
+        found |= {f"{path}linear_attn.{n}_proj.weight": t.flatten(0, 1) for n, t in zip(names, parts)}
+    return found
+
+
+QWEN_MIXERS = ["linear_attn"] * 3 + ["self_attn"]
 GROUPED = dict(
     mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
     mamba_chunk_size=8,
@@ -263,11 +307,32 @@ FAMILIES = {
         ],
         final="model.norm", model="norm = rmsnorm(eps=1e-6)",
     ),
+    "qwen3_next": Family(
+        "Qwen3Next", dict(intermediate_size=48, mlp_only_layers=[1], **DELTA, **QWEN_EXPERTS, **ATTENTION),
+        QWEN_LAYERS + "stack { D E D F D E A E }",
+        pairs(QWEN_MIXERS, "post_attention_layernorm", ".mlp"), final="model.norm",
+        model="norm = rmsnorm(eps=1e-6, zero_centered=true)", apart=qwen_apart,
+    ),
+    "qwen3_5": Family(
+        "Qwen3_5", dict(intermediate_size=48, config_class="Qwen3_5TextConfig", **DELTA, **ATTENTION),
+        QWEN_LAYERS + "stack { [D F]*3 A F }",
+        pairs(QWEN_MIXERS, "post_attention_layernorm", ".mlp"), final="model.norm",
+        model="norm = rmsnorm(eps=1e-6, zero_centered=true)", apart=qwen_apart,
+    ),
+    "qwen3_5 with experts": Family(
+        "Qwen3_5Moe", dict(config_class="Qwen3_5MoeTextConfig", **DELTA, **QWEN_EXPERTS, **ATTENTION),
+        QWEN_LAYERS + "stack { [D E]*3 A E }",
+        pairs(QWEN_MIXERS, "post_attention_layernorm", ".mlp"), final="model.norm",
+        model="norm = rmsnorm(eps=1e-6, zero_centered=true)", apart=qwen_apart,
+    ),
 }
 
 #: Our name below a mixer -> theirs, joined along axis 0; the first list whose names are all there is taken.
 NAMES: dict[str, list[list[str]]] = {
-    "qkv_proj.weight": [["q_proj.weight", "k_proj.weight", "v_proj.weight"]],
+    "qkv_proj.weight": [
+        ["q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight"],
+        ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
+    ],
     "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
     "down_proj.weight": [["w2.weight"]],
     "o_proj.weight": [["out_proj.weight"]],
@@ -277,7 +342,9 @@ NAMES: dict[str, list[list[str]]] = {
     "conv.weight": [["conv1d.weight"]],
     "conv.bias": [["conv1d.bias"]],
     "gate_norm.weight": [["norm.weight"], ["o_norm.weight"]],
-    "in_proj.weight": [[f"{name}_proj.weight" for name in "qkvgba"]],
+    "in_proj.weight": [
+        [f"{name}_proj.weight" for name in "qkvgba"], [f"in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")],
+    ],
     "dt_norm.weight": [["dt_layernorm.weight"]],
     "b_norm.weight": [["b_layernorm.weight"]],
     "c_norm.weight": [["c_layernorm.weight"]],
@@ -285,15 +352,21 @@ NAMES: dict[str, list[list[str]]] = {
     "router.bias": [["gate.e_score_correction_bias"], ["expert_bias"]],
     "experts.gate_up_proj": [["experts.gate_up_proj"], ["block_sparse_moe.experts.gate_up_proj"]],
     "experts.down_proj": [["experts.down_proj"], ["block_sparse_moe.experts.down_proj"]],
-    "shared.gate_up_proj.weight": [["shared_mlp.input_linear.weight"]],
+    "shared.gate_up_proj.weight": [
+        ["shared_mlp.input_linear.weight"], ["shared_expert.gate_proj.weight", "shared_expert.up_proj.weight"],
+    ],
+    "shared_gate.weight": [["shared_expert_gate.weight"]],
     "shared.up_proj.weight": [["shared_experts.up_proj.weight"]],
-    "shared.down_proj.weight": [["shared_mlp.output_linear.weight"], ["shared_experts.down_proj.weight"]],
+    "shared.down_proj.weight": [
+        ["shared_mlp.output_linear.weight"], ["shared_experts.down_proj.weight"], ["shared_expert.down_proj.weight"],
+    ],
 }
 
 
 def theirs(family: Family):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family.name}Config")(**{**COMMON, **family.config})
+    given = {**COMMON, **family.config}
+    config = getattr(transformers, given.pop("config_class", f"{family.name}Config"))(**given)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family.name}ForCausalLM")(config).eval()
     if hasattr(model, "set_experts_implementation"):
@@ -346,9 +419,10 @@ def moved(family: Family, graph, weights: dict) -> dict:
 def test_logits_are_those_of_hugging_face(name):
     family = FAMILIES[name]
     their_model = theirs(family)
+    their_weights = family.apart(their_model.state_dict())
     graph = unroll(resolve(read(from_text(family.program(), name=f"{name}.mdl"))))
     ours = build(graph)
-    ours.load_state_dict(moved(family, graph, their_model.state_dict()), strict=True)
+    ours.load_state_dict(moved(family, graph, their_weights), strict=True)
     tokens = torch.randint(3, 61, (2, 21), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(21).expand(2, -1)
     with torch.no_grad():

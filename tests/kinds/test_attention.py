@@ -136,6 +136,8 @@ GRID = {
     "llama3": dict(rope=rope(50, scaling="llama3", **LLAMA3, original_context=16)),
     "dynamic": dict(rope=rope(scaling="dynamic", factor=2, original_context=2)),
     "two channels": dict(head_dim=2, rope=rope(scaling="dynamic", factor=2, original_context=2)),
+    "gate": dict(out_gate="elementwise", rope=rope()),
+    "gate of heads": dict(out_gate="per_head", window=3, qkv_bias=True),
     "everything": dict(
         rope=rope(100, fraction=0.5), window=4, qk_norm=qk_norm("full_width", 1e-3), softcap=2, qkv_bias=True,
         o_bias=True, key_multiplier=0.5, head_dim=12,

@@ -212,6 +212,27 @@ def olmo_hybrid(c: Any) -> list[Layer]:
     return [layer for kind in c.layer_types for layer in blocks[kind]]
 
 
+def qwen3_next(c: Any) -> list[Layer]:
+    delta = Branch("gated_delta_net", dict(
+        heads=c.linear_num_value_heads, key_heads=c.linear_num_key_heads, key_dim=c.linear_key_head_dim,
+        value_dim=c.linear_value_head_dim, d_conv=c.linear_conv_kernel_dim, conv_bias=False,
+        norm_eps=c.rms_norm_eps, negative_eigenvalues=False,
+    ))
+    given = c.rope_parameters
+    attention = attn(
+        c, ("rope", dict(theta=given["rope_theta"], fraction=given["partial_rotary_factor"], scaling="none")),
+        qk_norm=("per_head", dict(eps=c.rms_norm_eps, zero_centered=True)), out_gate="elementwise",
+    )
+    router = ("softmax", dict(order="before_top_k", renorm=c.norm_topk_prob, renorm_eps=0, scale=1))
+    experts = Branch("moe", dict(
+        experts=c.num_experts, top_k=c.num_experts_per_tok, d_ff=c.moe_intermediate_size, act="silu", gated=True,
+        router=router, shared_d_ff=c.shared_expert_intermediate_size, shared_gate="sigmoid", latent=None,
+    ))
+    assert c.decoder_sparse_step == 1 and not c.mlp_only_layers
+    mixers = {MAMBA_KIND: delta, "full_attention": attention}
+    return [[branch] for kind in c.layer_types for branch in (mixers[kind], experts)]
+
+
 def samba(c: Any) -> list[Layer]:
     scan = Branch("mamba1", dict(
         d_inner=2 * c.n_embd, d_state=16, d_conv=4, dt_rank=c.n_embd // 16, bias=False, conv_bias=True,
@@ -228,7 +249,7 @@ def samba(c: Any) -> list[Layer]:
 FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
     "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
-    "Lfm2Moe": lfm2_moe, "OlmoHybrid": olmo_hybrid, "Samba": samba,
+    "Lfm2Moe": lfm2_moe, "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next, "Samba": samba,
 }
 
 
@@ -242,7 +263,8 @@ def settings(name: str) -> dict[str, Any]:
     eps = next(getattr(c, name) for name in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon") if hasattr(c, name))
     found = dict(
         vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings,
-        norm=("rmsnorm", dict(eps=eps, weight=True, zero_centered=False)), logits_softcap=None,
+        norm=("rmsnorm", dict(eps=eps, weight=True, zero_centered=CONFIGS[name][0] == "Qwen3Next")),
+        logits_softcap=None,
         residual_dtype="fp32" if getattr(c, "residual_in_fp32", False) else "model",
         embedding_multiplier=getattr(c, "embedding_multiplier", 1),
         logits_multiplier=getattr(c, "lm_head_multiplier", 1) / getattr(c, "logits_scaling", 1),

@@ -1,7 +1,7 @@
 """Causal softmax attention: multi-head, grouped or single key/value head.
 
-Behaviour matches the attention of Jamba, Nemotron-H, Bamba, Falcon-H1, Granite 4 H and Llama in Hugging
-Face transformers (rope: half-split pairs). head_dim is free of d_model / heads.
+Behaviour matches the attention of Jamba, Nemotron-H, Bamba, Falcon-H1, Granite 4 H, LFM2, OLMo Hybrid, Qwen3-Next and
+Llama in Hugging Face transformers (rope: half-split pairs). head_dim is free of d_model / heads.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from fractions import Fraction
 from functools import cache
 from math import isqrt
 
-from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, OrWord, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, OneOf, OrWord, Real
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
     STEP,
+    ZEROS,
     Dims,
     Flops,
     Kind,
@@ -76,7 +77,8 @@ ROPE = OneForm(
 )
 
 _EPS = Field("eps", Real(above=0), 1e-6, "eps of the norm")
-QK_NORM = OneForm(none=(), per_head=(_EPS,), full_width=(_EPS,))
+_CENTERED = Field("zero_centered", Flag(), False, "the scale is 1 + weight")
+QK_NORM = OneForm(none=(), per_head=(_EPS, _CENTERED), full_width=(_EPS, _CENTERED))
 
 FIELDS = (
     Field(
@@ -100,6 +102,10 @@ FIELDS = (
     Field("qk_norm", QK_NORM, QK_NORM.convert_word("none"), "RMS norm of queries and keys, before rope"),
     Field("scale", OrWord("auto", Real(above=0)), None, "scale of the scores; auto: head_dim ** -0.5"),
     Field("softcap", OrWord("none", Real(above=0)), None, "scores are squashed to cap * tanh(score / cap)"),
+    Field(
+        "out_gate", OneOf("none", "elementwise", "per_head"), "none",
+        "what the heads give is scaled by sigmoid of a projection: of each channel (Qwen3-Next), of each head (LFM3)",
+    ),
     Field("qkv_bias", Flag(), False, "qkv_proj has a bias"),
     Field("o_bias", Flag(), False, "o_proj has a bias"),
     Field("key_multiplier", Real(), 1, "scale of the keys, after their norm and before rope (Falcon-H1)"),
@@ -114,19 +120,28 @@ def kv_dim(f: Values) -> int:
     return f.kv_heads * f.head_dim
 
 
+def gate_dim(f: Values) -> int:
+    return {"none": 0, "elementwise": q_dim(f), "per_head": f.heads}[f.out_gate]
+
+
+def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
+    gate = (("gate", gate_dim(f)),) if gate_dim(f) else ()
+    return ("q", q_dim(f)), ("k", kv_dim(f)), ("v", kv_dim(f)), *gate
+
+
 def rotary_dim(f: Values) -> int:
     """Channels of each head that rope rotates (even)."""
     return int(f.head_dim * f.rope.fraction) // 2 * 2 if f.rope.name == "rope" else 0
 
 
 def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
-    q, kv = q_dim(f), kv_dim(f)
-    segments = ("q", q), ("k", kv), ("v", kv)
-    table = [*linear("qkv_proj", q + 2 * kv, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out")]
+    q, kv, segments = q_dim(f), kv_dim(f), in_segments(f)
+    width = sum(n for _, n in segments)
+    table = [*linear("qkv_proj", width, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out")]
     if f.qk_norm.name != "none":
-        full = f.qk_norm.name == "full_width"
+        full, init = f.qk_norm.name == "full_width", ZEROS if f.qk_norm.zero_centered else ONES
         for name, width in ("q_norm", q if full else f.head_dim), ("k_norm", kv if full else f.head_dim):
-            table.append(Weight(f"{name}.weight", (width,), ONES, decay=False, quantise=False))
+            table.append(Weight(f"{name}.weight", (width,), init, decay=False, quantise=False))
     table += linear("o_proj", dims.d_model, q, bias=f.o_bias, init=RESIDUAL, tp="in")
     return tuple(table)
 
@@ -146,14 +161,14 @@ def mean_context(length: int, window: int | None) -> Fraction:
 def flops(f: Values, dims: Dims, length: int) -> Flops:
     """Projections, and 2 products (scores, values) over the tokens seen; the backward pass of the core
     does 5 products for those 2 (flash attention computes the scores again)."""
-    proj = matmul(dims.d_in * (q_dim(f) + 2 * kv_dim(f)), q_dim(f) * dims.d_model)
+    proj = matmul(dims.d_in * sum(n for _, n in in_segments(f)), q_dim(f) * dims.d_model)
     core = 4 * q_dim(f) * mean_context(length, f.window)
     return proj + mixing(core, backward=Fraction(5, 2))
 
 
 def saved(f: Values, dims: Dims) -> Saved:
-    """Input, q, k, v, the core's output and one log-sum-exp per head."""
-    return Saved(dims.d_in + 2 * q_dim(f) + 2 * kv_dim(f), f.heads)
+    """Input, q, k, v, the gate, the core's output and one log-sum-exp per head."""
+    return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + q_dim(f), f.heads)
 
 
 KIND = Kind(
@@ -168,7 +183,7 @@ KIND = Kind(
     flops=flops,
     saved=saved,
     slots=(
-        Slot("qkv_proj", "x_BTD -> [q | k | v]"),
+        Slot("qkv_proj", "x_BTD -> [q | k | v | gate]"),
         Slot("core", "softmax(scale * q k^T + mask) v with window, softcap and packed documents"),
         Slot("o_proj", "back to d_model"),
         STEP,

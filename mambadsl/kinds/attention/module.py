@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambadsl.kinds.attention.kind import KIND, kv_dim, q_dim, rotary_dim
+from mambadsl.kinds.attention.kind import KIND, in_segments, rotary_dim
 from mambadsl.kinds.attention.rope import rope_tables, rotate
 from mambadsl.kinds.module import KindModule
 from mambadsl.kinds.norm import rms_norm
@@ -157,7 +157,7 @@ class Module(KindModule):
     ) -> Tensor:
         f = self.f
         qkv = self.enter(x_BTD, self.qkv_proj, norm)
-        q, k, v = qkv.split((q_dim(f), kv_dim(f), kv_dim(f)), -1)
+        q, k, v, *gate = qkv.split([size for _, size in in_segments(f)], -1)
         if f.qk_norm.name == "full_width":
             q, k = self._norm(q, k)
         q_BTHP, k_BTKP, v_BTKP = (t.unflatten(-1, (-1, f.head_dim)) for t in (q, k, v))
@@ -175,8 +175,12 @@ class Module(KindModule):
         y_BTHP = self.parts["core"](
             q_BTHP, k_BTKP, v_BTKP, queries, keys, scale=scale, window=f.window, softcap=f.softcap
         )
+        if gate:
+            # [B, T, H, P] or, of whole heads, [B, T, H, 1].
+            y_BTHP = y_BTHP * torch.sigmoid(gate[0]).unflatten(-1, (f.heads, -1))
         return self.parts["o_proj"](y_BTHP.flatten(2), self.o_proj.weight, self.o_proj.bias)
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        eps = self.f.qk_norm.eps
-        return rms_norm(q, self.q_norm.weight, eps=eps), rms_norm(k, self.k_norm.weight, eps=eps)
+        norm = self.f.qk_norm
+        how = dict(eps=norm.eps, zero_centered=norm.zero_centered)
+        return rms_norm(q, self.q_norm.weight, **how), rms_norm(k, self.k_norm.weight, **how)

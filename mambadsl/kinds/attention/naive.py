@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mambadsl.kinds.attention.kind import kv_dim, q_dim, rotary_dim
+from mambadsl.kinds.attention.kind import gate_dim, kv_dim, q_dim, rotary_dim
 from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.tokens import PADDING, Tokens
 from mambadsl.kinds.values import Values, Variant
@@ -90,7 +90,7 @@ def naive(
             if document == PADDING:
                 continue
             length = 1 + max(p for p, s in zip(positions[b], segments[b]) if s == document)
-            q_HP, k_KP, v_KP = project(weights, f, x_BTD[b, t], position, length)
+            q_HP, k_KP, v_KP, gate = project(weights, f, x_BTD[b, t], position, length)
             rows[b].append((document, position, k_KP, v_KP))
             seen = [
                 (k, v)
@@ -98,33 +98,37 @@ def naive(
                 if s == document and p <= position and (f.window is None or p > position - f.window)
             ]
             heads = [one_head(q_HP[h], seen, h * f.kv_heads // f.heads, f) for h in range(f.heads)]
-            y_D = weights["o_proj.weight"] @ torch.cat(heads)
+            if f.out_gate == "per_head":
+                heads = [head_P * torch.sigmoid(gate[h]) for h, head_P in enumerate(heads)]
+            y_I = torch.cat(heads)
+            if f.out_gate == "elementwise":
+                y_I = y_I * torch.sigmoid(gate)
+            y_D = weights["o_proj.weight"] @ y_I
             y[b][t] = y_D + weights["o_proj.bias"] if f.o_bias else y_D
     return torch.stack([torch.stack(row) for row in y]), rows
 
 
 def project(
     weights: Mapping[str, Tensor], f: Values, x_D: Tensor, position: int, length: int
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Queries of each head, keys and values [K, P] of one token."""
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Queries of each head, keys and values [K, P] of one token, and the gate (empty without one)."""
     qkv = weights["qkv_proj.weight"] @ x_D
     if f.qkv_bias:
         qkv = qkv + weights["qkv_proj.bias"]
-    q, k, v = qkv.split((q_dim(f), kv_dim(f), kv_dim(f)))
+    q, k, v, gate = qkv.split((q_dim(f), kv_dim(f), kv_dim(f), gate_dim(f)))
+    normed = f.qk_norm.name != "none"
+    q_scale, k_scale = (weights[f"{name}_norm.weight"] + f.qk_norm.zero_centered if normed else None for name in "qk")
     if f.qk_norm.name == "full_width":
-        q, k = (
-            rms(q, weights["q_norm.weight"], f.qk_norm.eps),
-            rms(k, weights["k_norm.weight"], f.qk_norm.eps),
-        )
+        q, k = rms(q, q_scale, f.qk_norm.eps), rms(k, k_scale, f.qk_norm.eps)
     q_HP, k_KP = list(q.split(f.head_dim)), list(k.split(f.head_dim))
     if f.qk_norm.name == "per_head":
-        q_HP = [rms(q, weights["q_norm.weight"], f.qk_norm.eps) for q in q_HP]
-        k_KP = [rms(k, weights["k_norm.weight"], f.qk_norm.eps) for k in k_KP]
+        q_HP = [rms(q, q_scale, f.qk_norm.eps) for q in q_HP]
+        k_KP = [rms(k, k_scale, f.qk_norm.eps) for k in k_KP]
     k_KP = [k * f.key_multiplier for k in k_KP]
     if f.rope.name == "rope":
         q_HP = [turn(q, f.rope, rotary_dim(f), position, length) for q in q_HP]
         k_KP = [turn(k, f.rope, rotary_dim(f), position, length) for k in k_KP]
-    return q_HP, torch.stack(k_KP), torch.stack(v.split(f.head_dim))
+    return q_HP, torch.stack(k_KP), torch.stack(v.split(f.head_dim)), gate
 
 
 def one_head(q_P: Tensor, seen: list[tuple[Tensor, Tensor]], kv_head: int, f: Values) -> Tensor:

@@ -61,6 +61,10 @@ def _attention(f: Values) -> Iterator[str]:
         yield f"head_dim {f.head_dim} is above {WIDEST_HEAD}"
     if f.qk_norm.name == "full_width":
         yield "qk_norm is over the full width, not per head"
+    elif f.qk_norm.name == "per_head" and f.qk_norm.zero_centered:
+        yield "the scale of qk_norm is 1 + weight"
+    if f.out_gate != "none":
+        yield f"out_gate is {f.out_gate}"
     if f.rope.name == "rope" and f.rope.scaling.name == "dynamic":
         yield "rope scaling is dynamic: its frequencies depend on the length so far"
 
