@@ -15,8 +15,8 @@ I704 = declare(
     Among the attention and recurrent layers of a hybrid, more than a quarter are attention; or three and more
     attention layers all stand in one half of the depth. Sums, windows and short convolutions do not count.
 
-    Why: released hybrids (Nemotron-H, Jamba, Bamba, Granite 4) have 7 to 13 %, evenly spread: every full
-    attention layer costs cache for each token. It is a habit of the field, not a law.
+    Why: released hybrids have 7 to 13 % (Nemotron-H, Jamba, Bamba, Granite 4) or a quarter (Qwen3-Next, OLMo
+    Hybrid), evenly spread: every full attention layer costs cache for each token. It is a habit, not a law.
 
     Example: `[M A]*12`: half of the mixers are attention.
 
@@ -42,7 +42,7 @@ def check(subject: Subject) -> Iterator[Problem]:
     span, half = mixers[places[0]][1].span, len(mixers) / 2
     if len(places) > len(mixers) / 4:
         message = f"{len(places)} of {len(mixers)} mixers are attention, {len(places) / len(mixers):.0%}"
-        note = "released hybrids have 7 to 13 %"
+        note = "released hybrids have 7 to 25 %"
         yield Problem(Diagnostic(I704, message, span, "the first of them", notes=(note,)))
     elif len(places) > 2 and (places[-1] < half or places[0] >= half):
         message = f"all {len(places)} attention layers are in one half of the depth"
