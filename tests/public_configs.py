@@ -206,6 +206,11 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         max_position_embeddings=256 * KI,
         rope_parameters=dict(rope_type="default", rope_theta=10_000_000, partial_rotary_factor=0.25),
     )),
+    "recurrent_gemma_2b": ("RecurrentGemma", dict(intermediate_size=15360, num_key_value_heads=1)),
+    "recurrent_gemma_9b": ("RecurrentGemma", dict(
+        hidden_size=4096, intermediate_size=24576, num_hidden_layers=38, num_attention_heads=16,
+        num_key_value_heads=1, lru_width=4096,
+    )),
     "samba_421m": _samba(1536, 12, 12, 4096),
     "samba_1_3b": _samba(2304, 18, 18, 6144),
 }

@@ -87,6 +87,12 @@ def _dt_bias(shape, generator: Generator, *, low: float, high: float, floor: flo
     return dt + torch.log(-torch.expm1(-dt))
 
 
+def _radius(shape, generator: Generator, *, low: float, high: float) -> Tensor:
+    """a_param of Griffin: what is kept, exp(-softplus(it)), lies in [low, high], uniform as the radius in a ring."""
+    squared = torch.empty(shape).uniform_(low**2, high**2, generator=generator)
+    return torch.expm1(-0.5 * squared.log()).log()
+
+
 #: law -> (shape, generator, its arguments) -> values. `kinds.kind.Init` says what each is.
 LAWS: dict[str, Callable[..., Tensor]] = {
     "normal": _normal,
@@ -97,6 +103,7 @@ LAWS: dict[str, Callable[..., Tensor]] = {
     "a_uniform": _a_uniform,
     "a_arange": _a_arange,
     "dt_bias": _dt_bias,
+    "radius": _radius,
 }
 
 

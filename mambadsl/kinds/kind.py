@@ -32,6 +32,7 @@ class Init:
     normal(std=None: the model's init_std) · uniform(bound) · zeros · ones · const(value)
     a_uniform(low, high): log of U(low, high) · a_arange(): log(1..d_state) in each row
     dt_bias(low, high, floor): inverse softplus of exp(U(log low, log high)), at least floor
+    radius(low, high): exp(-softplus(it)) squared is U(low^2, high^2)
     """
 
     law: str

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mambadsl.parts.part import REFERENCE
+from mambadsl.parts.te.package import ENTRIES, EXITS
 
 Order = Mapping[str, tuple[str, ...]]
 
@@ -33,6 +34,7 @@ _FUSED: Order = {
     "mamba2.gate_norm": ("triton.gate_norm",),
     "mamba1.conv": _CONV,
     "short_conv.conv": ("triton.plain_conv",),
+    "rg_lru.conv": ("triton.plain_conv",),
     "gated_delta_net.conv": _CONV,
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
     "mamba1.scan": ("mamba_ssm.selective_scan",),
@@ -43,19 +45,9 @@ _FUSED: Order = {
 }
 _TE: Order = {
     **_FUSED,
-    "mamba2.in_proj": ("te.norm_linear", "te.linear"),
-    "mamba2.out_proj": ("te.linear",),
-    "mamba1.in_proj": ("te.norm_linear", "te.linear"),
-    "mamba1.out_proj": ("te.linear",),
-    "short_conv.in_proj": ("te.norm_linear", "te.linear"),
-    "short_conv.out_proj": ("te.linear",),
-    "gated_delta_net.in_proj": ("te.norm_linear", "te.linear"),
-    "gated_delta_net.out_proj": ("te.linear",),
-    "attention.qkv_proj": ("te.norm_linear", "te.linear"),
+    **dict.fromkeys(ENTRIES, ("te.norm_linear", "te.linear")),
+    **dict.fromkeys(EXITS, ("te.linear",)),
     "attention.core": ("te.attention", "torch.attention"),
-    "attention.o_proj": ("te.linear",),
-    "mlp.up_proj": ("te.norm_linear", "te.linear"),
-    "mlp.down_proj": ("te.linear",),
     "model.norm": ("te.rms_norm", "triton.rms_norm"),
 }
 _STEP = ("triton.step",)

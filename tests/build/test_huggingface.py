@@ -110,6 +110,17 @@ def qwen_apart(weights: dict) -> dict:
     return found
 
 
+def griffin_apart(weights: dict) -> dict:
+    """Their gates multiply rows."""
+    found = {}
+    for name, w in weights.items():
+        if name.endswith("gate_weight"):
+            found[name] = w.transpose(1, 2)
+        else:
+            found[name] = w.flatten() if name.endswith("gate_bias") else w
+    return found
+
+
 QWEN_MIXERS = ["linear_attn"] * 3 + ["self_attn"]
 GROUPED = dict(
     mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
@@ -325,6 +336,26 @@ FAMILIES = {
         pairs(QWEN_MIXERS, "post_attention_layernorm", ".mlp"), final="model.norm",
         model="norm = rmsnorm(eps=1e-6, zero_centered=true)", apart=qwen_apart,
     ),
+    "recurrent_gemma": Family(
+        "RecurrentGemma",
+        dict(
+            intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, lru_width=48,
+            head_dim=8, attention_window_size=8, tie_word_embeddings=True,
+        ),
+        """
+        layer R = rg_lru(d_inner=48, blocks=4)
+        layer A = attention(
+          heads=4, kv_heads=1, head_dim=8, window=8, rope=rope(theta=10_000, fraction=0.5), o_bias=true)
+        layer F = mlp(d_ff=48, gated=true, act=gelu_tanh, bias=true)
+        stack { [R F]*2 A F }
+        """,
+        [
+            pair for i in range(3)
+            for pair in ((f"{i}.temporal_pre_norm", f"{i}.temporal_block"), (f"{i}.channel_pre_norm", f"{i}.mlp_block"))
+        ],
+        final="model.final_norm", tied=True, apart=griffin_apart,
+        model="norm = rmsnorm(eps=1e-6, zero_centered=true)\n embedding_multiplier = 5.65625\n logits_softcap = 30",
+    ),
 }
 
 #: Our name below a mixer -> theirs, joined along axis 0; the first list whose names are all there is taken.
@@ -336,13 +367,22 @@ NAMES: dict[str, list[list[str]]] = {
     "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
     "down_proj.weight": [["w2.weight"]],
     "o_proj.weight": [["out_proj.weight"]],
-    "out_proj.weight": [["o_proj.weight"]],
+    "out_proj.weight": [["o_proj.weight"], ["linear_out.weight"]],
     "q_norm.weight": [["q_layernorm.weight"]],
     "k_norm.weight": [["k_layernorm.weight"]],
-    "conv.weight": [["conv1d.weight"]],
-    "conv.bias": [["conv1d.bias"]],
+    "conv.weight": [["conv1d.weight"], ["conv_1d.weight"]],
+    "conv.bias": [["conv1d.bias"], ["conv_1d.bias"]],
     "gate_norm.weight": [["norm.weight"], ["o_norm.weight"]],
+    "in_proj.bias": [["linear_x.bias", "linear_y.bias"]],
+    "out_proj.bias": [["linear_out.bias"]],
+    "gate_up_proj.bias": [["gate_proj.bias", "up_proj.bias"]],
+    "a_param": [["rg_lru.recurrent_param"]],
+    "input_gate.weight": [["rg_lru.input_gate_weight"]],
+    "input_gate.bias": [["rg_lru.input_gate_bias"]],
+    "decay_gate.weight": [["rg_lru.recurrent_gate_weight"]],
+    "decay_gate.bias": [["rg_lru.recurrent_gate_bias"]],
     "in_proj.weight": [
+        ["linear_x.weight", "linear_y.weight"],
         [f"{name}_proj.weight" for name in "qkvgba"], [f"in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")],
     ],
     "dt_norm.weight": [["dt_layernorm.weight"]],

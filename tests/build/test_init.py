@@ -70,6 +70,12 @@ def test_dt_bias_gives_dt_in_its_range():
     torch.testing.assert_close(floored, torch.full_like(floored, 1e-4), rtol=1e-3, atol=0)
 
 
+def test_radii_are_uniform_in_the_ring():
+    kept = (-F.softplus(values(Init.of("radius", low=0.9, high=0.999), 20_000).double())).exp()
+    assert kept.min() >= 0.9 - 1e-5 and kept.max() <= 0.999 + 1e-5
+    assert kept.square().mean().item() == pytest.approx((0.81 + 0.999**2) / 2, rel=1e-3)
+
+
 def test_built_mambas_have_these_values():
     tensors = build(graph("M R")).tensors()
     for name in "stack.0.mixer.dt_bias", "stack.1.mixer.dt_proj.bias":

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from public_configs import CONFIGS, config, hugging_face_params
 
 from mambadsl.compile import load
@@ -233,6 +234,22 @@ def qwen3_next(c: Any) -> list[Layer]:
     return [[branch] for kind in c.layer_types for branch in (mixers[kind], experts)]
 
 
+def recurrent_gemma(c: Any) -> list[Layer]:
+    given = c.rope_parameters
+    act = {"gelu_pytorch_tanh": "gelu_tanh"}[c.hidden_activation]
+    unit = Branch("rg_lru", dict(
+        d_inner=c.lru_width, blocks=c.num_attention_heads, d_conv=c.conv1d_width, act=act, bias=True, conv_bias=True,
+        sharpness=8,
+    ))
+    attention = attn(
+        c, ("rope", dict(theta=given["rope_theta"], fraction=given["partial_rotary_factor"], scaling="none")),
+        window=c.attention_window_size, o_bias=True,
+    )
+    mixers = {MAMBA_KIND: unit, "sliding_attention": attention}
+    ff = mlp(c.intermediate_size // 2, act=act, bias=True)
+    return [[branch] for kind in c.layers_block_type for branch in (mixers[kind], ff)]
+
+
 def samba(c: Any) -> list[Layer]:
     scan = Branch("mamba1", dict(
         d_inner=2 * c.n_embd, d_state=16, d_conv=4, dt_rank=c.n_embd // 16, bias=False, conv_bias=True,
@@ -249,8 +266,20 @@ def samba(c: Any) -> list[Layer]:
 FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
     "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
-    "Lfm2Moe": lfm2_moe, "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next, "Samba": samba,
+    "Lfm2Moe": lfm2_moe, "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next,
+    "RecurrentGemma": recurrent_gemma, "Samba": samba,
 }
+
+
+#: The scale of their norms is 1 + weight.
+ZERO_CENTERED = "Qwen3Next", "RecurrentGemma"
+
+
+def embedding_multiplier(c: Any) -> float:
+    """RecurrentGemma's is a buffer of bfloat16."""
+    if c.model_type == "recurrent_gemma":
+        return torch.tensor(c.hidden_size**0.5, dtype=torch.bfloat16).item()
+    return getattr(c, "embedding_multiplier", 1)
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -263,10 +292,10 @@ def settings(name: str) -> dict[str, Any]:
     eps = next(getattr(c, name) for name in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon") if hasattr(c, name))
     found = dict(
         vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings,
-        norm=("rmsnorm", dict(eps=eps, weight=True, zero_centered=CONFIGS[name][0] == "Qwen3Next")),
-        logits_softcap=None,
+        norm=("rmsnorm", dict(eps=eps, weight=True, zero_centered=CONFIGS[name][0] in ZERO_CENTERED)),
+        logits_softcap=getattr(c, "logits_soft_cap", None),
         residual_dtype="fp32" if getattr(c, "residual_in_fp32", False) else "model",
-        embedding_multiplier=getattr(c, "embedding_multiplier", 1),
+        embedding_multiplier=embedding_multiplier(c),
         logits_multiplier=getattr(c, "lm_head_multiplier", 1) / getattr(c, "logits_scaling", 1),
     )
     return found | (dict(context=c.max_position_embeddings) if hasattr(c, "max_position_embeddings") else {})

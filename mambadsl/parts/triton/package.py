@@ -83,7 +83,8 @@ PACKAGE = Package(
             "mambadsl.parts.triton.conv:make_conv", conv,
         ),
         Part(
-            "triton.plain_conv", ("short_conv.conv",), "the convolution without silu, documents and states included",
+            "triton.plain_conv", ("short_conv.conv", "rg_lru.conv"),
+            "the convolution without silu, documents and states included",
             "mambadsl.parts.triton.conv:make_plain_conv", conv,
         ),
         Part(
