@@ -11,10 +11,10 @@ E304 = declare(
     "E304",
     "a range of initial values is empty",
     """
-    Initial values of a Mamba layer come from ranges: dt_floor <= dt_min < dt_max, and `a_range=[low, high]`
-    with low <= high.
+    Initial values of a recurrent layer come from ranges: dt_floor <= dt_min < dt_max, and `a_range` and `radius`,
+    [low, high] with low <= high.
 
-    Why: drawn from an empty range, dt or A start as NaN or all equal, and training fails much later.
+    Why: drawn from an empty range, they start as NaN or all equal, and training fails much later.
 
     Example: `mamba2(dt_min=0.1, dt_max=0.001)`.
 
@@ -23,9 +23,22 @@ E304 = declare(
 )
 
 
+#: Fields that are [low, high].
+RANGES = "a_range", "radius"
+
+
 def check(subject: Subject) -> Iterator[Problem]:
-    for site in subject.sites("mamba1", "mamba2", "gated_delta_net"):
+    for site in subject.sites():
         f = site.f
+        for name in RANGES:
+            low, high = f.get(name, (0, 0))
+            if low > high:
+                yield site.problem(
+                    E304, f"`{name}` must be [low, high] with low at most high", (name,),
+                    label=f"from {low} to {high} is empty", help=(f"`{name}=[{high}, {low}]`",),
+                )
+        if "dt_min" not in f:
+            continue
         if f.dt_min >= f.dt_max:
             yield site.problem(
                 E304, "`dt_min` must be less than `dt_max`", ("dt_min", "dt_max"),
@@ -36,10 +49,4 @@ def check(subject: Subject) -> Iterator[Problem]:
             yield site.problem(
                 E304, "`dt_floor` must be at most `dt_min`", ("dt_floor", "dt_min"),
                 label=f"{f.dt_floor} is above {f.dt_min}", help=(f"`dt_floor={f.dt_min}` is the most",),
-            )
-        low, high = f.get("a_range", (1, 1))
-        if low > high:
-            yield site.problem(
-                E304, "`a_range` must be [low, high] with low at most high", ("a_range",),
-                label=f"from {low} to {high} is empty", help=(f"`a_range=[{high}, {low}]`",),
             )

@@ -34,7 +34,7 @@ FIELDS = (
     Field("bias", Flag(), True, "in_proj and out_proj have biases"),
     Field("sharpness", Real(above=0), 8, "how much the gate moves a decay: exp(-sharpness * gate * softplus(a_param))"),
     Field(
-        "radius", Items(Real(above=0), 2), (0.9, 0.999),
+        "radius", Items(Real(above=0, high=0.999999), 2), (0.9, 0.999),
         "exp(-softplus(a_param)), what a state keeps of itself at a gate of 1 / sharpness, is drawn from this range",
     ),
 )
