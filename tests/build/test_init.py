@@ -121,8 +121,8 @@ def test_parameter_groups_are_the_declared_ones():
     assert len({id(p) for g in (decay, rest) for p in g["params"]}) == len(list(model.parameters()))
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
     for path in rest["names"]:
-        assert path.split(".")[-1] in ("A_log", "D", "dt_bias", "bias") or "norm" in path, path
+        assert path.split(".")[-1] in ("A_log", "D", "dt_bias", "a_param", "bias") or "norm" in path, path
     for path in decay["names"]:
-        assert not path.endswith(("A_log", "D", "bias")) and "norm" not in path, path
+        assert not path.endswith(("A_log", "D", "a_param", "bias")) and "norm" not in path, path
     assert "embed.weight" in decay["names"] and "stack.0.mixer.A_log" in rest["names"]
     torch.optim.AdamW(param_groups(build(graph("M A"))))
