@@ -1,7 +1,7 @@
 """Whole models on an NVIDIA GPU: every shipped one, small and with short patterns, through every part set.
 
 `-k` takes models by name, and names begin with their families: `-k "mamba or samba"`, `-k falcon`, `-k granite`,
-`-k nemotron`, `-k "bamba or jamba or tiny"` are about a fifth of the work each, and may run at the same time.
+`-k nemotron`, `-k "bamba or jamba or tiny"` and so on (`run.sh` has all) may run at the same time.
 `-s` prints how far off each result was. In each test, the reference has the same weights, rounded to bfloat16.
 """
 
