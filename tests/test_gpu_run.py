@@ -14,7 +14,7 @@ SCRIPT = (Path(__file__).parent / "gpu" / "run.sh").read_text(encoding="utf-8")
 LOOPS = [shlex.split(words) for words in re.findall(r"for family in (.*?); do", SCRIPT.replace("\\\n", " "))]
 
 
-@pytest.mark.parametrize("families, repeats", zip(LOOPS, (2, 1)), ids=["plain", "compiled"])
+@pytest.mark.parametrize("families, repeats", list(zip(LOOPS, (2, 1))), ids=["plain", "compiled"])
 def test_every_model_is_run_once(families, repeats):
     parts = [Expression.compile(family) for family in families]
     for name in distinct(repeats=repeats):
