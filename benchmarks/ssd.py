@@ -79,18 +79,13 @@ class Work:
         ends = torch.rand(self.s.B, self.s.T, device=self.device, generator=torch.Generator(self.device).manual_seed(2))
         return (ends < 4 / self.s.T).cumsum(1, dtype=torch.int32) - (ends[:, :1] < 4 / self.s.T).int()
 
-    def chunked(self, t: Any, Q: int) -> Any:
-        """[B, T, ...] -> [B, c, Q, ...], zeros after the last token."""
-        import torch.nn.functional as F
-
-        return F.pad(t, (0, 0) * (t.dim() - 2) + (0, -t.shape[1] % Q)).unflatten(1, (-1, Q))
-
     @functools.cached_property
     def ours(self) -> Any:
+        from mambadsl.kinds.chunks import in_chunks
         from mambadsl.parts.triton.ssd.scan import Inputs
 
         v = self.leaves
-        step, log = (self.chunked(v[n], self.Q).transpose(2, 3).contiguous() for n in ("step", "log"))
+        step, log = (in_chunks(v[n], self.Q).transpose(2, 3).contiguous() for n in ("step", "log"))
         return Inputs(v["x"], v["B"], v["C"], step, log.cumsum(-1), v["D"], self.document_BT)
 
     @functools.cached_property
@@ -117,13 +112,15 @@ def truth(work: Work) -> dict[str, Any]:
     """y and the gradients of all leaves: autograd in float32 through chunks of 64."""
     import torch
 
+    from mambadsl.kinds.chunks import in_chunks
+
     leaves = {n: v.detach().float().requires_grad_() for n, v in work.leaves.items()}
     ratio, Q = work.s.H // work.G, 64
-    x, step, log = (work.chunked(leaves[n], Q) for n in ("x", "step", "log"))
-    B, C = (work.chunked(leaves[n], Q).repeat_interleave(ratio, 3) for n in "BC")
+    x, step, log = (in_chunks(leaves[n], Q) for n in ("x", "step", "log"))
+    B, C = (in_chunks(leaves[n], Q).repeat_interleave(ratio, 3) for n in "BC")
     document = work.document_BT
     document = torch.zeros(x.shape[0], x.shape[1] * Q, device=x.device) if document is None else document
-    mine = work.chunked(document[..., None], Q)[..., 0]
+    mine = in_chunks(document[..., None], Q)[..., 0]
     a = log.cumsum(2)
     ys, state = [], torch.zeros(x.shape[0], work.s.H, work.s.P, work.s.N, device=x.device)
     lower, before = torch.ones(Q, Q, device=x.device).tril().bool(), torch.zeros_like(mine[:, 0, 0])

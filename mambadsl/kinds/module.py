@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mambadsl.kinds.kind import Dims, Kind, Weight
+from mambadsl.kinds.rows import Rows
 from mambadsl.kinds.state import FixedState, Room
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Values
@@ -88,6 +89,13 @@ class KindModule(nn.Module):
         if norm is None:
             return part(x_BTD, projection.weight, projection.bias)
         return part(x_BTD, projection.weight, projection.bias, norm=norm)
+
+    def convolve(self, x_BTC: Tensor, rows: Rows, state: dict[str, Any] | None) -> tuple[Tensor, Tensor | None]:
+        """The slot `conv` on packed rows, and the inputs to keep as `conv` (None without a state)."""
+        return self.parts["conv"](
+            x_BTC, self.conv.weight, self.conv.bias,
+            segments_BT=rows.segments_BT, lengths_B=rows.lengths_B, state_BCJ=rows.past(state, "conv"),
+        )
 
 
 def add_weights(module: nn.Module, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any) -> None:

@@ -16,7 +16,7 @@ from mambadsl.parts.part import Package, Part
 
 #: Slots around the layers: owner `model`.
 FRAME = (
-    Slot("norm", "every norm of the residual stream, (x, weight, *, eps, zero_centered); RMS norms only"),
+    Slot("norm", "every norm of the residual stream, (x, weight, *, eps, zero_centered, dtype); RMS norms only"),
     Slot("loss", "final hidden states and the head's weight -> mean cross entropy, (x, weight, targets, *, ...)"),
     Slot(
         "embed_step", "the stream of one token in decoding, (token_B, weight_VD, *, multiplier, dtype) -> [B, D]",

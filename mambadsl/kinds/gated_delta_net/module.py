@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambadsl.kinds.chunks import LONGEST_CHUNK, LOWEST_LOG_DECAY, in_chunks, masks, running_sums
 from mambadsl.kinds.conv import causal_conv
 from mambadsl.kinds.gate_norm import gate_norm
-from mambadsl.kinds.gated_delta_net.kind import KIND, conv_dim, in_segments
+from mambadsl.kinds.gated_delta_net.kind import KIND, conv_dim, in_segments, v_dim
 from mambadsl.kinds.module import KindModule
 from mambadsl.kinds.rows import Rows, starts
 from mambadsl.kinds.tokens import Tokens
@@ -99,18 +99,15 @@ class Module(KindModule):
     ) -> Tensor:
         f, rows = self.f, Rows.of(tokens, state)
         projected = self.enter(rows.pack(x_BTD), self.in_proj, norm)
-        qkv_BTC, z_BTI, b_BTH, a_BTH = projected.split([conv_dim(f), f.heads * f.value_dim, f.heads, f.heads], -1)
-        qkv_BTC, conv_state = self.parts["conv"](
-            qkv_BTC, self.conv.weight, self.conv.bias,
-            segments_BT=rows.segments_BT, lengths_B=rows.lengths_B, state_BCJ=rows.past(state, "conv"),
-        )
+        qkv_BTC, z_BTI, b_BTH, a_BTH = projected.split([conv_dim(f), v_dim(f), f.heads, f.heads], -1)
+        qkv_BTC, conv_state = self.convolve(qkv_BTC, rows, state)
         q, k, v = qkv_BTC.split([size for _, size in in_segments(f)[:3]], -1)
         y_BTHP, delta = self.parts["scan"](
             q.unflatten(-1, (f.key_heads, f.key_dim)), k.unflatten(-1, (f.key_heads, f.key_dim)),
             v.unflatten(-1, (f.heads, f.value_dim)), *self._rates(b_BTH, a_BTH, rows),
             chunk=f.chunk, eps=f.qk_eps, segments_BT=rows.segments_BT, state_BHEP=rows.past(state, "delta"),
         )
-        rows.keep(state, delta=delta, **({} if conv_state is None else {"conv": conv_state}))
+        rows.keep(state, conv=conv_state, delta=delta)
         y_BTI = self.parts["gate_norm"](
             y_BTHP.flatten(-2), z_BTI, self.gate_norm.weight.repeat(f.heads), order="before_gate", groups=f.heads,
             eps=f.norm_eps,

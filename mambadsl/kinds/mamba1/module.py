@@ -106,16 +106,13 @@ class Module(KindModule):
         rows = Rows.of(tokens, state)
         xz_BTE = self.enter(rows.pack(x_BTD), self.in_proj, norm)
         x_BTI, z_BTI = xz_BTE.chunk(2, -1)
-        x_BTI, conv_state = self.parts["conv"](
-            x_BTI, self.conv.weight, self.conv.bias,
-            segments_BT=rows.segments_BT, lengths_B=rows.lengths_B, state_BCJ=rows.past(state, "conv"),
-        )
+        x_BTI, conv_state = self.convolve(x_BTI, rows, state)
         dt_BTI, B_BTN, C_BTN = self._selection(x_BTI)
         y_BTI, ssm_state = self.parts["scan"](
             x_BTI, rows.without_padding(dt_BTI), -self.A_log.float().exp(), B_BTN, C_BTN, self.D,
             chunk=self.f.chunk, segments_BT=rows.segments_BT, state_BIN=rows.past(state, "ssm"),
         )
-        rows.keep(state, ssm=ssm_state, **({} if conv_state is None else {"conv": conv_state}))
+        rows.keep(state, conv=conv_state, ssm=ssm_state)
         y_BTI = (y_BTI.float() * F.silu(z_BTI.float())).to(z_BTI.dtype)
         return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))
 

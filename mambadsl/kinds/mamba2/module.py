@@ -27,10 +27,7 @@ def core(layer: Module, zxbcdt_BTE: Tensor, rows: Rows, state: dict[str, Any] | 
     """From in_proj's output [z | x | B | C | dt] to out_proj's input [B, T, I]; reads and writes `state`."""
     f = layer.f
     z_BTI, xbc_BTC, dt_BTH = zxbcdt_BTE.split([f.heads * f.head_dim, layer.conv.weight.shape[0], f.heads], -1)
-    xbc_BTC, conv_state = layer.parts["conv"](
-        xbc_BTC, layer.conv.weight, layer.conv.bias,
-        segments_BT=rows.segments_BT, lengths_B=rows.lengths_B, state_BCJ=rows.past(state, "conv"),
-    )
+    xbc_BTC, conv_state = layer.convolve(xbc_BTC, rows, state)
     x_BTI, B_BTS, C_BTS = xbc_BTC.split([size for _, size in in_segments(f)[1:4]], -1)
     y_BTHP, ssm_state = layer.parts["scan"](
         x_BTI.unflatten(-1, (f.heads, f.head_dim)),
@@ -41,7 +38,7 @@ def core(layer: Module, zxbcdt_BTE: Tensor, rows: Rows, state: dict[str, Any] | 
         layer.D,
         chunk=f.chunk, segments_BT=rows.segments_BT, state_BHPN=rows.past(state, "ssm"),
     )
-    rows.keep(state, ssm=ssm_state, **({} if conv_state is None else {"conv": conv_state}))
+    rows.keep(state, conv=conv_state, ssm=ssm_state)
     return layer.parts["gate_norm"](
         y_BTHP.flatten(-2), z_BTI, None if f.gated_norm == "none" else layer.gate_norm.weight,
         order=f.gated_norm, groups=f.norm_groups, eps=f.norm_eps,

@@ -82,10 +82,7 @@ class Module(KindModule):
     ) -> Tensor:
         f, rows = self.f, Rows.of(tokens, state)
         x_BTI, y_BTI = self.enter(rows.pack(x_BTD), self.in_proj, norm).chunk(2, -1)
-        c_BTI, conv_state = self.parts["conv"](
-            x_BTI, self.conv.weight, self.conv.bias,
-            segments_BT=rows.segments_BT, lengths_B=rows.lengths_B, state_BCJ=rows.past(state, "conv"),
-        )
+        c_BTI, conv_state = self.convolve(x_BTI, rows, state)
         decay_BTI = -f.sharpness * self._gate(c_BTI, self.decay_gate) * F.softplus(self.a_param.float())
         share_BTI = BoundedRoot.apply(-torch.expm1(2 * decay_BTI))
         share_BTI = torch.where(self._first(tokens, rows)[..., None], 1, share_BTI)
@@ -94,7 +91,7 @@ class Module(KindModule):
             rows.without_padding(u_BTI), rows.without_padding(decay_BTI), chunk=f.chunk,
             segments_BT=rows.segments_BT, state_BI=rows.past(state, "lru"),
         )
-        rows.keep(state, lru=last_BI, **({} if conv_state is None else {"conv": conv_state}))
+        rows.keep(state, conv=conv_state, lru=last_BI)
         y_BTI = h_BTI.to(y_BTI.dtype) * ACTIVATIONS[f.act](y_BTI)
         return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))
 

@@ -29,9 +29,6 @@ class Module(KindModule):
     ) -> Tensor:
         rows = Rows.of(tokens, state)
         B_BTI, C_BTI, x_BTI = self.enter(rows.pack(x_BTD), self.in_proj, norm).chunk(3, -1)
-        y_BTI, conv_state = self.parts["conv"](
-            B_BTI * x_BTI, self.conv.weight, self.conv.bias,
-            segments_BT=rows.segments_BT, lengths_B=rows.lengths_B, state_BCJ=rows.past(state, "conv"),
-        )
-        rows.keep(state, **({} if conv_state is None else {"conv": conv_state}))
+        y_BTI, conv_state = self.convolve(B_BTI * x_BTI, rows, state)
+        rows.keep(state, conv=conv_state)
         return rows.unpack(self.parts["out_proj"](C_BTI * y_BTI, self.out_proj.weight, self.out_proj.bias))
