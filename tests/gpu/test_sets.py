@@ -29,6 +29,8 @@ pytestmark = NEEDS_GPU
 DEVICE = "cuda"
 #: Of anything repeated: so many. Depth as it is: `test_full_depth`.
 REPEATS = 2
+#: Those whose rounding errors grow too fast for that: with many routers, they end as noise.
+STEEP = {"qwen3_next_80b_a3b": 1}
 MODELS = distinct(repeats=REPEATS)
 EXPERTS = [name for name in MODELS if any(m.kind == "moe" for n in shrunk(name, repeats=REPEATS).layers.nodes
                                           for m in (n.layer.branches if n.layer else ()))]
@@ -135,8 +137,9 @@ def assert_near(what: str, off: dict[str, float], *, bound: dict[str, float]) ->
 def test_fused_training_in_float32(name, which):
     """Kernels round the factors of products to TF32, which has three bits more than bfloat16: how much an error
     grows from layer to layer, and how easily a router chooses otherwise, is the model's."""
-    truth, narrow = reference(name, which, "fp32"), reference(name, which, "bf16")
-    off = distances(trained(fitted(name, "fused", "fp32"), which), truth)
+    repeats = STEEP.get(name, REPEATS)
+    truth, narrow = (reference(name, which, dtype, repeats=repeats) for dtype in ("fp32", "bf16"))
+    off = distances(trained(fitted(name, "fused", "fp32", repeats=repeats), which), truth)
     bound = {role: 0.6 * own + (0.003 if role in WHOLE else 0.03) for role, own in distances(narrow, truth).items()}
     assert_near(f"{name} {which} fused fp32", off, bound=bound)
 
@@ -145,7 +148,7 @@ def test_fused_training_in_float32(name, which):
 @pytest.mark.parametrize("parts", ["fused", "te"])
 @pytest.mark.parametrize("name", MODELS)
 def test_training_in_bfloat16(name, parts, which):
-    _bfloat16_is_as_near_as_the_reference_s(name, parts, which)
+    _bfloat16_is_as_near_as_the_reference_s(name, parts, which, repeats=STEEP.get(name, REPEATS))
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -153,7 +156,7 @@ def test_full_depth(name):
     _bfloat16_is_as_near_as_the_reference_s(name, "fused", "packed", repeats=None)
 
 
-def _bfloat16_is_as_near_as_the_reference_s(name: str, parts: str, which: str, *, repeats: int | None = REPEATS):
+def _bfloat16_is_as_near_as_the_reference_s(name: str, parts: str, which: str, *, repeats: int | None):
     """To the float32 reference, at most half as far again as the bfloat16 reference is."""
     found = trained(fitted(name, parts, "bf16", repeats=repeats), which)
     assert_as_near(f"{name} {which} {parts} bf16", found, name, which, repeats=repeats)
