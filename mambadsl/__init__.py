@@ -27,6 +27,8 @@ _HOMES = {
     "make_layer": "mambadsl.spec.make",
     "from_networkx": "mambadsl.compile",
     "load_compiled": "mambadsl.run.compiled",
+    "import_hf": "mambadsl.hf.folder",
+    "export_hf": "mambadsl.hf.folder",
     "load_parts": "mambadsl.parts.plugins",
     "TrainStep": "mambadsl.run.step",
     "Decoder": "mambadsl.run.decode",

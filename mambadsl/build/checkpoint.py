@@ -9,8 +9,8 @@ files that an index names and the folder lacks, and one name with two different 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mambadsl.build.model import Model
+from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
 from mambadsl.graph.weights import all_weights
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
 from mambadsl.text.spell import nearest
@@ -33,8 +34,6 @@ E905 = declare(
     """,
 )
 
-#: A file is at most this large, unless one tensor alone is larger.
-MAX_FILE_BYTES = 4 * 2**30
 LISTED = 12
 
 
@@ -43,34 +42,16 @@ def save_weights(
 ) -> tuple[Path, ...]:
     """Writes the model's weights and returns the files. Earlier weights of the same stem go; files appear
     complete or not at all."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = _stem(model)
-    shards = _shards(model.tensors(), max_file_bytes)
-    names = [f"{stem}.safetensors"]
-    if len(shards) > 1:
-        names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    units = [Unit(t.nbytes, partial(_one, path, t)) for path, t in model.tensors().items()]
     about = {"format": "pt", "model": model.graph.name}
-    for name, shard in zip(names, shards):
-        kept = {path: tensor.detach().contiguous().cpu() for path, tensor in shard.items()}
-        save_file(kept, folder / f"{name}.part", metadata=about)
-    written = list(names)
-    if len(shards) > 1:
-        written.append(f"{stem}.index.json")
-        places = {path: name for name, shard in zip(names, shards) for path in shard}
-        size = sum(tensor.nbytes for tensor in model.tensors().values())
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        text = json.dumps(index, indent=1, sort_keys=True)
-        (folder / f"{written[-1]}.part").write_text(text, encoding="utf-8")
-    # New files first: a crash here leaves old and new side by side, which loading refuses.
-    for name in written:
-        os.replace(folder / f"{name}.part", folder / name)
-    for old in _own_files(folder, stem):
-        if old.name not in written:
-            old.unlink()
-    return tuple(folder / name for name in names)
+    return save_shards(
+        Path(folder), stem, units, index=f"{stem}.index.json", about=about, max_file_bytes=max_file_bytes
+    )
+
+
+def _one(path: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    return [(path, tensor)]
 
 
 def load_weights(model: Model, folder: str | Path, *, device: Any = "cpu") -> Model:
@@ -180,22 +161,3 @@ def _refuse(message: str, *, notes: list[str] = ()) -> MdlError:
 def _stem(model: Model) -> str:
     stage = model.stage
     return "weights" if stage.count == 1 else f"weights-stage-{stage.index + 1}-of-{stage.count}"
-
-
-def _own_files(folder: Path, stem: str) -> list[Path]:
-    shards = [f for f in folder.glob(f"{stem}-*-of-*.safetensors") if f.name[len(stem) + 1].isdigit()]
-    single = [folder / f"{stem}.safetensors", folder / f"{stem}.index.json"]
-    return shards + [file for file in single if file.exists()]
-
-
-def _shards(tensors: dict[str, Tensor], max_file_bytes: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for path, tensor in tensors.items():
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + bytes_ > max_file_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][path] = tensor
-        size += bytes_
-    return shards

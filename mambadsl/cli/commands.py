@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any, NoReturn
 
 import click
@@ -17,7 +18,8 @@ from mambadsl import __version__
 from mambadsl.cli import output
 
 COMMANDS = (
-    "check", "compile", "plan", "expand", "fmt", "summary", "graph", "explain", "doctor", "generate", "completion",
+    "check", "compile", "plan", "expand", "fmt", "summary", "graph", "explain", "doctor", "generate",
+    "import", "export", "verify", "completion",
 )
 BUG, INTERRUPTED, READER_GONE = 70, 130, 141
 
@@ -27,7 +29,9 @@ class Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return import_module(f"mambadsl.cli.{name}").run if name in COMMANDS else None
+        # `import` is a word that no module of Python can be imported by.
+        file = f"{name}_" if iskeyword(name) else name
+        return import_module(f"mambadsl.cli.{file}").run if name in COMMANDS else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and args[0] not in COMMANDS:

@@ -264,7 +264,8 @@ class Computed:
 class Field:
     """One field of a kind, a form or the model.
 
-    default: a value, REQUIRED, or Computed. unit: what it counts, for the reader.
+    default: a value, REQUIRED, or Computed. unit: what it counts, for the reader. inert: what a trained model computes
+    does not depend on it.
     """
 
     name: str
@@ -272,6 +273,13 @@ class Field:
     default: Any
     doc: str
     unit: str = ""
+    inert: bool = False
+
+
+def chunk_field(default: int) -> Field:
+    """Of kinds with a scan by chunks."""
+    says = "tokens computed together in the scan; no effect on the result"
+    return Field("chunk", Int(1, 4096), default, says, "tokens", inert=True)
 
 
 def fill(fields: tuple[Field, ...], given: Call, *, owner: str) -> Values:

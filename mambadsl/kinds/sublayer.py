@@ -59,14 +59,14 @@ SUBLAYER_FIELDS: tuple[Field, ...] = (
         "input", OneOf("stream", "with_embedding"), "stream",
         "what it reads: the residual stream, or that joined with the first embedding (Zamba)",
     ),
-    Field("recompute", Flag(), False, "compute the layer again in the backward pass instead of keeping it"),
+    Field("recompute", Flag(), False, "compute the layer again in the backward pass instead of keeping it", inert=True),
 )
 
 #: Fields that each branch of a sum has for itself.
 BRANCH_FIELDS: tuple[Field, ...] = (
     Field("in_multiplier", Real(), 1, "scale of the normed input"),
     Field("out_multiplier", Real(), 1, "scale of the output, before the sum and, in post and sandwich, the outer norm"),
-    Field("dropout", Real(0, 0.99), 0, "share of outputs dropped in training"),
+    Field("dropout", Real(0, 0.99), 0, "share of outputs dropped in training", inert=True),
     Field("adapter", ADAPTER, ADAPTER.convert_word("none"), "per-use low-rank weights, for shared layers"),
 )
 

@@ -21,7 +21,8 @@ MODEL_FIELDS: tuple[Field, ...] = (
     Field("vocab", Int(), 32768, "rows of the embedding table", "tokens"),
     Field("d_model", Int(), 1024, "width of the residual stream", "channels"),
     Field(
-        "context", Int(), 4096, "tokens of a training sequence; the length that costs are given for", "tokens"
+        "context", Int(), 4096, "tokens of a training sequence; the length that costs are given for", "tokens",
+        inert=True,
     ),
     Field(
         "norm", NORM, NORM.convert_word("rmsnorm"),
@@ -34,11 +35,12 @@ MODEL_FIELDS: tuple[Field, ...] = (
         "logits_softcap", OrWord("none", Real(above=0)), None,
         "logits are squashed to cap * tanh(logit / cap)",
     ),
-    Field("residual_dtype", OneOf("model", "fp32"), "model", "dtype of the residual stream"),
-    Field("init_std", Real(above=0), 0.02, "standard deviation of initial projection weights"),
+    Field("residual_dtype", OneOf("model", "fp32"), "model", "dtype of the residual stream", inert=True),
+    Field("init_std", Real(above=0), 0.02, "standard deviation of initial projection weights", inert=True),
     Field(
         "scale_residual_init", Flag(), True,
         "projections back onto the residual stream start smaller, by sqrt(number of residual additions)",
+        inert=True,
     ),
 )
 

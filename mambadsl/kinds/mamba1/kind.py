@@ -6,7 +6,7 @@ of Jamba (learned) and Falcon Mamba (weightless). N d_state, R dt_rank.
 
 from __future__ import annotations
 
-from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
@@ -35,16 +35,16 @@ FIELDS = (
         "dt_rank", Int(), Computed("d_model / 16, rounded up", lambda v, model: -(-model.d_model // 16)),
         "rank of the projection of dt (R)",
     ),
-    Field("chunk", Int(1, 4096), 64, "tokens computed together in the scan; no effect on the result", "tokens"),
+    chunk_field(64),
     Field("conv_bias", Flag(), True, "the convolution has a bias"),
     Field("bias", Flag(), False, "in_proj and out_proj have biases"),
     Field(
         "dt_bc_norm", DT_BC_NORM, DT_BC_NORM.convert_word("none"),
         "RMS norms of dt, B and C before use: learned (Jamba), weightless (Falcon Mamba)",
     ),
-    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]"),
-    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]"),
-    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this"),
+    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]", inert=True),
+    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]", inert=True),
+    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this", inert=True),
 )
 
 

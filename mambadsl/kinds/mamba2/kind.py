@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneOf, OrWord, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneOf, OrWord, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
@@ -52,7 +52,7 @@ FIELDS = (
     Field("d_state", Int(), 128, "size of the state of one channel (N)"),
     Field("groups", Int(), 1, "groups of heads that share B and C (G)"),
     Field("d_conv", Int(1, 64), 4, "taps of the causal convolution", "tokens"),
-    Field("chunk", Int(1, 4096), 256, "tokens computed together in the scan; no effect on the result", "tokens"),
+    chunk_field(256),
     Field("conv_bias", Flag(), True, "the convolution has a bias"),
     Field("bias", Flag(), False, "in_proj and out_proj have biases"),
     Field(
@@ -68,10 +68,10 @@ FIELDS = (
         "dt_limit", Items(OrWord("inf", Real(0)), 2), (0, None),
         "dt is clamped to this range after softplus; `inf` (None in Python): no upper limit",
     ),
-    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]"),
-    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]"),
-    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this"),
-    Field("a_range", Items(Real(above=0), 2), (1, 16), "initial -A is drawn from this range"),
+    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]", inert=True),
+    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]", inert=True),
+    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this", inert=True),
+    Field("a_range", Items(Real(above=0), 2), (1, 16), "initial -A is drawn from this range", inert=True),
     Field(
         "proj_multipliers", Items(Real(), 5), (1, 1, 1, 1, 1),
         "scales of z, x, B, C and dt after in_proj (Falcon-H1)",

@@ -5,7 +5,7 @@ De and others, "Griffin", 2024. Behaviour matches RecurrentGemma in Hugging Face
 
 from __future__ import annotations
 
-from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, Real, chunk_field
 from mambadsl.kinds.kind import (
     RESIDUAL,
     ZEROS,
@@ -28,7 +28,7 @@ FIELDS = (
     Field("d_inner", Int(), Computed("d_model", lambda v, model: model.d_model), "inner width", "channels"),
     Field("blocks", Int(), 1, "the two gates are products with so many square blocks along the diagonal"),
     Field("d_conv", Int(1, 64), 4, "taps of the causal convolution", "tokens"),
-    Field("chunk", Int(1, 4096), 64, "tokens computed together in the scan; no effect on the result", "tokens"),
+    chunk_field(64),
     Field("act", ACT, "gelu_tanh", "activation of the gate beside the recurrence"),
     Field("conv_bias", Flag(), True, "the convolution has a bias"),
     Field("bias", Flag(), True, "in_proj and out_proj have biases"),
@@ -36,6 +36,7 @@ FIELDS = (
     Field(
         "radius", Items(Real(above=0, high=0.999999), 2), (0.9, 0.999),
         "exp(-softplus(a_param)), what a state keeps of itself at a gate of 1 / sharpness, is drawn from this range",
+        inert=True,
     ),
 )
 

@@ -1,0 +1,201 @@
+"""A graph of ours -> the configuration of the family that it fits.
+
+The tables of a family are read backwards, and what comes out is imported again: only where that is the same graph, up
+to what changes nothing that a trained model computes, does the family fit. Otherwise E614 says what stands in the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mambadsl.graph.graph import LayerGraph, Node
+from mambadsl.hf.config import Settings, Unlike, config_class, from_dict
+from mambadsl.hf.family import Family, Recipe, both, families
+from mambadsl.hf.importer import Imported, import_settings
+from mambadsl.kinds.fields import Field
+from mambadsl.kinds.registry import get
+from mambadsl.kinds.sublayer import BRANCH_FIELDS, SUBLAYER_FIELDS
+from mambadsl.kinds.values import Values
+from mambadsl.spec import make
+from mambadsl.spec.model import MODEL_FIELDS, LayerSpec, Mixer
+from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
+
+E614 = declare(
+    "E614",
+    "no family of Hugging Face's fits",
+    """
+    Hugging Face has a class for each family of models, and none of them computes what this model does. The notes
+    say, for the family that comes closest, which layers and settings stand in its way; `--family NAME` asks for
+    another one. What has no influence on results (chunks, initial values, dropout) does not count.
+    """,
+)
+TOKENS = "pad_token_id", "bos_token_id", "eos_token_id"
+#: Differences that are told.
+LISTED = 8
+
+
+def export_settings(
+    graph: LayerGraph, *, base: Settings | None = None, family: str | None = None
+) -> tuple[Settings, Imported]:
+    """The settings, and where their tensors lie.
+
+    base: the settings that the model was imported with: as they are, where they still say this model; otherwise what
+    they say beside it is kept. family: a model_type (default: the base's, or the first that fits). Raises MdlError
+    (E614).
+    """
+    known = families()
+    if base is not None and family in (None, base.config.model_type):
+        found = import_settings(base, name=graph.name)
+        if not list(differences(graph, found.graph)):
+            return base, found
+    if family is not None and family not in known:
+        from mambadsl.text.spell import nearest
+
+        near = nearest(family, known)
+        help = ((f"did you mean `{near}`?",) if near else ()) + ("families: " + ", ".join(known),)
+        raise MdlError([Diagnostic(E614, f"there is no family `{family}`", help=help)])
+    wanted = family or (base.config.model_type if base is not None else None)
+    tried = {name: _tried(graph, known[name], base) for name in ([wanted] if wanted else known)}
+    for found in tried.values():
+        if not isinstance(found, list):
+            return found
+    closest = min(tried, key=lambda name: len(tried[name]))
+    problems = tried[closest]
+    what = f"the family `{closest}`" if wanted else f"any family of Hugging Face's; `{closest}` comes closest"
+    notes = [text for text, _ in problems[:LISTED]]
+    if len(problems) > LISTED:
+        notes.append(f"and {len(problems) - LISTED} more")
+    labels = tuple(Label(node.span, "stands in the way") for _, node in problems[:3] if node and node.span)
+    message = f"`{graph.name}` does not fit {what}"
+    raise MdlError([Diagnostic(E614, message, labels=labels, notes=tuple(notes))])
+
+
+#: What stands in the way, and at which layer.
+_Problems = list[tuple[str, Node | None]]
+
+
+def _tried(graph: LayerGraph, family: Family, base: Settings | None) -> tuple[Settings, Imported] | _Problems:
+    named, problems = _named(graph, family)
+    if problems:
+        return problems
+    try:
+        given = {"model_type": family.model_type, "architectures": [family.architecture]}
+        if base is not None and base.config.model_type == family.model_type:
+            given |= base.given
+        usual = config_class(family.model_type)().to_dict()
+        written = {name: _typed(v, usual.get(name)) for name, v in _written(graph, family, named).items()}
+        # The class's own numbers of tokens may lie beyond this vocabulary.
+        beyond = {n: None for n in TOKENS if n not in given and _beyond(usual.get(n), graph.model.vocab)}
+        settings = from_dict(given | beyond | written)
+        found = import_settings(settings, name=graph.name)
+    except Unlike as error:
+        return [(str(error), None)]
+    except MdlError as error:
+        return [(d.message, None) for d in error.diagnostics]
+    return list(differences(graph, found.graph)) or (settings, found)
+
+
+def _named(graph: LayerGraph, family: Family) -> tuple[list[tuple[str, ...]], _Problems]:
+    """The recipes of each layer, or the layers that have none."""
+    rows, problems = [], []
+    if graph.mtp is not None:
+        problems.append(("the heads of `mtp` have no counterpart", None))
+    for node in graph.layers:
+        names = [_recipe(mixer, node.layer, family, graph.model) for mixer in node.layer.branches]
+        if None in names:
+            mixer = node.layer.branches[names.index(None)]
+            problems.append((f"{node.path}: `{mixer.kind}` as it is here", node))
+        elif node.shared:
+            problems.append((f"{node.path}: weights that other layers use too", node))
+        else:
+            rows.append(tuple(names))
+    return rows, problems
+
+
+def _recipe(mixer: Mixer, layer: LayerSpec, family: Family, model: Values) -> str | None:
+    """The recipe of this kind whose fixed fields the layer has."""
+    for name, recipe in family.recipes.items():
+        if recipe.kind == mixer.kind:
+            fixed = {f: entry.read(None) for f, entry in _entries(recipe) if entry.always}
+            wanted = _values(make.layer(recipe.kind, model=model, **fixed), 0)
+            found = _values(layer, layer.branches.index(mixer))
+            if all(found[f] == wanted[f] for f in fixed):
+                return name
+    return None
+
+
+def _entries(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    yield from ((field, both(entry)) for field, entry in recipe.fields.items())
+
+
+def _values(layer: LayerSpec, branch: int) -> Values:
+    """All fields of one branch: its kind's, its own, the sublayer's."""
+    mixer = layer.branches[branch]
+    return Values({**mixer.fields, **mixer.branch, **layer.sub})
+
+
+def _written(graph: LayerGraph, family: Family, rows: list[tuple[str, ...]]) -> Mapping[str, Any]:
+    """Their settings; each recipe's are those of the first layer that has it. Raises Unlike."""
+    found: dict[str, Any] = {}
+    for ours, entry in family.settings.items():
+        found |= both(entry).write(graph.model[ours])
+    fields: dict[str, Values] = {}
+    for node, row in zip(graph.layers, rows):
+        for i, name in enumerate(row):
+            fields.setdefault(name, _values(node.layer, i))
+    for name, values in fields.items():
+        for ours, entry in _entries(family.recipes[name]):
+            found |= entry.write(values[ours])
+    found |= family.order(rows)
+    return found | (family.derived(fields, graph.model) if family.derived else {})
+
+
+def _beyond(token: Any, vocab: int) -> bool:
+    return any(t is not None and t >= vocab for t in (token if isinstance(token, list) else [token]))
+
+
+def _typed(value: Any, usual: Any) -> Any:
+    """Whole numbers of ours are ints; configuration classes insist on their own types."""
+    if isinstance(usual, list) and isinstance(value, list) and usual:
+        return [_typed(v, usual[0]) for v in value]
+    return float(value) if isinstance(usual, float) and isinstance(value, int) else value
+
+
+def differences(ours: LayerGraph, theirs: LayerGraph) -> Iterator[tuple[str, Node | None]]:
+    """What a family computes otherwise: a sentence, and the layer."""
+    for name, (a, b) in _unequal(MODEL_FIELDS, ours.model, theirs.model):
+        yield f"`{name}` is {a} here, {b} there", None
+    if len(ours.layers) != len(theirs.layers):
+        yield f"{len(ours.layers)} layers here, {len(theirs.layers)} there", None
+    for node, other in zip(ours.layers, theirs.layers):
+        kinds, others = ([b.kind for b in n.layer.branches] for n in (node, other))
+        if kinds != others:
+            yield f"{node.path}: {' + '.join(kinds)} here, {' + '.join(others)} there", node
+            continue
+        if node.owner.partition(".")[0] != other.owner.partition(".")[0]:
+            yield f"{node.path}: weights that other layers use too", node
+        tables = [(SUBLAYER_FIELDS, node.layer.sub, other.layer.sub)]
+        for mixer, their in zip(node.layer.branches, other.layer.branches):
+            tables.append((get(mixer.kind).fields, mixer.fields, their.fields))
+            tables.append((BRANCH_FIELDS, mixer.branch, their.branch))
+        for fields, a, b in tables:
+            for name, (x, y) in _unequal(fields, a, b):
+                yield f"{node.path}: `{name}` is {x} here, {y} there", node
+
+
+def _unequal(fields: tuple[Field, ...], ours: Values, theirs: Values) -> Iterator[tuple[str, tuple[str, str]]]:
+    for f in fields:
+        a, b = ours[f.name], theirs[f.name]
+        if not f.inert and not _equal(a, b):
+            yield f.name, (f.type.text(a, full=False), f.type.text(b, full=False))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Numbers up to the last bits: the same multiplier may be written with one digit less."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-12)
+    return a == b

@@ -1,0 +1,121 @@
+"""Qwen3-Next and Qwen3.5: the gated delta rule or gated attention, then an MLP or experts; zero-centred norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mambadsl.hf import mixers
+from mambadsl.hf.config import Settings
+from mambadsl.hf.entries import act, apart, norm, pairs, rope, router
+from mambadsl.hf.family import Family, Layer, Recipe, fixed
+from mambadsl.hf.tensors import Piece, Place, Rows
+from mambadsl.kinds.values import Values
+
+KINDS = {"linear_attention": ("D", "linear_attn"), "full_attention": ("A", "self_attn")}
+SETTINGS = dict(
+    vocab="vocab_size", d_model="hidden_size", norm=norm(zero_centered=True), tie_embeddings="tie_word_embeddings",
+    context="max_position_embeddings",
+)
+DELTA = dict(
+    heads="linear_num_value_heads", key_heads="linear_num_key_heads", key_dim="linear_key_head_dim",
+    value_dim="linear_value_head_dim", d_conv="linear_conv_kernel_dim", norm_eps="rms_norm_eps",
+)
+FEED = dict(act=act(), gated=fixed(True))
+EXPERTS = FEED | dict(
+    experts="num_experts", top_k="num_experts_per_tok", d_ff="moe_intermediate_size",
+    shared_d_ff="shared_expert_intermediate_size", shared_gate=fixed("sigmoid"),
+)
+
+
+def _together(f: Values) -> dict[str, Place]:
+    """Queries, keys, values and gates of each key head lie side by side, and so do b and a."""
+    qkvz = Piece("in_proj_qkvz.weight", ("q", "k", "v", "z"), groups=f.key_heads)
+    ba = Piece("in_proj_ba.weight", ("b", "a"), groups=f.key_heads)
+    return mixers.mamba2(f) | {"in_proj.weight": Rows(qkvz, ba)}
+
+
+def _apart(f: Values) -> dict[str, Place]:
+    pieces = Piece("in_proj_qkv.weight", ("q", "k", "v")), *(f"in_proj_{name}.weight" for name in "zba")
+    return mixers.mamba2(f) | {"in_proj.weight": Rows(*pieces)}
+
+
+ATTENTION = Recipe(
+    "attention",
+    dict(
+        heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim", qkv_bias="attention_bias",
+        o_bias="attention_bias", rope=rope(), qk_norm=norm("rms_norm_eps", "per_head", zero_centered=True),
+        out_gate=fixed("elementwise"),
+    ),
+    mixers.gated_q,
+)
+MLP = Recipe("mlp", FEED | dict(d_ff="intermediate_size"), mixers.GATED)
+
+
+def _experts(f: Values) -> dict[str, Place]:
+    return mixers.experts(f) | mixers.shared("shared_expert") | {
+        "router.weight": "gate.weight", "shared_gate.weight": "shared_expert_gate.weight",
+    }
+
+
+def _moe(**names: str) -> Recipe:
+    also = {} if names else {"renorm": True}
+    return Recipe("moe", EXPERTS | dict(router=router("softmax", also=also, **names)), _experts)
+
+
+def _mixing(c: Settings) -> list[tuple[str, str]]:
+    return [KINDS[name] for name in c.layer_types]
+
+
+def _order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+    back = {recipe: name for name, (recipe, _) in KINDS.items()}
+    mixing, _ = apart(rows, "FE")
+    return {"num_hidden_layers": len(mixing), "layer_types": [back[name] for name in mixing]}
+
+
+def next_layers(c: Settings) -> Iterator[Layer]:
+    mixing = _mixing(c)
+    sparse = (
+        i not in c.mlp_only_layers and c.num_experts > 0 and (i + 1) % c.decoder_sparse_step == 0
+        for i in range(len(mixing))
+    )
+    yield from pairs(mixing, [("E" if is_so else "F", "mlp") for is_so in sparse])
+
+
+def next_order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+    dense = [i for i, name in enumerate(apart(rows, "FE")[1]) if name == "F"]
+    return {**_order(rows), "mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def _every(recipe: str) -> Any:
+    def layers(c: Settings) -> Iterator[Layer]:
+        mixing = _mixing(c)
+        yield from pairs(mixing, [(recipe, "mlp")] * len(mixing))
+
+    return layers
+
+
+DEMANDS = {"attention_dropout": 0}
+#: Heads of the multi-token prediction, which Hugging Face does not load either.
+MTP = "mtp.*", "model.mtp.*"
+FOLLOWS = "num_hidden_layers", "full_attention_interval"
+FAMILIES = (
+    Family(
+        "qwen3_next", "Qwen3NextForCausalLM", SETTINGS,
+        {
+            "D": Recipe("gated_delta_net", DELTA, _together), "A": ATTENTION, "F": MLP,
+            "E": _moe(renorm="norm_topk_prob"),
+        },
+        next_layers, next_order, demands=DEMANDS, empty=MTP, follows=FOLLOWS,
+    ),
+    Family(
+        "qwen3_5_text", "Qwen3_5ForCausalLM", SETTINGS,
+        {"D": Recipe("gated_delta_net", DELTA, _apart), "A": ATTENTION, "F": MLP},
+        _every("F"), _order, demands=DEMANDS, empty=MTP, follows=FOLLOWS,
+    ),
+    Family(
+        "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", SETTINGS,
+        {"D": Recipe("gated_delta_net", DELTA, _apart), "A": ATTENTION, "E": _moe()},
+        _every("E"), _order, demands=DEMANDS, empty=MTP, follows=FOLLOWS,
+    ),
+)

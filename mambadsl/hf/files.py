@@ -1,0 +1,125 @@
+"""The tensors in a folder of somebody else's: safetensors files, or pytorch_model.bin; read one by one.
+
+Out: `Files`, with names, shapes and dtypes at once and values when asked for. Raises MdlError (E613) for a folder
+without tensors, damaged files, and indices that name what is not there. `.bin` files are loaded as weights only: no
+code in them runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
+
+E613 = declare(
+    "E613",
+    "tensors that do not fit",
+    """
+    Every tensor of a folder has its place in the imported model, and every weight of the model comes from the folder.
+    The message lists what is missing, what nobody takes, and what has another shape than the configuration says. A
+    folder that was not downloaded completely lacks whole files; names that nobody takes mean layers that the
+    configuration does not speak of.
+    """,
+)
+
+
+class Files:
+    """shapes, dtypes, file_of: by name. sizes: bytes of each file."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.file_of: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        if not self.folder.is_dir():
+            raise refuse(f"there is no folder `{folder}`")
+        found = self._files()
+        if not found:
+            raise refuse(f"there are no tensors in `{folder}`: no *.safetensors, no pytorch_model*.bin")
+        self.sizes = {file: file.stat().st_size for file in found}
+        for file in found:
+            for name, shape, dtype in self._listed(file):
+                if name in self.file_of:
+                    raise refuse(f"`{name}` is in `{self.file_of[name].name}` and in `{file.name}`")
+                self.shapes[name], self.dtypes[name], self.file_of[name] = shape, dtype, file
+
+    def get(self, name: str) -> Tensor:
+        file = self.file_of[name]
+        opened = self._opened(file)
+        return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def _opened(self, file: Path) -> Any:
+        """The last two files stay open: a weight of ours may come from both sides of a border."""
+        if file not in self._open:
+            while len(self._open) > 1:
+                del self._open[next(iter(self._open))]
+            self._open[file] = _open(file)
+        return self._open[file]
+
+    def _listed(self, file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+        opened = self._opened(file)
+        if isinstance(opened, dict):
+            yield from ((name, tuple(t.shape), t.dtype) for name, t in opened.items() if isinstance(t, Tensor))
+            return
+        for name in opened.keys():
+            part = opened.get_slice(name)
+            dtype = part.get_dtype()
+            if dtype not in DTYPES:
+                raise refuse(f"`{name}` in `{file.name}` has the dtype {dtype}, which has no counterpart")
+            yield name, tuple(part.get_shape()), DTYPES[dtype]
+
+    def _files(self) -> list[Path]:
+        """Those that an index names, else the one of the usual name, else all: some folders hold the same tensors
+        twice, in two libraries' forms."""
+        for pattern, usual in ("*.safetensors", "model.safetensors"), ("pytorch_model*.bin", "pytorch_model.bin"):
+            for index in sorted(self.folder.glob(f"{pattern}.index.json")) or self._own_index(pattern):
+                return self._indexed(index)
+            if (self.folder / usual).is_file():
+                return [self.folder / usual]
+            if found := sorted(self.folder.glob(pattern)):
+                return found
+        return []
+
+    def _own_index(self, pattern: str) -> list[Path]:
+        return sorted(self.folder.glob("weights.index.json")) if pattern == "*.safetensors" else []
+
+    def _indexed(self, index: Path) -> list[Path]:
+        try:
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise refuse(f"`{index}` is no index of tensors: it has no `weight_map`") from None
+        if lost := sorted(name for name in named if not (self.folder / name).is_file()):
+            raise refuse(f"`{self.folder}` lacks files that `{index.name}` names", notes=lost)
+        return [self.folder / name for name in sorted(named)]
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".bin":
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise refuse(f"`{file}` is damaged, or no file of tensors: {why}") from None
+    except Exception as error:
+        raise refuse(f"`{file}` is no file of tensors alone: {type(error).__name__}") from None
+
+
+def refuse(message: str, *, notes: list[str] = ()) -> MdlError:
+    return MdlError([Diagnostic(E613, message, notes=tuple(notes[:12]))])
+
+
+#: safetensors' names.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}

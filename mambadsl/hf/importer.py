@@ -1,0 +1,123 @@
+"""A configuration of Hugging Face's -> our graph, and where each of its weights lies among their tensors.
+
+In: `Settings`. Out: `Imported`. Raises MdlError with every setting that has no counterpart (E611).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mambadsl.graph.graph import LayerGraph, Node, Role
+from mambadsl.graph.unroll import connect
+from mambadsl.graph.weights import all_weights
+from mambadsl.hf.config import E610, E611, Settings, Unlike
+from mambadsl.hf.family import Both, Family, Layer, both, families
+from mambadsl.hf.tensors import Rows, rows
+from mambadsl.spec import make
+from mambadsl.spec.model import LayerSpec
+from mambadsl.text.diagnostic import Diagnostic, MdlError
+from mambadsl.text.spell import nearest
+
+
+@dataclass(frozen=True)
+class Imported:
+    """places: our weight's path -> theirs. at: the path of each layer of ours -> theirs (a prefix of tensors).
+    diagnostics: settings that were not looked at."""
+
+    family: Family
+    graph: LayerGraph
+    places: dict[str, Rows]
+    at: dict[str, str]
+    diagnostics: tuple[Diagnostic, ...]
+
+
+def import_settings(c: Settings, *, name: str) -> Imported:
+    """name: the model's. Raises MdlError."""
+    family = family_of(c)
+    tables = (family.settings, *(recipe.fields for recipe in family.recipes.values()))
+    c.asked.update(family.follows, *(both(entry).keys for table in tables for entry in table.values()))
+    problems = list(_demanded(c, family))
+    model = make.settings(_read(c, family.settings, problems))
+    specs = {}
+    laid = list(family.layers(c))
+    for recipe in {recipe: None for layer in laid for recipe in layer.recipes}:
+        entry = family.recipes[recipe]
+        fields = _read(c, entry.fields, problems)
+        if not problems:
+            specs[recipe] = _named(make.layer(entry.kind, model=model, **fields), recipe)
+    if problems:
+        raise MdlError(problems)
+    nodes = [Node("embed", Role.EMBED, None, "embed")]
+    for i, layer in enumerate(laid):
+        path = f"stack.{i}"
+        nodes.append(Node(path, Role.LAYER, _joined([specs[r] for r in layer.recipes]), path))
+    nodes.append(Node("head", Role.HEAD, None, "head"))
+    graph = LayerGraph(name, model, tuple(nodes), connect(nodes, model))
+    at = {node.path: layer.paths[0] for node, layer in zip(graph.layers, laid)}
+    return Imported(family, graph, _places(family, graph, laid), at, tuple(c.ignored()))
+
+
+def family_of(c: Settings) -> Family:
+    """Raises MdlError (E610)."""
+    known = families()
+    model_type = c.config.model_type
+    if model_type in known:
+        return known[model_type]
+    near = nearest(model_type, known)
+    help = ((f"did you mean `{near}`?",) if near else ()) + ("known: " + ", ".join(known),)
+    message = f"models of the type `{model_type}` have no counterpart yet"
+    raise MdlError([Diagnostic(E610, message, c.span("model_type"), help=help)])
+
+
+def _demanded(c: Settings, family: Family) -> Iterator[Diagnostic]:
+    for name, wanted in family.demands.items():
+        value = c.get(name)
+        if value is not None and value != wanted and not _same(value, wanted):
+            message = f"`{name}` is `{value}`; only `{wanted}` has a counterpart"
+            yield Diagnostic(E611, message, c.span(name))
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    return isinstance(wanted, (list, tuple)) and isinstance(value, (list, tuple)) and list(value) == list(wanted)
+
+
+def _read(c: Settings, table: dict[str, Any], problems: list[Diagnostic]) -> dict[str, Any]:
+    found = {}
+    for ours, entry in table.items():
+        entry: Both = both(entry)
+        try:
+            found[ours] = entry.read(c)
+        except Unlike as error:
+            name = entry.keys[0]
+            problems.append(Diagnostic(E611, f"`{name}` {error}", c.span(name)))
+    return found
+
+
+def _named(layer: LayerSpec, name: str) -> LayerSpec:
+    return replace(layer, name=name, branches=tuple(replace(b, name=name) for b in layer.branches))
+
+
+def _joined(layers: list[LayerSpec]) -> LayerSpec:
+    if len(layers) == 1:
+        return layers[0]
+    return LayerSpec(tuple(b for layer in layers for b in layer.branches), layers[0].sub)
+
+
+def _places(family: Family, graph: LayerGraph, laid: list[Layer]) -> dict[str, Rows]:
+    """Every weight of the graph, and nothing else."""
+    found: dict[str, Rows] = {"embed.weight": rows(family.embed), "final_norm.weight": rows(family.final)}
+    if not graph.tied:
+        found["head.weight"] = rows(family.head)
+    weights = all_weights(graph)
+    for node, layer in zip(graph.layers, laid, strict=True):
+        found[f"{node.owner}.norm.weight"] = rows(layer.norm)
+        found[f"{node.owner}.post_norm.weight"] = rows(layer.post_norm)
+        for (_, prefix, mixer), recipe, at in zip(node.branches(), layer.recipes, layer.paths, strict=True):
+            names = family.recipes[recipe].places(mixer.fields)
+            for path in weights:
+                if path.startswith(f"{prefix}."):
+                    name = path.removeprefix(f"{prefix}.")
+                    found[path] = rows(names.get(name, name)).below(at)
+    return {path: found[path] for path in weights}

@@ -1,0 +1,155 @@
+"""Tensors of Hugging Face's to weights of ours and back: the same bits in another order, a file at a time.
+
+In memory is never more than the file that is being written, and the tensors of one weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
+from mambadsl.graph.weights import all_weights
+from mambadsl.hf.files import E613, Files
+from mambadsl.hf.importer import Imported
+from mambadsl.hf.tensors import Rows
+from mambadsl.kinds.kind import Weight
+from mambadsl.text.diagnostic import Diagnostic, MdlError
+from mambadsl.text.spell import nearest
+
+LISTED = 12
+#: What any family may have saved: tables of rotations, and indices of their positions.
+EMPTY = "*rotary_emb.inv_freq", "*rope_freqs", "*.position_ids"
+
+
+class Source:
+    """Weights of ours out of a folder of theirs, checked to fit. skipped: tensors that hold nothing a model needs.
+    renamed: our table's names -> what the folder calls them. shapes: of tensors that are cut otherwise than tables
+    say."""
+
+    def __init__(self, imported: Imported, folder: str | Path):
+        self.imported, self.files = imported, Files(folder)
+        self.weights = all_weights(imported.graph)
+        self.renamed: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.skipped: tuple[str, ...] = ()
+        self._check()
+
+    def read(self, path: str) -> Tensor:
+        return self.imported.places[path].read(self._get, self.weights[path])
+
+    def save(self, folder: str | Path) -> tuple[Path, ...]:
+        """Writes them under our names, in the order of their files."""
+        order = {file: i for i, file in enumerate(self.files.sizes)}
+        first = {path: self._name(next(rows.names())) for path, rows in self.imported.places.items()}
+        paths = sorted(self.weights, key=lambda path: order[self.files.file_of[first[path]]])
+        units = [
+            Unit(
+                prod(self.weights[path].shape) * self.files.dtypes[first[path]].itemsize,
+                lambda path=path: [(path, self.read(path))],
+            )
+            for path in paths
+        ]
+        about = {"format": "pt", "model": self.imported.graph.name}
+        most = min(MAX_FILE_BYTES, max(self.files.sizes.values()))
+        return save_shards(
+            Path(folder), "weights", units, index="weights.index.json", about=about, max_file_bytes=most
+        )
+
+    def _name(self, name: str) -> str:
+        return self.renamed.get(name, name)
+
+    def _get(self, name: str) -> Tensor:
+        return self.files.get(self._name(name))
+
+    def _check(self) -> None:
+        wanted: dict[str, tuple[int, ...]] = {}
+        for path, rows in self.imported.places.items():
+            wanted |= dict(rows.shapes(self.weights[path]))
+        there = self.files.shapes
+        for name in wanted:
+            if name not in there:
+                self._find_renamed(name, wanted)
+        missing = [name for name in wanted if self._name(name) not in there]
+        used = {self._name(name) for name in wanted}
+        shapes = {name: there[self._name(name)] for name in wanted if name not in missing}
+        left = [name for name in there if name not in used]
+        self.skipped = tuple(name for name in left if self._empty(name))
+        unknown = [name for name in left if name not in self.skipped]
+        bent = [
+            name for path, rows in self.imported.places.items()
+            if all(n in shapes for n in rows.names()) and not rows.fits(self.weights[path], shapes)
+            for name in rows.names() if shapes[name] != wanted[name]
+        ]
+        self.shapes = {self._name(n): shape for n, shape in shapes.items() if shape != wanted[n]}
+        if not (missing or unknown or bent):
+            return
+        facts = [*_listed("missing", missing, unknown), *_listed("nobody takes", unknown, missing)]
+        facts += [
+            f"shape of `{self._name(name)}`: {list(there[self._name(name)])} in the folder, "
+            f"{list(wanted[name])} by the configuration" for name in bent[:LISTED]
+        ]
+        counts = {"missing": missing, "that no layer takes": unknown, "of another shape": bent}
+        summary = ", ".join(f"{len(found)} {what}" for what, found in counts.items() if found)
+        message = f"the tensors in `{self.files.folder}` do not fit the configuration: {summary}"
+        raise MdlError([Diagnostic(E613, message, notes=tuple(facts))])
+
+    def _find_renamed(self, name: str, wanted: Mapping[str, object]) -> None:
+        for ours, theirs in self.imported.family.renamed.items():
+            other = name.replace(ours, theirs)
+            if other in self.files.shapes and other not in wanted:
+                self.renamed[name] = other
+
+    def _empty(self, name: str) -> bool:
+        family = self.imported.family
+        if any(fnmatchcase(name, pattern) for pattern in (*EMPTY, *family.empty)):
+            return True
+        # A tied head may have been saved beside the table that it is.
+        table = self.files.shapes.get(family.embed)
+        if name != family.head or not self.imported.graph.tied or self.files.shapes[name] != table:
+            return False
+        return torch.equal(self.files.get(name), self.files.get(family.embed))
+
+
+def export_units(
+    places: Mapping[str, Rows], weights: Mapping[str, Weight], files: Files, renamed: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[Unit]:
+    """Weights of ours in a folder, as tensors of theirs. renamed, shapes: as `Source` found them. Raises MdlError
+    (E613) where they do not fit."""
+    missing = [path for path in weights if path not in files.shapes]
+    unknown = [path for path in files.shapes if path not in weights]
+    bent = [path for path in weights if path not in missing and files.shapes[path] != weights[path].shape]
+    if missing or unknown or bent:
+        facts = [*_listed("missing", missing, unknown), *_listed("unknown", unknown, missing)]
+        facts += [
+            f"shape of `{p}`: {list(files.shapes[p])} in the folder, {list(weights[p].shape)} in the model"
+            for p in bent[:LISTED]
+        ]
+        raise MdlError([Diagnostic(E613, f"the weights in `{files.folder}` do not fit the model", notes=tuple(facts))])
+    for path, weight in weights.items():
+        size = weight.elements * files.dtypes[path].itemsize
+        yield Unit(size, partial(_written, places[path], weight, files, path, renamed, shapes))
+
+
+def _written(
+    rows: Rows, weight: Weight, files: Files, path: str, renamed: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in rows.write(files.get(path), weight, shapes):
+        # A tensor of its own: several may be views of one weight.
+        yield renamed.get(name, name), tensor.clone() if tensor._is_view() else tensor
+
+
+def _listed(what: str, names: list[str], others: Iterable[str]) -> list[str]:
+    facts = []
+    for name in names[:LISTED]:
+        near = nearest(name, others)
+        facts.append(f"{what}: `{name}`" + (f", nearest: `{near}`" if near else ""))
+    return facts + ([f"{what}: and {len(names) - LISTED} more"] if len(names) > LISTED else [])

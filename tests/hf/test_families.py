@@ -1,0 +1,172 @@
+"""Folders of Hugging Face's in and out, for every family: the same logits, the same bits, the same configuration."""
+
+from __future__ import annotations
+
+import json
+
+import hf_tiny
+import pytest
+import torch
+
+import mambadsl
+from mambadsl.build.checkpoint import load_weights
+from mambadsl.hf.config import from_dict
+from mambadsl.hf.exporter import differences, export_settings
+from mambadsl.hf.family import names
+from mambadsl.hf.folder import export_hf, import_hf
+from mambadsl.hf.importer import import_settings
+from mambadsl.hf.verify import verify_hf
+
+transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file  # noqa: E402
+
+LIMIT = 5e-5
+#: Rounding grows with delta rules.
+DELTA_LIMIT = 1e-4
+
+
+def tensors(folder):
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_same_bits(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        assert torch.equal(found[name], tensor), name
+
+
+def test_every_family_is_here():
+    assert {model_type for model_type, _ in hf_tiny.CONFIGS.values()} == set(names())
+
+
+@pytest.mark.parametrize("name", hf_tiny.CONFIGS)
+def test_there_and_back(name, tmp_path):
+    theirs = hf_tiny.saved(name, tmp_path / "theirs")
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    assert not found.imported.diagnostics and not found.skipped
+
+    file = tmp_path / "model.mdl"
+    file.write_text(found.text())
+    program = mambadsl.load(file)
+    assert program.layers == found.program.layers
+
+    verified = verify_hf(program, theirs, weights=tmp_path / "ours", length=21)
+    assert verified.same and len(verified.rows) > 1 and not verified.random
+
+    done = export_hf(program, tmp_path / "again", weights=tmp_path / "ours")
+    assert done.unchanged and done.family == hf_tiny.CONFIGS[name][0]
+    assert_same_bits(tensors(tmp_path / "again"), tensors(theirs))
+    assert (tmp_path / "again/config.json").read_text() == (theirs / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", hf_tiny.CONFIGS)
+def test_exported_without_what_was_kept(name, tmp_path):
+    """From the model file alone: another way to say the same, and transformers computes the same with it."""
+    theirs = hf_tiny.saved(name, tmp_path / "theirs")
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    for kept in (tmp_path / "ours/hugging_face").iterdir():
+        kept.unlink()
+    family = hf_tiny.CONFIGS[name][0]
+    done = export_hf(found.program, tmp_path / "again", weights=tmp_path / "ours", family=family)
+    assert not done.unchanged
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager")
+    assert type(again) is type(hf_tiny.model(name))
+    tokens = torch.randint(3, 97, (2, 13), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = hf_tiny.model(name)(input_ids=tokens, use_cache=False).logits
+        logits = again.eval()(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", hf_tiny.CONFIGS)
+def test_logits_by_the_protocol(name, tmp_path):
+    """float32, one full forward pass, explicit positions: at most 5e-5 apart."""
+    theirs = hf_tiny.saved(name, tmp_path)
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    ours = load_weights(found.program.build(), tmp_path / "ours").eval()
+    model = hf_tiny.model(name)
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = tuple(model.config.time_step_limit)
+    tokens = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    positions = {} if hasattr(model, "backbone") else dict(position_ids=torch.arange(21).expand(2, -1))
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, use_cache=False, **positions).logits.float()
+        logits = ours(tokens)
+    assert wanted.std() > 0.1
+    limit = DELTA_LIMIT if any(b.kind == "gated_delta_net" for n in found.program.layers.layers
+                               for b in n.layer.branches) else LIMIT
+    torch.testing.assert_close(logits, wanted, atol=limit, rtol=0)
+
+
+def test_shard_by_shard(tmp_path):
+    """Weights of ours come from both sides of their files' borders, and are written as files of no more than theirs."""
+    theirs = hf_tiny.saved("qwen3_next", tmp_path / "theirs", max_shard_size="60KB")
+    assert len(list(theirs.glob("*.safetensors"))) > 4
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    largest = max(file.stat().st_size for file in theirs.glob("*.safetensors"))
+    assert all(file.stat().st_size < 1.2 * largest for file in found.files)
+    assert len(found.files) > 3
+    export_hf(found.program, tmp_path / "again", weights=tmp_path / "ours")
+    assert_same_bits(tensors(tmp_path / "again"), tensors(theirs))
+    index = json.loads((tmp_path / "again/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors(theirs))
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+
+
+def test_narrow_weights_stay_narrow(tmp_path):
+    import copy
+
+    narrow = copy.deepcopy(hf_tiny.model("bamba")).to(torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "theirs")
+    found = import_hf(tmp_path / "theirs", weights=tmp_path / "ours")
+    assert {t.dtype for t in tensors(tmp_path / "ours").values()} == {torch.bfloat16}
+    export_hf(found.program, tmp_path / "again", weights=tmp_path / "ours")
+    assert_same_bits(tensors(tmp_path / "again"), tensors(tmp_path / "theirs"))
+
+
+def test_a_pickled_checkpoint(tmp_path):
+    """pytorch_model.bin, loaded as weights only."""
+    theirs = hf_tiny.saved("mamba", tmp_path / "theirs")
+    weights = tensors(theirs)
+    torch.save(weights, theirs / "pytorch_model.bin")
+    (theirs / "model.safetensors").unlink()
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    export_hf(found.program, tmp_path / "again", weights=tmp_path / "ours")
+    assert_same_bits(tensors(tmp_path / "again"), weights)
+
+
+def test_what_goes_along(tmp_path):
+    theirs = hf_tiny.saved("mamba", tmp_path / "theirs")
+    (theirs / "tokenizer.json").write_text("{}")
+    (theirs / "README.md").write_text("a card")
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    assert (tmp_path / "ours/hugging_face/tokenizer.json").exists()
+    export_hf(found.program, tmp_path / "again", weights=tmp_path / "ours")
+    assert (tmp_path / "again/tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "again/README.md").exists()
+
+
+def test_settings_beside_the_model_survive_a_change(tmp_path):
+    """A file with another window: its own settings are written, the other ones stay."""
+    theirs = hf_tiny.saved("recurrent_gemma", tmp_path / "theirs")
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    file = tmp_path / "model.mdl"
+    file.write_text(found.text())
+    program = mambadsl.load(file, set={"A.window": 5})
+    done = export_hf(program, tmp_path / "again", weights=tmp_path / "ours")
+    assert not done.unchanged
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    before = json.loads((theirs / "config.json").read_text())
+    assert config["attention_window_size"] == 5 and before["attention_window_size"] == 8
+    assert config["eos_token_id"] == before["eos_token_id"]
+    assert verify_hf(program, tmp_path / "again").same
+
+
+def test_exports_are_found_by_themselves():
+    """Without a family: one that fits, and importing what it says gives the same model."""
+    for name in hf_tiny.CONFIGS:
+        graph = import_settings(from_dict(hf_tiny.config(name).to_dict()), name="them").graph
+        _, found = export_settings(graph)
+        assert not list(differences(graph, found.graph))

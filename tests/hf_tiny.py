@@ -1,0 +1,174 @@
+"""Tiny models of every family that Hugging Face's folders can be imported from: model_type, and what differs from the
+class's defaults. Random weights, none of them at its initial value."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+TOKENS = dict(vocab_size=97, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+WIDTH = dict(hidden_size=32, **TOKENS)
+ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2)
+MAMBA2 = dict(
+    mamba_n_heads=8, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2, mamba_d_conv=4, mamba_expand=2,
+    mamba_chunk_size=8,
+)
+NEMOTRON = dict(
+    **WIDTH, **ATTENTION, head_dim=16, intermediate_size=48, ssm_state_size=16, mamba_num_heads=4, mamba_head_dim=12,
+    n_groups=2, chunk_size=8, tie_word_embeddings=False,
+)
+EXPERTS = dict(
+    layers_block_type=["linear_attention", "moe", "full_attention", "moe"], n_routed_experts=8, num_experts_per_tok=3,
+    moe_intermediate_size=24, moe_shared_expert_intermediate_size=40, routed_scaling_factor=2.5,
+)
+GRANITE = dict(
+    **WIDTH, **ATTENTION, **MAMBA2, num_hidden_layers=3, tie_word_embeddings=True, embedding_multiplier=12.0,
+    attention_multiplier=0.125, residual_multiplier=0.22, logits_scaling=6.0,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+)
+DELTA = dict(
+    **WIDTH, **ATTENTION, num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=12, linear_conv_kernel_dim=4, tie_word_embeddings=False,
+)
+QWEN_EXPERTS = dict(
+    moe_intermediate_size=24, shared_expert_intermediate_size=20, num_experts=6, num_experts_per_tok=3,
+)
+MROPE = dict(
+    rope_parameters=dict(
+        rope_type="default", rope_theta=1e7, partial_rotary_factor=0.25, mrope_interleaved=True,
+        mrope_section=[2, 1, 1],
+    ),
+)
+
+#: name: (model_type, settings).
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("mamba", dict(**WIDTH, state_size=8, num_hidden_layers=2, tie_word_embeddings=True)),
+    "mamba biases": ("mamba", dict(
+        **WIDTH, state_size=8, num_hidden_layers=2, use_bias=True, use_conv_bias=False, time_step_rank=3,
+        residual_in_fp32=False, tie_word_embeddings=False, intermediate_size=48,
+    )),
+    "falcon_mamba": ("falcon_mamba", dict(
+        **WIDTH, state_size=8, num_hidden_layers=2, mixer_rms_eps=1e-5, tie_word_embeddings=False,
+    )),
+    "mamba2": ("mamba2", dict(
+        **WIDTH, num_heads=8, head_dim=8, state_size=16, n_groups=4, num_hidden_layers=2, chunk_size=8, use_bias=True,
+        tie_word_embeddings=False,
+    )),
+    "mamba2 limits": ("mamba2", dict(
+        **WIDTH, num_heads=8, head_dim=8, state_size=16, n_groups=2, num_hidden_layers=2, chunk_size=8,
+        time_step_limit=[0.5, 1.0], tie_word_embeddings=True,
+    )),
+    "jamba": ("jamba", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=4, attn_layer_period=4, attn_layer_offset=2,
+        expert_layer_period=2, expert_layer_offset=1, num_experts=4, num_experts_per_tok=2, mamba_d_state=8,
+        tie_word_embeddings=False,
+    )),
+    "jamba dense": ("jamba", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=3, attn_layer_period=2, attn_layer_offset=1,
+        num_experts=1, num_experts_per_tok=1, mamba_d_state=8, mamba_dt_rank=5, tie_word_embeddings=True,
+    )),
+    "bamba": ("bamba", dict(
+        **WIDTH, **ATTENTION, **MAMBA2, intermediate_size=48, num_hidden_layers=3, attn_layer_indices=[1],
+        attention_bias=True, tie_word_embeddings=False,
+    )),
+    "nemotron_h": ("nemotron_h", dict(
+        **NEMOTRON, layers_block_type=["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"],
+        residual_in_fp32=True,
+    )),
+    "nemotron_h experts": ("nemotron_h", dict(**NEMOTRON, **EXPERTS, n_group=2, topk_group=1)),
+    "nemotron_h latent": ("nemotron_h", dict(**NEMOTRON, **EXPERTS, moe_latent_size=16, norm_topk_prob=False)),
+    "falcon_h1": ("falcon_h1", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=2, head_dim=16, mamba_d_ssm=48, mamba_n_heads=6,
+        mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8, mamba_rms_norm=False,
+        mamba_norm_before_gate=False, key_multiplier=0.35, attention_in_multiplier=1.1, attention_out_multiplier=0.9,
+        embedding_multiplier=5.6, lm_head_multiplier=0.25, mlp_multipliers=[0.88, 0.3], ssm_in_multiplier=1.25,
+        ssm_out_multiplier=0.24, ssm_multipliers=[0.35, 0.25, 0.17, 0.5, 0.35], tie_word_embeddings=False,
+    )),
+    "falcon_h1 norms": ("falcon_h1", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=2, mamba_d_ssm=64, mamba_n_heads=8,
+        mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_chunk_size=8, mamba_rms_norm=True,
+        mamba_norm_before_gate=True, projectors_bias=True, mamba_proj_bias=True, tie_word_embeddings=True,
+    )),
+    "granitemoehybrid": ("granitemoehybrid", dict(
+        **GRANITE, intermediate_size=24, shared_intermediate_size=40, num_local_experts=6, num_experts_per_tok=3,
+        position_embedding_type=None,
+    )),
+    "granitemoehybrid dense": ("granitemoehybrid", dict(
+        **GRANITE, intermediate_size=48, shared_intermediate_size=40, num_local_experts=0, num_experts_per_tok=0,
+        position_embedding_type="rope",
+    )),
+    "lfm2": ("lfm2", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=4, block_multiple_of=8, conv_bias=True,
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+    )),
+    "lfm2_moe": ("lfm2_moe", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=4, num_dense_layers=2,
+        num_experts=6, num_experts_per_tok=2, layer_types=["conv", "conv", "full_attention", "conv"],
+        routed_scaling_factor=1.5,
+    )),
+    "lfm2_moe no bias": ("lfm2_moe", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, num_dense_layers=0,
+        num_experts=6, num_experts_per_tok=2, layer_types=["conv", "full_attention"], use_expert_bias=False,
+        norm_topk_prob=False,
+    )),
+    "olmo_hybrid": ("olmo_hybrid", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=4, linear_num_key_heads=4,
+        linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=12, linear_allow_neg_eigval=True,
+        tie_word_embeddings=False,
+    )),
+    "olmo_hybrid no rope": ("olmo_hybrid", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=2, linear_num_key_heads=4,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_allow_neg_eigval=False,
+        layer_types=["linear_attention", "full_attention"], tie_word_embeddings=False,
+        rope_parameters=dict(rope_theta=None, rope_type="default"),
+    )),
+    "qwen3_next": ("qwen3_next", dict(
+        **DELTA, **QWEN_EXPERTS, head_dim=16, intermediate_size=48, mlp_only_layers=[1], attention_bias=True,
+    )),
+    "qwen3_next yarn": ("qwen3_next", dict(
+        **DELTA, **QWEN_EXPERTS, head_dim=16, norm_topk_prob=False,
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e6, partial_rotary_factor=0.5, factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    )),
+    "qwen3_5": ("qwen3_5_text", dict(**DELTA, head_dim=32, intermediate_size=48, **MROPE)),
+    "qwen3_5_moe": ("qwen3_5_moe_text", dict(**DELTA, **QWEN_EXPERTS, head_dim=32, **MROPE)),
+    "recurrent_gemma": ("recurrent_gemma", dict(
+        **TOKENS, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=1, lru_width=48, attention_window_size=8,
+    )),
+}
+
+
+def config(name: str) -> Any:
+    import transformers
+
+    model_type, given = CONFIGS[name]
+    return transformers.AutoConfig.for_model(model_type, **given)
+
+
+@cache
+def model(name: str) -> Any:
+    """Theirs, with weights that say something."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    made = transformers.AutoModelForCausalLM.from_config(config(name), dtype=torch.float32, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path, tensor in made.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                tensor.add_(noise * (0.2 if tensor.dim() < 2 or "norm" in path else 0.5 * tensor.shape[-1] ** -0.5))
+    return made.eval()
+
+
+def saved(name: str, folder: Path, **how: Any) -> Path:
+    model(name).save_pretrained(folder, **how)
+    return folder
