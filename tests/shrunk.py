@@ -52,7 +52,8 @@ def _mlp(f: Values) -> dict[str, Any]:
 
 
 def _moe(f: Values) -> dict[str, Any]:
-    small = dict(experts=8, top_k=min(f.top_k, 3), d_ff=32, shared_d_ff=min(f.shared_d_ff, 64))
+    experts = max(8, 2 * f.router.values.get("groups", 1))
+    small = dict(experts=experts, top_k=min(f.top_k, 3), d_ff=32, shared_d_ff=min(f.shared_d_ff, 64))
     return small if f.latent is None else {**small, "latent": 32}
 
 
@@ -82,7 +83,8 @@ def _mla(f: Values) -> dict[str, Any]:
 #: Kind -> the fields to set, from those of the whole model.
 SMALL: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "mamba1": _mamba1, "mamba2": _mamba2, "attention": _attention, "mlp": _mlp, "moe": _moe,
-    "short_conv": _short_conv, "gated_delta_net": _gated_delta_net, "rg_lru": _rg_lru, "kimi_delta": _kimi_delta, "mla": _mla,
+    "short_conv": _short_conv, "gated_delta_net": _gated_delta_net, "rg_lru": _rg_lru,
+    "kimi_delta": _kimi_delta, "mla": _mla,
 }
 
 

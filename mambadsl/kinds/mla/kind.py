@@ -134,4 +134,5 @@ KIND = Kind(
         Slot("o_proj", "back to d_model"),
     ),
     source="arXiv:2405.04434; Hugging Face KimiLinearAttention, BailingHybridAttention",
+    attends=True,
 )
