@@ -1,8 +1,8 @@
 """Kimi Delta Attention (KDA): a delta rule whose state decays by itself in each channel of the keys.
 
-Kimi Team, "Kimi Linear", 2025. Behaviour matches the linear attention of Kimi Linear and of Ling 3.0. The log decay of a
-channel is -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)), where a is projected from
-the token. H heads, E key_dim, P value_dim.
+Kimi Team, "Kimi Linear", 2025. Behaviour matches the linear attention of Kimi Linear and of Ling 3.0. The log decay of
+a channel is -exp(A_log) softplus(a + dt_bias), or lower_bound sigmoid(exp(A_log) (a + dt_bias)), where a is projected
+from the token. H heads, E key_dim, P value_dim.
 """
 
 from __future__ import annotations
