@@ -48,7 +48,7 @@ FIELDS = (
     Field("conv_bias", Flag(), False, "the convolution has a bias"),
     Field(
         "decay", DECAY, DECAY.convert_word("softplus"),
-        "the law of decays: of any strength, or of exp(lower_bound) at most (Ling 3.0)",
+        "the law of decays: as strong as they come, or never below exp(lower_bound) (Ling 3.0)",
     ),
     Field(
         "decay_rank", OrWord("full", Int()), _RANK, "width between the two projections to the decays; full: one alone",
