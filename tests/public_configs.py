@@ -94,6 +94,8 @@ def _lfm2(d: int, h: int, ff: int, n: int, attention: list[int], *, adjusted: bo
 
 LFM2_16 = [2, 5, 8, 10, 12, 14]
 LFM2_30 = [2, 5, 9, 13, 17, 21, 24, 27]
+#: Counted from 1.
+KIMI_FULL = [4, 8, 12, 16, 20, 24, 27]
 
 
 def _samba(d: int, n: int, h: int, ff: int) -> tuple[str, dict]:
@@ -211,6 +213,13 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         hidden_size=4096, intermediate_size=24576, num_hidden_layers=38, num_attention_heads=16,
         num_key_value_heads=1, lru_width=4096,
     )),
+    "kimi_linear_48b_a3b": ("KimiLinear", dict(
+        linear_attn_config=dict(
+            full_attn_layers=KIMI_FULL, kda_layers=[i for i in range(1, 28) if i not in KIMI_FULL], num_heads=32,
+            head_dim=128, short_conv_kernel_size=4,
+        ),
+    )),
+    "ling_3_0_flash": ("BailingHybrid", dict(num_mtp_layers=0)),
     "samba_421m": _samba(1536, 12, 12, 4096),
     "samba_1_3b": _samba(2304, 18, 18, 6144),
 }

@@ -52,7 +52,8 @@ def _mlp(f: Values) -> dict[str, Any]:
 
 
 def _moe(f: Values) -> dict[str, Any]:
-    small = dict(experts=8, top_k=min(f.top_k, 3), d_ff=32, shared_d_ff=min(f.shared_d_ff, 64))
+    experts = max(8, 2 * f.router.values.get("groups", 1))
+    small = dict(experts=experts, top_k=min(f.top_k, 3), d_ff=32, shared_d_ff=min(f.shared_d_ff, 64))
     return small if f.latent is None else {**small, "latent": 32}
 
 
@@ -69,10 +70,21 @@ def _rg_lru(f: Values) -> dict[str, Any]:
     return dict(d_inner=64, blocks=2, chunk=32)
 
 
+def _kimi_delta(f: Values) -> dict[str, Any]:
+    ranks = {name: 16 for name in ("decay_rank", "gate_rank") if f[name] is not None}
+    return dict(heads=4, key_dim=32, value_dim=32, chunk=32, **ranks)
+
+
+def _mla(f: Values) -> dict[str, Any]:
+    small = dict(heads=4, nope_dim=32, rope_dim=16, value_dim=32, kv_rank=64)
+    return small if f.q_rank is None else {**small, "q_rank": 48}
+
+
 #: Kind -> the fields to set, from those of the whole model.
 SMALL: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "mamba1": _mamba1, "mamba2": _mamba2, "attention": _attention, "mlp": _mlp, "moe": _moe,
     "short_conv": _short_conv, "gated_delta_net": _gated_delta_net, "rg_lru": _rg_lru,
+    "kimi_delta": _kimi_delta, "mla": _mla,
 }
 
 

@@ -23,6 +23,10 @@ layer G = mlp(d_ff=12, gated=true)
 layer E = moe(experts=4, top_k=2, d_ff=10, shared_d_ff=8, router=sigmoid)
 layer Conv = short_conv(d_conv=3, conv_bias=true)
 layer Delta = gated_delta_net(heads=4, key_heads=2, key_dim=5, value_dim=6, chunk=4)
+layer Kimi = kimi_delta(heads=3, key_dim=5, value_dim=6, decay_rank=4, gate_rank=3, chunk=4)
+layer Ling = Kimi(decay=bounded, decay_rank=full, gate_rank=full)
+layer Latent = mla(heads=3, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7)
+layer Turned = Latent(q_rank=9, rope=rope(theta=100, pairs=interleaved), out_gate=per_head)
 layer Unit = rg_lru(d_inner=12, blocks=3, chunk=4)
 layer Gated = A(out_gate=elementwise, qk_norm=per_head(zero_centered=true))
 layer P = A(residual=post)
@@ -36,9 +40,9 @@ shared B = [M F]
 """
 
 #: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried.
-EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Gated"
+EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Gated Kimi Ling Latent Turned"
 #: The cached kinds.
-MIXERS = "R M L G A H S M N S Conv Delta Unit Gated"
+MIXERS = "R M L G A H S M N S Conv Delta Unit Gated Kimi Ling Latent Turned"
 
 
 def graph(stack: str, *, more: str = "", **settings: str | int | float) -> LayerGraph:

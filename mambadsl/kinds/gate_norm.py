@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambadsl.kinds.norm import rms_norm
 
+GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
 
 def gate_norm(
-    y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float
+    y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float,
+    gate: str = "silu",
 ) -> Tensor:
-    """The gate silu(z) and the RMS norm over each of `groups` groups of channels, in float32; the result has
-    the dtype of y. order: after_gate norm(y * gate), before_gate norm(y) * gate, none y * gate."""
-    y, gate = y_BTI.float(), F.silu(z_BTI.float())
+    """The gate, silu or sigmoid of z, and the RMS norm over each of `groups` groups of channels, in float32; the result
+    has the dtype of y. order: after_gate norm(y * gate), before_gate norm(y) * gate, none y * gate."""
+    y, scale = y_BTI.float(), GATES[gate](z_BTI.float())
     if order != "before_gate":
-        y = y * gate
+        y = y * scale
     if order != "none":
         y = rms_norm(y.unflatten(-1, (groups, -1)), None, eps=eps).flatten(-2) * weight_I.float()
     if order == "before_gate":
-        y = y * gate
+        y = y * scale
     return y.to(y_BTI.dtype)

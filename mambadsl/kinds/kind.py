@@ -168,8 +168,9 @@ class Kind:
 
     weights(f, dims), state(f, dims), flops(f, dims, length), saved(f, dims): the tables, from field
     values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
-    recurrent: carries order along the sequence without position embeddings (rules E701, I702). local: sees the last
-    few tokens only (I704).
+    recurrent: carries order along the sequence without position embeddings (rules W701, I702). local: sees the last
+    few tokens only (I704). attends: compares each token with those before it, in an order that `rope`, a field that it
+    has, may tell (W701, I702, I704, I705, W211, E207, W501).
     letter: its usual layer name, for text written by programs. color: its fill in pictures, light.
     example: a small layer that every kernel takes.
     module_code: where the torch module is, `module:Class` or a function that returns the class; of the kinds shipped,
@@ -187,6 +188,7 @@ class Kind:
     source: str = ""
     recurrent: bool = False
     local: bool = False
+    attends: bool = False
     letter: str = "X"
     color: str = ""
     example: str = ""

@@ -121,6 +121,34 @@ def griffin_apart(weights: dict) -> dict:
     return found
 
 
+def latent_apart(weights: dict) -> dict:
+    """Keys and values of each head lie side by side; a rate of decay for each head has axes to spare."""
+    found = {}
+    for name, w in weights.items():
+        path, _, last = name.rpartition("self_attn.")
+        if last == "kv_b_proj.weight":
+            k, v = w.unflatten(0, (4, -1)).split([12, 10], 1)
+            found |= {f"{path}self_attn.{n}_b_proj.weight": t.flatten(0, 1) for n, t in (("k", k), ("v", v))}
+        else:
+            found[name] = w.flatten() if last == "forget_gate.A_log" else w
+    return found
+
+
+MLA = dict(
+    intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=16, qk_rope_head_dim=8,
+    qk_nope_head_dim=12, v_head_dim=10, tie_word_embeddings=False,
+)
+KIMI = dict(MLA, linear_head_dim=8, linear_num_heads=4, rms_norm_eps=1e-5)
+EXPERTS = dict(moe_intermediate_size=24, num_local_experts=8, num_experts_per_tok=3)
+LING_LAYERS = """
+layer K = kimi_delta(heads=4, value_dim=8, decay=bounded(lower_bound=-5), decay_rank=full, gate_rank=full)
+layer L = mla(
+  heads=4, nope_dim=12, rope_dim=8, value_dim=10, kv_rank=16, rope=rope(theta=6_000_000, pairs=interleaved),
+  out_gate=per_head)
+layer F = mlp(d_ff=48, gated=true)
+layer E = moe(
+  experts=8, top_k=3, d_ff=24, gated=true, shared_d_ff=24, router=sigmoid(groups=2, top_groups=1, scale=2.5))
+"""
 QWEN_MIXERS = ["linear_attn"] * 3 + ["self_attn"]
 GROUPED = dict(
     mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
@@ -336,6 +364,64 @@ FAMILIES = {
         pairs(QWEN_MIXERS, "post_attention_layernorm", ".mlp"), final="model.norm",
         model="norm = rmsnorm(eps=1e-6, zero_centered=true)", apart=qwen_apart,
     ),
+    "kimi_linear": Family(
+        "KimiLinear",
+        dict(
+            **KIMI, **EXPERTS, num_hidden_layers=4, layer_types=["linear_attention"] * 3 + ["full_attention"],
+            mlp_layer_types=["dense", "sparse", "sparse", "sparse"], n_group=1, topk_group=1,
+            routed_scaling_factor=2.446,
+        ),
+        """
+        layer K = kimi_delta(heads=4, value_dim=8, norm_eps=1e-5)
+        layer L = mla(heads=4, nope_dim=12, rope_dim=8, value_dim=10, kv_rank=16)
+        layer F = mlp(d_ff=48, gated=true)
+        layer E = moe(experts=8, top_k=3, d_ff=24, gated=true, shared_d_ff=24, router=sigmoid(scale=2.446))
+        stack { K F [K E]*2 L E }
+        """,
+        pairs(["self_attn"] * 4, "post_attention_layernorm", ".mlp"), final="model.norm", model=EPS, apart=latent_apart,
+    ),
+    "kimi_linear, a latent of queries, groups of experts": Family(
+        "KimiLinear",
+        dict(
+            **KIMI, **EXPERTS, num_hidden_layers=3,
+            layer_types=["full_attention", "linear_attention", "full_attention"],
+            mlp_layer_types=["sparse", "sparse", "dense"], n_group=4, topk_group=2, q_lora_rank=14,
+            n_shared_experts=2, moe_renormalize=False, linear_conv_kernel_dim=3,
+        ),
+        """
+        layer K = kimi_delta(heads=4, value_dim=8, d_conv=3, norm_eps=1e-5)
+        layer L = mla(heads=4, nope_dim=12, rope_dim=8, value_dim=10, kv_rank=16, q_rank=14)
+        layer F = mlp(d_ff=48, gated=true)
+        layer E = moe(
+          experts=8, top_k=3, d_ff=24, gated=true, shared_d_ff=48,
+          router=sigmoid(groups=4, top_groups=2, renorm=false, scale=2.446))
+        stack { L E K E L F }
+        """,
+        pairs(["self_attn"] * 3, "post_attention_layernorm", ".mlp"), final="model.norm", model=EPS, apart=latent_apart,
+    ),
+    "bailing_hybrid": Family(
+        "BailingHybrid",
+        dict(
+            **MLA, **EXPERTS, num_hidden_layers=4, head_dim=8, layer_group_size=2, first_k_dense_replace=1, n_group=2,
+            topk_group=1, num_mtp_layers=0,
+        ),
+        LING_LAYERS + "stack { K F L E K E L E }",
+        pairs(["self_attn"] * 4, "post_attention_layernorm", ".mlp"), final="model.norm",
+        model="norm = rmsnorm(eps=1e-6)", apart=latent_apart,
+    ),
+    "bailing_hybrid, decays without a bound": Family(
+        "BailingHybrid",
+        dict(
+            **MLA, **EXPERTS, num_hidden_layers=3, head_dim=8, layer_group_size=3, first_k_dense_replace=0, n_group=2,
+            topk_group=1, num_mtp_layers=0, kda_safe_gate=False, rms_norm_eps=1e-5,
+        ),
+        LING_LAYERS + """
+        layer S = K(decay=softplus, norm_eps=1e-5)
+        stack { [S E]*2 L E }
+        """,
+        pairs(["self_attn"] * 3, "post_attention_layernorm", ".mlp"), final="model.norm", model=EPS,
+        apart=latent_apart,
+    ),
     "recurrent_gemma": Family(
         "RecurrentGemma",
         dict(
@@ -368,7 +454,6 @@ NAMES: dict[str, list[list[str]]] = {
     "down_proj.weight": [["w2.weight"]],
     "o_proj.weight": [["out_proj.weight"]],
     "out_proj.weight": [["o_proj.weight"], ["linear_out.weight"]],
-    "q_norm.weight": [["q_layernorm.weight"]],
     "k_norm.weight": [["k_layernorm.weight"]],
     "conv.weight": [["conv1d.weight"], ["conv_1d.weight"]],
     "conv.bias": [["conv1d.bias"], ["conv_1d.bias"]],
@@ -383,8 +468,20 @@ NAMES: dict[str, list[list[str]]] = {
     "decay_gate.bias": [["rg_lru.recurrent_gate_bias"]],
     "in_proj.weight": [
         ["linear_x.weight", "linear_y.weight"],
+        [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "g_a_proj", "b_proj", "forget_gate.f_a_proj")],
+        [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "forget_gate.f_proj")],
+        ["q_proj.weight", "kv_a_proj_with_mqa.weight", "g_proj.weight"],
+        ["q_proj.weight", "kv_a_proj_with_mqa.weight"], ["q_a_proj.weight", "kv_a_proj_with_mqa.weight"],
         [f"{name}_proj.weight" for name in "qkvgba"], [f"in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")],
     ],
+    "dt_bias": [["forget_gate.dt_bias"]],
+    "A_log": [["forget_gate.A_log"]],
+    "decay_proj.weight": [["forget_gate.f_b_proj.weight"]],
+    "gate_proj.weight": [["g_b_proj.weight"]],
+    "q_norm.weight": [["q_layernorm.weight"], ["q_a_layernorm.weight"]],
+    "q_proj.weight": [["q_b_proj.weight"]],
+    "latent_norm.weight": [["kv_a_layernorm.weight"]],
+    "kv_proj.weight": [["k_b_proj.weight", "v_b_proj.weight"]],
     "dt_norm.weight": [["dt_layernorm.weight"]],
     "b_norm.weight": [["b_layernorm.weight"]],
     "c_norm.weight": [["c_layernorm.weight"]],
@@ -394,6 +491,7 @@ NAMES: dict[str, list[list[str]]] = {
     "experts.down_proj": [["experts.down_proj"], ["block_sparse_moe.experts.down_proj"]],
     "shared.gate_up_proj.weight": [
         ["shared_mlp.input_linear.weight"], ["shared_expert.gate_proj.weight", "shared_expert.up_proj.weight"],
+        ["shared_experts.gate_proj.weight", "shared_experts.up_proj.weight"],
     ],
     "shared_gate.weight": [["shared_expert_gate.weight"]],
     "shared.up_proj.weight": [["shared_experts.up_proj.weight"]],

@@ -12,7 +12,7 @@ pytest.importorskip("transformer_engine", reason="needs Transformer Engine")
 pytestmark = NEEDS_GPU
 
 from mambadsl.build.model import build  # noqa: E402
-from mambadsl.kinds.attention.module import attend  # noqa: E402
+from mambadsl.kinds.attend import attend  # noqa: E402
 from mambadsl.kinds.fields import Call  # noqa: E402
 from mambadsl.kinds.module import KindModule  # noqa: E402
 from mambadsl.kinds.norm import Norm, rms_norm  # noqa: E402

@@ -7,7 +7,7 @@ import torch
 from on_gpu import NEEDS_GPU, error, replayed
 from torch.nn.attention import SDPBackend
 
-from mambadsl.kinds.attention.module import attend
+from mambadsl.kinds.attend import attend
 from mambadsl.kinds.moe.module import run_experts
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.parts.torch import attention

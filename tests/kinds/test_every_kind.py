@@ -42,11 +42,13 @@ from mambadsl.kinds.values import Variant
 #: Small sizes with more than one head, group and chunk. A kind that is not here has its defaults.
 BASE: dict[str, dict[str, Any]] = {
     "gated_delta_net": dict(heads=4, key_heads=2, key_dim=5, value_dim=6, chunk=4),
+    "kimi_delta": dict(heads=3, key_dim=5, value_dim=6, decay_rank=4, gate_rank=7, chunk=4),
     "attention": dict(heads=4, kv_heads=2),
     "mamba1": dict(d_state=4, chunk=4),
     "mamba2": dict(heads=4, head_dim=8, groups=2, d_state=8, chunk=4),
     "mlp": dict(d_ff=20),
     "rg_lru": dict(d_inner=12, blocks=3, chunk=4),
+    "mla": dict(heads=3, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7, q_rank=9),
     "moe": dict(experts=6, top_k=2, d_ff=12, shared_d_ff=10),
 }
 DIMS = Dims(d_model=16, d_in=24)

@@ -234,6 +234,54 @@ def qwen3_next(c: Any) -> list[Layer]:
     return [[branch] for kind in c.layer_types for branch in (mixers[kind], experts)]
 
 
+def kimi_delta(c: Any, **more: Any) -> Branch:
+    return Branch("kimi_delta", dict(
+        heads=c.linear_num_heads, key_dim=c.linear_head_dim, value_dim=c.linear_head_dim,
+        d_conv=c.linear_conv_kernel_dim, conv_bias=False, norm_eps=c.rms_norm_eps, qk_eps=1e-6,
+    ) | more)
+
+
+def mla(c: Any, rope: Any, **more: Any) -> Branch:
+    """The norms of latents have an eps of their own."""
+    assert not c.attention_bias
+    return Branch("mla", dict(
+        heads=c.num_attention_heads, nope_dim=c.qk_nope_head_dim, rope_dim=c.qk_rope_head_dim,
+        value_dim=c.v_head_dim, kv_rank=c.kv_lora_rank, rope=rope, scale=None, norm_eps=1e-6,
+    ) | more)
+
+
+def latent(c: Any, mixers: dict[str, Branch]) -> list[Layer]:
+    """What Kimi Linear and Ling share: some dense blocks, then experts."""
+    router = ("sigmoid", dict(
+        bias=True, groups=c.n_group, top_groups=c.topk_group, renorm=c.norm_topk_prob, renorm_eps=1e-20,
+        scale=c.routed_scaling_factor,
+    ))
+    experts = Branch("moe", dict(
+        experts=c.num_local_experts, top_k=c.num_experts_per_tok, d_ff=c.moe_intermediate_size, act=c.hidden_act,
+        gated=True, router=router, latent=None, shared_gate="none",
+        shared_d_ff=c.n_shared_experts * c.moe_intermediate_size,
+    ))
+    feeds = {"dense": mlp(c.intermediate_size, act=c.hidden_act), "sparse": experts}
+    return [
+        [branch] for mixer, feed in zip(c.layer_types, c.mlp_layer_types, strict=True)
+        for branch in (mixers[mixer], feeds[feed])
+    ]
+
+
+def kimi_linear(c: Any) -> list[Layer]:
+    low = dict(decay="softplus", decay_rank=c.linear_head_dim, gate_rank=c.linear_head_dim)
+    full = mla(c, "none", q_rank=c.q_lora_rank, out_gate="none")
+    return latent(c, {MAMBA_KIND: kimi_delta(c, **low), "full_attention": full})
+
+
+def bailing_hybrid(c: Any) -> list[Layer]:
+    assert c.kda_safe_gate and c.rope_parameters["rope_type"] == "default"
+    bounded = ("bounded", dict(lower_bound=c.kda_lower_bound))
+    delta = kimi_delta(c, decay=bounded, decay_rank=None, gate_rank=None)
+    rope = ("rope", dict(theta=c.rope_parameters["rope_theta"], pairs="interleaved", scaling="none"))
+    return latent(c, {MAMBA_KIND: delta, "full_attention": mla(c, rope, q_rank=None, out_gate="per_head")})
+
+
 def recurrent_gemma(c: Any) -> list[Layer]:
     given = c.rope_parameters
     act = {"gelu_pytorch_tanh": "gelu_tanh"}[c.hidden_activation]
@@ -267,7 +315,7 @@ FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
     "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
     "Lfm2Moe": lfm2_moe, "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next,
-    "RecurrentGemma": recurrent_gemma, "Samba": samba,
+    "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid, "RecurrentGemma": recurrent_gemma, "Samba": samba,
 }
 
 

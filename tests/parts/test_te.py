@@ -17,7 +17,7 @@ from kind_values import values
 from ragged import REAL, ragged
 from torch import nn
 
-from mambadsl.kinds.attention.module import attend
+from mambadsl.kinds.attend import attend
 from mambadsl.kinds.fields import Call, Word
 from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.norm import Norm, layer_norm, rms_norm

@@ -10,7 +10,7 @@ from kind_values import values
 from ragged import REAL, ragged
 from torch.nn.attention import sdpa_kernel
 
-from mambadsl.kinds.attention.module import attend, visible
+from mambadsl.kinds.attend import attend, visible
 from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.moe.module import run_experts
 from mambadsl.kinds.tokens import Tokens

@@ -26,8 +26,8 @@ E204 = declare(
 
 def check(subject: Subject) -> Iterator[Problem]:
     tp = subject.facts.tp
-    for site in subject.sites("attention"):
-        heads, kv_heads = site.f.heads, site.f.kv_heads
+    for site in subject.sites("attention", "mla"):
+        heads, kv_heads = site.f.heads, site.f.get("kv_heads", 1)
         if heads % kv_heads:
             yield site.problem(
                 E204, "`heads` must be a multiple of `kv_heads`", ("kv_heads", "heads"),

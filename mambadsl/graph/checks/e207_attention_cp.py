@@ -28,7 +28,7 @@ def check(subject: Subject) -> Iterator[Problem]:
     pieces, length = 2 * subject.facts.cp, subject.length
     if pieces == 2 or length % pieces == 0:
         return
-    for site in subject.sites("attention"):
+    for site in subject.attending():
         yield site.problem(
             E207, f"the length must be a multiple of 2 * cp = {pieces}",
             label=f"{length:,} tokens cannot be cut into {pieces} equal pieces",

@@ -13,7 +13,8 @@ E217 = declare(
     "E217",
     "rope has no whole pairs of channels to rotate",
     """
-    Rotary embeddings rotate channels in pairs: head_dim * fraction must be an even whole number, at least 2.
+    Rotary embeddings rotate channels in pairs: head_dim * fraction must be an even whole number, at least 2;
+    and so must be `rope_dim` of `mla`.
 
     Why: an odd channel would be left out without a word.
 
@@ -39,4 +40,12 @@ def check(subject: Subject) -> Iterator[Problem]:
                 E217, "the rotated part of a head must be an even number of channels", ("head_dim", "rope"),
                 label=f"{site.f.head_dim} * {rope.fraction} = {float(width):g} channels are rotated",
                 help=(settings("head_dim", legal),) if legal else (),
+            )
+    for site in subject.sites("mla"):
+        rope_dim = site.f.rope_dim
+        if site.f.rope.name == "rope" and rope_dim % 2:
+            yield site.problem(
+                E217, "the rotated part of a head must be an even number of channels", ("rope_dim", "rope"),
+                label=f"{rope_dim} channels are rotated",
+                help=(settings("rope_dim", near(rope_dim, lambda n: n % 2 == 0)),),
             )

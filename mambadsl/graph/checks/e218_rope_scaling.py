@@ -25,7 +25,7 @@ BOUNDS = {"llama3": ("low_freq_factor", "high_freq_factor"), "yarn": ("beta_slow
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    for site in subject.sites("attention"):
+    for site in subject.attending():
         scaling = site.f.rope.values.get("scaling")
         if scaling is None or scaling.name not in BOUNDS:
             continue

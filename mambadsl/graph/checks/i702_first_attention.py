@@ -32,7 +32,7 @@ def check(subject: Subject) -> Iterator[Problem]:
         return
     blind = [
         node for node in layers[:first]
-        if any(m.kind == "attention" and m.fields.rope.name == "none" for m in node.layer.branches)
+        if any(get(m.kind).attends and m.fields.rope.name == "none" for m in node.layer.branches)
     ]
     if blind:
         message = "this attention layer sees tokens without their order"

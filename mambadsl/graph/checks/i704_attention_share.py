@@ -12,11 +12,13 @@ I704 = declare(
     "I704",
     "an unusual share or place of attention layers",
     """
-    Among the attention and recurrent layers of a hybrid, more than a quarter are attention; or three and more
-    attention layers all stand in one half of the depth. Sums, windows and short convolutions do not count.
+    Among the attention and recurrent layers of a hybrid, more than a quarter (rounded up) are attention; or
+    three and more attention layers all stand in one half of the depth. Sums, windows and short convolutions do
+    not count.
 
     Why: released hybrids have 7 to 13 % (Nemotron-H, Jamba, Bamba, Granite 4) or a quarter (Qwen3-Next, OLMo
-    Hybrid), evenly spread: every full attention layer costs cache for each token. It is a habit, not a law.
+    Hybrid, Kimi Linear), evenly spread: every full attention layer costs cache for each token. It is a habit,
+    not a law.
 
     Example: `[M A]*12`: half of the mixers are attention.
 
@@ -34,13 +36,13 @@ def check(subject: Subject) -> Iterator[Problem]:
             kind = get(mixer.kind)
             if kind.recurrent and not kind.local:
                 mixers.append((False, node))
-            elif mixer.kind == "attention" and mixer.fields.window is None:
+            elif kind.attends and mixer.fields.get("window") is None:
                 mixers.append((True, node))
     places = [i for i, (attention, _) in enumerate(mixers) if attention]
     if not places or len(places) == len(mixers):
         return
     span, half = mixers[places[0]][1].span, len(mixers) / 2
-    if len(places) > len(mixers) / 4:
+    if len(places) > -(-len(mixers) // 4):
         message = f"{len(places)} of {len(mixers)} mixers are attention, {len(places) / len(mixers):.0%}"
         note = "released hybrids have 7 to 25 %"
         yield Problem(Diagnostic(I704, message, span, "the first of them", notes=(note,)))

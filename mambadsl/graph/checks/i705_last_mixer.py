@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mambadsl.graph.checks.subject import Problem, Subject
+from mambadsl.kinds.registry import get
 from mambadsl.text.diagnostic import Diagnostic, declare
 
 I705 = declare(
@@ -29,7 +30,7 @@ def check(subject: Subject) -> Iterator[Problem]:
     feeds = [all(mixer.kind in FEED_FORWARD for mixer in node.layer.branches) for node in layers]
     if not any(feeds):
         return
-    attention = [any(mixer.kind == "attention" for mixer in node.layer.branches) for node in layers]
+    attention = [any(get(mixer.kind).attends for mixer in node.layer.branches) for node in layers]
     for node, is_attention, feeds_next in zip(layers, attention, feeds[1:]):
         if is_attention and not feeds_next:
             message = "this attention layer is not followed by a feed-forward layer"

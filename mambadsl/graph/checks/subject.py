@@ -97,6 +97,9 @@ class Subject:
     def recurrent(self) -> Iterator[Site]:
         return (site for site in self._sites if site.kind.recurrent)
 
+    def attending(self) -> Iterator[Site]:
+        return (site for site in self._sites if site.kind.attends)
+
     @cached_property
     def _sites(self) -> tuple[Site, ...]:
         by_layer: dict[int, list[Node]] = {}

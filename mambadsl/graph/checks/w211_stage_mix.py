@@ -31,7 +31,7 @@ def check(subject: Subject) -> Iterator[Problem]:
     stages, held = [], {"attention": False, "recurrent": False}
     for node in subject.graph.layers:
         for mixer in node.layer.branches:
-            held["attention"] |= mixer.kind == "attention"
+            held["attention"] |= get(mixer.kind).attends
             held["recurrent"] |= get(mixer.kind).recurrent
         if node.cut_after or node is subject.graph.layers[-1]:
             stages.append((node, held))

@@ -28,7 +28,7 @@ W501 = declare(
 def check(subject: Subject) -> Iterator[Problem]:
     if subject.facts.target != "vllm":
         return
-    attention = min(subject.sites("attention"), key=_bytes, default=None)
+    attention = min(subject.attending(), key=_bytes, default=None)
     recurrent = max(subject.recurrent(), key=_bytes, default=None)
     if attention is None or recurrent is None:
         return

@@ -24,7 +24,7 @@ W701 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    sites = list(subject.sites("attention"))
+    sites = list(subject.attending())
     if not sites or any(site.f.rope.name != "none" for site in sites) or any(subject.recurrent()):
         return
     message = "no layer knows the order of tokens"

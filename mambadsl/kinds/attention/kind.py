@@ -189,4 +189,5 @@ KIND = Kind(
         STEP,
     ),
     source="Hugging Face transformers; rope: arXiv:2104.09864",
+    attends=True,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mambadsl.kinds.gated_delta_net import kind as gated_delta_net
+from mambadsl.kinds.kimi_delta import kind as kimi_delta
 from mambadsl.kinds.mamba2.kind import conv_dim, in_segments
 from mambadsl.parts.part import Package, Part, Request
 
@@ -12,9 +13,10 @@ from mambadsl.parts.part import Package, Part, Request
 WIDTHS = {
     "mamba2": lambda f: (conv_dim(f), sum(n for _, n in in_segments(f))),
     "mamba1": lambda f: (f.d_inner, 2 * f.d_inner),
-    "gated_delta_net": lambda f: (
-        gated_delta_net.conv_dim(f), sum(n for _, n in gated_delta_net.in_segments(f))
-    ),
+    **{
+        kind.KIND.name: lambda f, kind=kind: (kind.conv_dim(f), sum(n for _, n in kind.in_segments(f)))
+        for kind in (gated_delta_net, kimi_delta)
+    },
 }
 
 
@@ -42,7 +44,7 @@ PACKAGE = Package(
     source="https://github.com/Dao-AILab/causal-conv1d",
     parts=(
         Part(
-            "causal_conv1d.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv"),
+            "causal_conv1d.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv", "kimi_delta.conv"),
             "the convolution with silu, documents and states included",
             "mambadsl.parts.causal_conv1d.conv:make_conv", conv, needs=("triton",),
         ),

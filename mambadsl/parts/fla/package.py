@@ -15,7 +15,7 @@ PACKAGE = Package(
     source="https://github.com/fla-org/flash-linear-attention",
     parts=(
         Part(
-            "fla.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv"),
+            "fla.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv", "kimi_delta.conv"),
             "the convolution with silu in Triton; packed documents and states by the pure-torch one",
             "mambadsl.parts.fla.conv:make_conv", conv,
         ),

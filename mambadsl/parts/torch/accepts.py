@@ -6,11 +6,18 @@ from collections.abc import Iterator
 
 from mambadsl.parts.part import Request
 
+#: For each kind: channels of a head, by the fields that they come from.
+HEADS = {
+    "attention": lambda f: {"head_dim": f.head_dim},
+    "mla": lambda f: {"nope_dim + rope_dim": f.nope_dim + f.rope_dim, "value_dim": f.value_dim},
+}
+
 
 def attention(request: Request) -> Iterator[str]:
     """Any heads of 16 channels or more."""
-    if request.fields.head_dim < 16:
-        yield f"head_dim must be at least 16 for windows, packed documents and softcaps, not {request.fields.head_dim}"
+    for name, channels in HEADS[request.slot.partition(".")[0]](request.fields).items():
+        if channels < 16:
+            yield f"{name} must be at least 16 for windows, packed documents and softcaps, not {channels}"
 
 
 def experts(request: Request) -> Iterator[str]:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from mambadsl.kinds.attention.module import visible
+from mambadsl.kinds.attend import visible
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.parts.torch.blocks import block_mask
 

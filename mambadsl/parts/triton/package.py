@@ -78,7 +78,7 @@ PACKAGE = Package(
             "mambadsl.parts.triton.core:make_core", core, (CHUNK, KEEP), capability=HOPPER,
         ),
         Part(
-            "triton.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv"),
+            "triton.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv", "kimi_delta.conv"),
             "the convolution with silu, documents and states included",
             "mambadsl.parts.triton.conv:make_conv", conv,
         ),
