@@ -115,10 +115,8 @@ def main() -> None:
         files = len(list(folder.glob("*.safetensors")))
         print(f"{args.model}: {size / GB:.2f} GB in {files} files")
         for what in "copy", "import", "export":
-            done = subprocess.run(
-                [sys.executable, __file__, "--work", what, str(folder), scratch], capture_output=True, text=True, check=True
-            )
-            found = json.loads(done.stdout)
+            command = [sys.executable, __file__, "--work", what, str(folder), scratch]
+            found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             print(
                 f"{what:7} {found['seconds']:6.2f} s  {size / GB / found['seconds']:5.2f} GB/s  "
                 f"memory {found['memory'] / GB:.2f} GB, with mapped files {found['all_memory'] / GB:.2f} GB"

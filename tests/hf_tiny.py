@@ -44,6 +44,11 @@ MROPE = dict(
     ),
 )
 
+KIMI = dict(
+    **WIDTH, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48, moe_intermediate_size=24,
+    num_hidden_layers=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+)
+
 #: name: (model_type, settings).
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", dict(**WIDTH, state_size=8, num_hidden_layers=2, tie_word_embeddings=True)),
@@ -138,6 +143,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     )),
     "qwen3_5": ("qwen3_5_text", dict(**DELTA, head_dim=32, intermediate_size=48, **MROPE)),
     "qwen3_5_moe": ("qwen3_5_moe_text", dict(**DELTA, **QWEN_EXPERTS, head_dim=32, **MROPE)),
+    "kimi_linear": ("kimi_linear", dict(
+        **KIMI, linear_head_dim=12, linear_num_heads=4, num_local_experts=8, num_experts_per_tok=2,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+    )),
+    "kimi_linear queries": ("kimi_linear", dict(
+        **KIMI, linear_head_dim=8, linear_num_heads=4, num_local_experts=8, num_experts_per_tok=3, q_lora_rank=12,
+        n_group=2, topk_group=1, norm_topk_prob=False, n_shared_experts=2,
+        layer_types=["full_attention", "linear_attention"] * 2, mlp_layer_types=["sparse"] * 4,
+    )),
+    "bailing_hybrid": ("bailing_hybrid", dict(
+        **KIMI, head_dim=8, layer_group_size=2, first_k_dense_replace=1, num_local_experts=8, num_experts_per_tok=2,
+        n_group=2, topk_group=1, num_mtp_layers=0,
+    )),
+    "bailing_hybrid softplus": ("bailing_hybrid", dict(
+        **KIMI, head_dim=8, layer_group_size=4, first_k_dense_replace=2, num_local_experts=8, num_experts_per_tok=2,
+        n_group=1, topk_group=1, num_mtp_layers=0, kda_safe_gate=False,
+    )),
     "recurrent_gemma": ("recurrent_gemma", dict(
         **TOKENS, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=1, lru_width=48, attention_window_size=8,

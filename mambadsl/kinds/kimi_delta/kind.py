@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneForm, OrWord, Real
+from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneForm, OrWord, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
@@ -44,7 +44,7 @@ FIELDS = (
         "channels of one head's queries and keys (E)", "channels",
     ),
     Field("d_conv", Int(1, 64), 4, "taps of the causal convolution", "tokens"),
-    Field("chunk", Int(1, 4096), 64, "tokens computed together in the scan; no effect on the result", "tokens"),
+    chunk_field(64),
     Field("conv_bias", Flag(), False, "the convolution has a bias"),
     Field(
         "decay", DECAY, DECAY.convert_word("softplus"),
@@ -60,10 +60,10 @@ FIELDS = (
     ),
     Field("norm_eps", Real(above=0), 1e-6, "eps of the norm behind the scan"),
     Field("qk_eps", Real(above=0), 1e-6, "added to the squared length of queries and keys before they are normed"),
-    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]"),
-    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]"),
-    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this"),
-    Field("a_range", Items(Real(above=0), 2), (1, 16), "initial exp(A_log) is drawn from this range"),
+    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]", inert=True),
+    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]", inert=True),
+    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this", inert=True),
+    Field("a_range", Items(Real(above=0), 2), (1, 16), "initial exp(A_log) is drawn from this range", inert=True),
 )
 
 

@@ -1,0 +1,185 @@
+"""Kimi Linear and Ling 3.0: Kimi Delta Attention or latent attention, then an MLP or experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mambadsl.hf import mixers
+from mambadsl.hf.config import Settings, Unlike
+from mambadsl.hf.entries import act, apart, form, norm, pairs, router
+from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key
+from mambadsl.hf.tensors import Cut, Piece, Place, Rows
+from mambadsl.kinds.values import NONE, Values, Variant
+
+SETTINGS = dict(
+    vocab="vocab_size", d_model="hidden_size", norm=norm(), tie_embeddings="tie_word_embeddings",
+    context="max_position_embeddings",
+)
+LAYERS, FEEDS = {"linear_attention": "K", "full_attention": "L"}, {"dense": "F", "sparse": "E"}
+DELTA = dict(
+    heads="linear_num_heads", key_dim="linear_head_dim",
+    value_dim=Both(("linear_head_dim",), lambda c: c.linear_head_dim, lambda v: {}),
+    d_conv="linear_conv_kernel_dim", norm_eps="rms_norm_eps",
+)
+LATENT = dict(
+    heads="num_attention_heads", nope_dim="qk_nope_head_dim", rope_dim="qk_rope_head_dim", value_dim="v_head_dim",
+    kv_rank="kv_lora_rank",
+    # The class's own, whatever rms_norm_eps says.
+    norm_eps=fixed(1e-6),
+)
+FEED = dict(act=act(), gated=fixed(True))
+ROUTER = router(
+    "sigmoid", groups="n_group", top_groups="topk_group", renorm="norm_topk_prob", scale="routed_scaling_factor"
+)
+MLP = Recipe("mlp", FEED | dict(d_ff="intermediate_size"), mixers.GATED)
+
+
+def _shared_d_ff(c: Settings) -> int:
+    return c.n_shared_experts * c.moe_intermediate_size
+
+
+def _experts(names: Callable[[Values], Mapping[str, Place]]) -> Recipe:
+    fields = dict(
+        experts="num_local_experts", top_k="num_experts_per_tok", d_ff="moe_intermediate_size", router=ROUTER,
+        shared_d_ff=Both(("n_shared_experts",), _shared_d_ff, lambda v: {}),
+    )
+    return Recipe("moe", FEED | fields, lambda f: mixers.shared("shared_experts") | dict(names(f)))
+
+
+def _delta_names(f: Values, *, gate: str, decay: str) -> dict[str, Place]:
+    convs = (Piece(f"{name}_conv1d.weight", shape=(-1, 1, f.d_conv)) for name in "qkv")
+    projections = "q_proj", "k_proj", "v_proj", gate, "b_proj", decay
+    return {
+        "in_proj.weight": tuple(f"{name}.weight" for name in projections), "conv.weight": Cut(*convs),
+        "gate_norm.weight": "o_norm.weight", "out_proj.weight": "o_proj.weight",
+    }
+
+
+def _kimi_delta(f: Values) -> dict[str, Place]:
+    return _delta_names(f, gate="g_a_proj", decay="f_a_proj") | {
+        "decay_proj.weight": "f_b_proj.weight", "gate_proj.weight": "g_b_proj.weight",
+        "A_log": Rows(Piece("A_log", shape=(1, 1, -1, 1))),
+    }
+
+
+def _latent_names(f: Values) -> dict[str, Place]:
+    query = "q_a_proj.weight" if f.q_rank else "q_proj.weight"
+    latent = Piece("kv_a_proj_with_mqa.weight", ("latent", "k_rope"))
+    return {
+        "in_proj.weight": Rows(query, latent), "q_norm.weight": "q_a_layernorm.weight",
+        "q_proj.weight": "q_b_proj.weight", "latent_norm.weight": "kv_a_layernorm.weight",
+        "kv_proj.weight": Rows(Piece("kv_b_proj.weight", ("k", "v"), groups=f.heads)),
+    }
+
+
+def _ling_latent(f: Values) -> dict[str, Place]:
+    latent = Piece("kv_a_proj_with_mqa.weight", ("latent", "k_rope"))
+    gated = Rows("q_proj.weight", latent, "g_proj.weight")
+    return _latent_names(f) | {"in_proj.weight": gated, "o_proj.weight": "dense.weight"}
+
+
+def _layers(mixer: str, experts: str) -> Callable[[Settings], Iterator[Layer]]:
+    def layers(c: Settings) -> Iterator[Layer]:
+        paths = {"F": "mlp", "E": experts}
+        feeds = [FEEDS[name] for name in c.mlp_layer_types]
+        yield from pairs([(LAYERS[name], mixer) for name in c.layer_types], [(name, paths[name]) for name in feeds])
+
+    return layers
+
+
+def _order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+    mixing, feeding = apart(rows, "FE")
+    layers, feeds = ({recipe: name for name, recipe in table.items()} for table in (LAYERS, FEEDS))
+    return {
+        "num_hidden_layers": len(mixing), "layer_types": [layers[name] for name in mixing],
+        "mlp_layer_types": [feeds[name] for name in feeding],
+    }
+
+
+def _derived(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
+    shared = {"n_shared_experts": fields["E"].shared_d_ff // fields["E"].d_ff} if "E" in fields else {}
+    return shared | ({"num_key_value_heads": fields["L"].heads} if "L" in fields else {})
+
+
+def _read_turn(given: Mapping[str, Any]) -> Variant:
+    if given.get("rope_type", "default") != "default":
+        raise Unlike(f"has the type `{given['rope_type']}`; with a counterpart: `default`")
+    return form("rope", theta=given["rope_theta"], pairs="interleaved")
+
+
+def _decay(c: Settings) -> Variant:
+    return form("bounded", lower_bound=c.kda_lower_bound) if c.kda_safe_gate else form("softplus")
+
+
+def _write_decay(value: Variant) -> Mapping[str, Any]:
+    bounded = value.name == "bounded"
+    return {"kda_safe_gate": bounded} | ({"kda_lower_bound": value.lower_bound} if bounded else {})
+
+
+DEMANDS = {"attention_bias": False, "attention_dropout": 0}
+FAMILIES = (
+    Family(
+        "kimi_linear", "KimiLinearForCausalLM", SETTINGS,
+        {
+            "K": Recipe(
+                "kimi_delta",
+                DELTA | dict(
+                    decay=fixed(form("softplus")),
+                    decay_rank=Both(("linear_head_dim",), lambda c: c.linear_head_dim, lambda v: {}),
+                    gate_rank=Both(("linear_head_dim",), lambda c: c.linear_head_dim, lambda v: {}),
+                ),
+                _kimi_delta,
+            ),
+            "L": Recipe("mla", LATENT | dict(q_rank="q_lora_rank", rope=fixed(NONE)), _latent_names),
+            "F": MLP,
+            "E": _experts(lambda f: mixers.experts(f, gate="w1", up="w3", down="w2") | {
+                "router.weight": "gate.weight", "router.bias": "gate.e_score_correction_bias",
+            }),
+        },
+        _layers("self_attn", "block_sparse_moe"), _order, demands=DEMANDS, derived=_derived,
+        follows=(
+            "num_hidden_layers", "num_key_value_heads", "qk_head_dim", "head_dim", "linear_attn_config",
+            "first_k_dense_replace", "moe_layer_freq", "mla_use_nope", "rope_theta", "rope_scaling", "rope_parameters",
+        ),
+        # transformers saves the dense layers under the experts' name.
+        renamed={".mlp.": ".block_sparse_moe."},
+    ),
+    Family(
+        "bailing_hybrid", "BailingHybridForCausalLM", SETTINGS,
+        {
+            "K": Recipe(
+                "kimi_delta",
+                DELTA | dict(
+                    heads="num_attention_heads", d_conv="short_conv_kernel_size", decay_rank=fixed(None),
+                    gate_rank=fixed(None),
+                    decay=Both(("kda_safe_gate", "kda_lower_bound"), _decay, _write_decay),
+                ),
+                lambda f: _delta_names(f, gate="g_proj", decay="f_proj"),
+            ),
+            "L": Recipe(
+                "mla",
+                LATENT | dict(
+                    q_rank=fixed(None), out_gate=fixed("per_head"),
+                    rope=key("rope_parameters", _read_turn, lambda v: {
+                        "rope_type": "default", "rope_theta": float(getattr(v, "theta", 0)),
+                    }),
+                ),
+                _ling_latent,
+            ),
+            "F": MLP,
+            "E": _experts(lambda f: mixers.experts(f) | {
+                "router.weight": "gate.weight", "router.bias": "gate.expert_bias",
+            }),
+        },
+        _layers("attention", "mlp"), _order, demands=DEMANDS, derived=_derived, embed="model.word_embeddings.weight",
+        # Heads of the multi-token prediction are not imported.
+        follows=(
+            "num_hidden_layers", "num_key_value_heads", "qk_head_dim", "head_dim", "layer_group_size",
+            "first_k_dense_replace", "linear_num_heads", "linear_conv_kernel_dim", "rope_theta", "num_mtp_layers",
+            "num_nextn_predict_layers", "mtp_loss_scaling_factor",
+        ),
+        # transformers saves all blocks' last projections under one name.
+        renamed={".attention.o_proj.": ".attention.dense."},
+    ),
+)
