@@ -273,7 +273,8 @@ class Model(nn.Module):
     def _layer(self, node, stream, tokens, state, last) -> None:
         sublayer = self.get_submodule(node.owner)
         states = None if state is None else [state.layers[path] for path, _, _ in node.branches()]
-        stream["x"] = sublayer(stream["x"], stream.get("x0"), tokens, states)
+        given = sublayer(stream["x"], stream.get("x0"), tokens, states, t_BTD=stream.pop("t", None))
+        stream["t" if node.aside else "x"] = given
 
     def _head(self, node, stream, tokens, state, last) -> None:
         x_BLD = stream["x"] if last is None else stream["x"][:, -last:]

@@ -4,7 +4,9 @@ With f(h) the sum over the branches of out_multiplier * dropout(branch(in_multip
 
     pre       x + f(norm(x))                     normed    alpha * h + beta * f(h), h = norm(x)
     post      x + norm(f(x))                     sandwich  x + post_norm(f(norm(x)))
+    aside     t = f(norm(x)), and the stream stays x
 
+The layer after one that is aside reads t in place of x, if it is aside too, else x + t (and adds to x).
 `input=with_embedding`: norm and branches read x and the first embedding x0 side by side, 2 * d_model wide.
 The stream keeps its dtype (float32 with `residual_dtype = fp32`); branches work in that of their weights.
 Letters: B batch, T time, D d_model, I width that the branches read.
@@ -65,19 +67,21 @@ class Sublayer(nn.Module):
         return tuple(self._modules[name] for name in self.mixers)
 
     def forward(
-        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None, *,
+        t_BTD: Tensor | None = None,
     ) -> Tensor:
-        """The stream after this sublayer, [B, T, D]. x0_BTD: needed where the layer reads the first
-        embedding. states: one decoding state per branch, read and written. One token with states of fixed size goes
-        through the fused step, if there is one; it updates `x_BTD` in place."""
+        """The stream after this sublayer, [B, T, D]; of one that is aside, its t. x0_BTD: needed where the layer reads
+        the first embedding. t_BTD: of the layer before, where that is aside. states: one decoding state per branch,
+        read and written. One token with states of fixed size goes through the fused step, if there is one; it updates
+        `x_BTD` in place."""
         if self._steps(tokens, states):
             x_BD = self.mixer.parts["step"](self, x_BTD[:, 0], tokens.positions_BT[:, 0].contiguous(), states[0])
             return x_BD[:, None]
         if self.sub.recompute and self.training and states is None and torch.is_grad_enabled():
             # Reading the generator's state is not allowed while a CUDA graph is captured.
             drops = any(branch.branch.dropout for branch in self.branches)
-            return checkpoint(self._add, x_BTD, x0_BTD, tokens, use_reentrant=False, preserve_rng_state=drops)
-        return self._add(x_BTD, x0_BTD, tokens, states)
+            return checkpoint(self._add, x_BTD, x0_BTD, t_BTD, tokens, use_reentrant=False, preserve_rng_state=drops)
+        return self._add(x_BTD, x0_BTD, t_BTD, tokens, states)
 
     def _steps(self, tokens: Tokens, states: States | None) -> bool:
         return (
@@ -86,16 +90,21 @@ class Sublayer(nn.Module):
         )
 
     def _add(
-        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, t_BTD: Tensor | None, tokens: Tokens, states: States | None = None
     ) -> Tensor:
         residual = self.sub.residual
-        h_BTI = torch.cat((x_BTD, x0_BTD), -1) if self.sub.input == "with_embedding" else x_BTD
+        aside = residual.name == "aside"
+        h_BTI = x_BTD if t_BTD is None else t_BTD if aside else x_BTD + t_BTD
+        if self.sub.input == "with_embedding":
+            h_BTI = torch.cat((h_BTI, x0_BTD), -1)
         if residual.name != "post" and not self.leaves_norm:
             # Only a stream that goes on with the normed values needs them in its own dtype.
             h_BTI = self.norm(h_BTI, dtype=None if residual.name == "normed" else self._narrow)
         y_BTD = self._sum(h_BTI, tokens, states)
         if self.norm_after:
             y_BTD = self._modules[self.norm_after](y_BTD)
+        if aside:
+            return y_BTD.to(x_BTD.dtype)
         if residual.name == "normed":
             return scaled(h_BTI, residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), residual.beta)
         # The sum widens a narrower y by itself: as a copy, that would be read and written once more.

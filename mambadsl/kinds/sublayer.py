@@ -2,6 +2,9 @@
 
 The layer computes, for the default form, x + out_multiplier * f(in_multiplier * norm(x)). In a sum
 (`M + A`) the branches share one norm and one residual form; multipliers are each branch's own.
+
+`residual=aside` (Zamba's shared block): the layer adds nothing to the stream, and what it gives, t, goes beside the
+stream to the next layer. One that is aside too reads t in place of the stream, any other reads x + t and adds to x.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ RESIDUAL_FORMS = OneForm(
         Field("alpha", Real(), 1, "scale of the normed input on the residual stream"),
         Field("beta", Real(), 1, "scale of the layer's output"),
     ),
+    aside=(),
 )
 
 ADAPTER = OneForm(
@@ -53,7 +57,7 @@ SUBLAYER_FIELDS: tuple[Field, ...] = (
     Field(
         "residual", RESIDUAL_FORMS, RESIDUAL_FORMS.convert_word("pre"),
         "pre: x + f(norm(x)); post: x + norm(f(x)); sandwich: x + norm2(f(norm1(x))); "
-        "normed: alpha*h + beta*f(h) with h = norm(x)",
+        "normed: alpha*h + beta*f(h) with h = norm(x); aside: adds nothing, the next layer reads f(norm(x)) as well",
     ),
     Field(
         "input", OneOf("stream", "with_embedding"), "stream",

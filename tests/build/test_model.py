@@ -115,6 +115,20 @@ def test_residual_forms_are_what_they_say():
         torch.testing.assert_close(sub(x, None, described), wanted)
 
 
+def test_what_is_given_aside_is_read_by_the_next_layer():
+    """Zamba's block: x + mamba(norm(x + t)), t = Proj(Side(x, x0)), without additions inside."""
+    model, tokens, described = made("F Side Proj M"), ids(2, 6), describe((2, 6))
+    ff, side, proj, scan = (sub for _, sub in model.sublayers())
+    x0 = model.embed.weight[tokens]
+    x = ff(x0, x0, described)
+    t = proj.mixer(side.mixer(side.norm(torch.cat([x, x0], -1)), described), described)
+    torch.testing.assert_close(side(x, x0, described), side.mixer(side.norm(torch.cat([x, x0], -1)), described))
+    wanted = x + scan.mixer(scan.norm(x + t), described)
+    torch.testing.assert_close(scan(x, x0, described, t_BTD=t), wanted)
+    logits = model.final_norm(wanted) @ (model.embed if model.graph.tied else model.head).weight.T
+    torch.testing.assert_close(model(tokens), logits)
+
+
 def test_a_sum_has_one_norm_and_its_own_multipliers():
     (_, sub), = made("H").sublayers()
     x, tokens = torch.randn(2, 6, D_MODEL), describe((2, 6))
