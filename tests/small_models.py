@@ -36,13 +36,16 @@ layer C = M(recompute=true)
 layer H = M(in_multiplier=1.25, out_multiplier=0.3) + A(out_multiplier=0.9)
 shared S = A(input=with_embedding)
 shared B = [M F]
+layer Low = M(adapter=lora(rank=2))
+shared Tuned = [A(adapter=lora(rank=3, targets=[qkv_proj], per=segment)) G(adapter=lora(rank=2, targets=[up_proj]))]
 shared Aside = [Side G(residual=aside)]
 """
 
-#: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried, layers aside of the stream.
-EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Gated Aside Proj M Heads Aside Z"
+#: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried, layers aside of the stream,
+#: adapters.
+EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Gated Aside Proj M Heads Aside Z Low Tuned Tuned"
 #: The cached kinds.
-MIXERS = "R M L G A H S M N S Conv Delta Unit Gated Aside Proj M Heads Aside M"
+MIXERS = "R M L G A H S M N S Conv Delta Unit Gated Aside Proj M Heads Aside M Low Tuned Tuned"
 
 
 def graph(stack: str, *, more: str = "", **settings: str | int | float) -> LayerGraph:

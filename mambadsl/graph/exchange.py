@@ -30,8 +30,8 @@ E060 = declare(
     """
     A model's graph has one `embed` node, one `head` node, and layers on a single path of "x" edges from
     the one to the other (the residual stream). Tensors carried past it start at `embed` and end at layers with
-    `input=with_embedding` (`x0`), or lead from a layer with `residual=aside` to the next one (`t`). All uses of a shared item have the same layers in the same order. The
-    message names the nodes that do not fit.
+    `input=with_embedding` (`x0`), or lead from a layer with `residual=aside` to the next one (`t`). All uses of a
+    shared item have the same layers in the same order. The message names the nodes that do not fit.
     """,
 )
 _MTP = (Role.MTP_IN, Role.MTP_OUT)

@@ -10,7 +10,7 @@ stream to the next layer. One that is aside too reads t in place of the stream, 
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneForm, OneOf, OrWord, Real
-from mambadsl.kinds.kind import ZEROS, Dims, Init, Weight, norm_weights
+from mambadsl.kinds.kind import ZEROS, Init, Weight, norm_weights
 from mambadsl.kinds.values import Values
 
 _EPS = Field("eps", Real(above=0), 1e-5, "added to the mean square (or variance) before the root")
@@ -44,6 +44,10 @@ ADAPTER = OneForm(
         Field(
             "targets", OrWord("all", Items(OneOf("in_proj", "out_proj", "qkv_proj", "o_proj", "up_proj", "down_proj"))),
             None, "which projections get one",
+        ),
+        Field(
+            "per", OneOf("projection", "segment"), "projection",
+            "what has two factors of its own: the projection, or each part fused in it, as q, k and v (Zamba2)",
         ),
     ),
 )
@@ -91,8 +95,23 @@ def sublayer_weights(sub: Values, d_model: int) -> tuple[Weight, ...]:
     return before + after
 
 
-def adapter_weights(branch: Values, weights: tuple[Weight, ...], dims: Dims) -> tuple[Weight, ...]:
-    """Low-rank factors beside the projections they adapt: `adapter.<projection>.{down,up}`."""
+def adapter_weights(branch: Values, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    """Low-rank factors beside the projections they adapt: `adapter.<projection>.{down,up}`. Factors of segments lie one
+    after another along the output axis, as the segments do."""
+    found = []
+    for w in adapted_weights(branch, weights):
+        projection = w.name.removesuffix(".weight")
+        (out, in_), rank = w.shape, branch.adapter.rank
+        segments = w.segments if branch.adapter.per == "segment" else ()
+        low = tuple((name, rank) for name, _ in segments)
+        down, up = f"adapter.{projection}.down.weight", f"adapter.{projection}.up.weight"
+        found.append(Weight(down, (rank * max(1, len(low)), in_), Init("normal"), low))
+        found.append(Weight(up, (out, rank), ZEROS, segments))
+    return tuple(found)
+
+
+def adapted_weights(branch: Values, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    """The projections that the branch's adapter is for."""
     adapter = branch.adapter
     if adapter.name == "none":
         return ()
@@ -103,7 +122,5 @@ def adapter_weights(branch: Values, weights: tuple[Weight, ...], dims: Dims) -> 
             continue
         if adapter.targets is not None and not any(projection.endswith(t) for t in adapter.targets):
             continue
-        out, in_ = w.shape
-        found.append(Weight(f"adapter.{projection}.down.weight", (adapter.rank, in_), Init("normal")))
-        found.append(Weight(f"adapter.{projection}.up.weight", (out, adapter.rank), ZEROS))
+        found.append(w)
     return tuple(found)

@@ -14,7 +14,7 @@ from mambadsl.graph.weights import all_weights
 from mambadsl.text.diagnostic import MdlError
 
 #: Shared layers and blocks on several stages, the first embedding read early and late, layers aside of the stream.
-STACK = "R S M B F S A B W Z N Aside Proj M Aside Z"
+STACK = "R S M B F S A B W Z N Aside Proj M Aside Z Tuned Low Tuned"
 OPTIONS = dict(tie_embeddings="true", residual_dtype="fp32", embedding_multiplier=2)
 
 
@@ -34,7 +34,7 @@ def run(stages, tokens, states=None, **keywords):
     return out
 
 
-NODES = len(STACK.split()) + 2 + 2 + 2
+NODES = len(STACK.split()) + 2 + 2 + 2 + 2
 
 cut_lists = st.lists(st.integers(1, NODES - 1), min_size=1, max_size=5, unique=True).map(sorted)
 
