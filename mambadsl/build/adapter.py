@@ -21,7 +21,7 @@ from mambadsl.kinds.kind import Kind, Weight
 def adapted(
     functions: Mapping[str, Callable[..., Any]], kind: Kind, factors: tuple[Weight, ...], home: nn.Module
 ) -> dict[str, Callable[..., Any]]:
-    """factors: `<path>.down.weight` [S * R, I] and `<path>.up.weight` [E, R] of each projection, in turn; they are below
+    """factors: `<path>.down.weight` [S * R, I] and `<path>.up.weight` [E, R] of each projection, in turn; modules below
     `home`."""
     found = dict(functions)
     for up in factors[1::2]:

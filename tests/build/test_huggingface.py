@@ -128,10 +128,11 @@ def zamba_apart(weights: dict) -> dict:
     found = {}
     for name, w in weights.items():
         path, _, last = name.rpartition("mamba.")
-        if path and last == "in_proj.weight" and w.shape[0] % 2 == 0 and f"{path}mamba.x_proj_weight" in weights:
-            w = torch.cat([w[0::2], w[1::2]])
-        elif path and last in ("x_proj_weight", "dt_proj_weight", "dt_proj_bias") or w.dim() > 1 and last in ("A_log", "D"):
-            w = w.flatten(0, 1)
+        if f"{path}mamba.x_proj_weight" in weights:
+            if last == "in_proj.weight":
+                w = torch.cat([w[0::2], w[1::2]])
+            elif last in ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"):
+                w = w.flatten(0, 1)
         if "adapter_list" in name:
             before, _, after = name.partition("_adapter_list.")
             use = uses.setdefault(name.split(".shared_")[0], len(uses))

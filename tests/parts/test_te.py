@@ -23,7 +23,7 @@ from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.norm import Norm, layer_norm, rms_norm
 from mambadsl.kinds.sublayer import NORM, RESIDUAL_FORMS
 from mambadsl.kinds.tokens import Tokens
-from mambadsl.kinds.values import Values
+from mambadsl.kinds.values import Values, Variant
 from mambadsl.parts.machine import Machine
 from mambadsl.parts.part import Request
 from mambadsl.parts.te import accepts, linear
