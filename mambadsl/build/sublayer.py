@@ -107,8 +107,9 @@ class Sublayer(nn.Module):
         if self.sub.recompute and self.training and states is None and torch.is_grad_enabled():
             # Reading the generator's state is not allowed while a CUDA graph is captured.
             drops = any(branch.branch.dropout for branch in self.branches)
-            return checkpoint(self._add, x_BTD, x0_BTD, t_BTD, tokens, use_reentrant=False, preserve_rng_state=drops)
-        return self._add(x_BTD, x0_BTD, t_BTD, tokens, states)
+            how = dict(use_reentrant=False, preserve_rng_state=drops)
+            return checkpoint(self._add, x_BTD, x0_BTD, tokens, None, t_BTD, **how)
+        return self._add(x_BTD, x0_BTD, tokens, states, t_BTD)
 
     def _steps(self, tokens: Tokens, states: States | None) -> bool:
         return (
@@ -117,7 +118,8 @@ class Sublayer(nn.Module):
         )
 
     def _add(
-        self, x_BTD: Tensor, x0_BTD: Tensor | None, t_BTD: Tensor | None, tokens: Tokens, states: States | None = None
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None,
+        t_BTD: Tensor | None = None,
     ) -> Tensor:
         residual = self.sub.residual
         aside = residual.name == "aside"
