@@ -46,8 +46,8 @@ class KindModule(nn.Module):
         add_weights(self, table, dtype=dtype, device=device)
 
     def view(self, parts: Mapping[str, Callable[..., Any]]) -> KindModule:
-        """The same weights with other parts: one use of a shared layer. It lives as long as this module does its work;
-        what replaces weights here replaces them there."""
+        """The same weights with other parts, for one use of a shared layer. The two share the tables that hold the
+        weights, so that a weight replaced in one is replaced in the other."""
         other = copy(self)
         other.parts = {**self.REFERENCE, **parts}
         return other
