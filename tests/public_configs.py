@@ -98,6 +98,14 @@ LFM2_30 = [2, 5, 9, 13, 17, 21, 24, 27]
 KIMI_FULL = [4, 8, 12, 16, 20, 24, 27]
 
 
+def _zamba2(d: int, n: int, hybrids: list[int], **more: Any) -> tuple[str, dict]:
+    kinds = ["hybrid" if i in hybrids else "linear_attention" for i in range(n)]
+    return "Zamba2", dict(
+        hidden_size=d, num_hidden_layers=n, layers_block_type=kinds, n_mamba_heads=2 * d // 64, intermediate_size=4 * d,
+        num_attention_heads=32, adapter_rank=128, **more,
+    )
+
+
 def _samba(d: int, n: int, h: int, ff: int) -> tuple[str, dict]:
     return "Samba", dict(
         n_embd=d, n_layer=n, n_head=h, intermediate_size=ff, vocab_size=32000, block_size=4096, norm_eps=1e-5,
@@ -220,6 +228,13 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         ),
     )),
     "ling_3_0_flash": ("BailingHybrid", dict(num_mtp_layers=0)),
+    "zamba_7b_v1": ("Zamba", {}),
+    "zamba2_1_2b": _zamba2(
+        2048, 38, [5, 11, 17, 23, 29, 35], mamba_d_state=128, num_mem_blocks=1, use_shared_attention_adapter=True,
+        use_mem_rope=True,
+    ),
+    "zamba2_2_7b": _zamba2(2560, 54, [6, 12, 18, 24, 30, 36, 42, 47, 51], num_mem_blocks=2),
+    "zamba2_7b": _zamba2(3584, 81, [6, *range(11, 78, 6)], mamba_ngroups=2, num_mem_blocks=2, use_mem_rope=True),
     "samba_421m": _samba(1536, 12, 12, 4096),
     "samba_1_3b": _samba(2304, 18, 18, 6144),
 }

@@ -28,10 +28,11 @@ SHIPPED = sorted(path.stem for path in MODELS.glob("*.mdl") if path.stem != "std
 #: init_std: layers add about as much to the stream as they find there, so that none can be wrong unseen.
 MODEL = dict(d_model=64, vocab=256, context=128, init_std=0.15)
 WINDOW = 12
+WIDEST_HEAD = 256
 
 
 def _mamba1(f: Values) -> dict[str, Any]:
-    return dict(d_inner=128, dt_rank=8, d_state=16, chunk=32)
+    return dict(d_inner=128, heads=min(f.heads, 2), dt_rank=8, d_state=16, chunk=32)
 
 
 def _mamba2(f: Values) -> dict[str, Any]:
@@ -41,9 +42,10 @@ def _mamba2(f: Values) -> dict[str, Any]:
 
 
 def _attention(f: Values) -> dict[str, Any]:
-    """As many query heads to a pair of keys and values as the model has."""
+    """As many query heads to a pair of keys and values as the model has; wider heads than kernels like stay so."""
     kv_heads = min(f.kv_heads, 2)
-    small = dict(heads=f.heads // f.kv_heads * kv_heads, kv_heads=kv_heads, head_dim=64)
+    head_dim = 64 if f.head_dim <= WIDEST_HEAD else WIDEST_HEAD + 8
+    small = dict(heads=f.heads // f.kv_heads * kv_heads, kv_heads=kv_heads, head_dim=head_dim)
     return small if f.window is None else {**small, "window": WINDOW}
 
 
@@ -66,6 +68,10 @@ def _gated_delta_net(f: Values) -> dict[str, Any]:
     return dict(heads=heads, key_heads=heads * f.key_heads // f.heads, key_dim=16, value_dim=32, chunk=32)
 
 
+def _linear(f: Values) -> dict[str, Any]:
+    return {}
+
+
 def _rg_lru(f: Values) -> dict[str, Any]:
     return dict(d_inner=64, blocks=2, chunk=32)
 
@@ -84,7 +90,7 @@ def _mla(f: Values) -> dict[str, Any]:
 SMALL: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "mamba1": _mamba1, "mamba2": _mamba2, "attention": _attention, "mlp": _mlp, "moe": _moe,
     "short_conv": _short_conv, "gated_delta_net": _gated_delta_net, "rg_lru": _rg_lru,
-    "kimi_delta": _kimi_delta, "mla": _mla,
+    "kimi_delta": _kimi_delta, "mla": _mla, "linear": _linear,
 }
 
 

@@ -15,6 +15,7 @@ VOCAB, D_MODEL = 61, 16
 
 LAYERS = """
 layer R = mamba1(d_inner=24, d_state=4, d_conv=3, dt_rank=2, chunk=4)
+layer Heads = R(heads=3)
 layer M = mamba2(heads=4, head_dim=6, d_state=5, groups=2, d_conv=4, chunk=4)
 layer A = attention(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100))
 layer L = A(window=3, qk_norm=per_head)
@@ -33,16 +34,27 @@ layer P = A(residual=post)
 layer W = G(residual=sandwich)
 layer N = M(residual=normed(alpha=1.5, beta=0.5))
 layer Z = A(input=with_embedding)
+layer Side = A(input=with_embedding, residual=aside)
+layer Proj = linear(norm=none, residual=aside)
 layer C = M(recompute=true)
 layer H = M(in_multiplier=1.25, out_multiplier=0.3) + A(out_multiplier=0.9)
 shared S = A(input=with_embedding)
 shared B = [M F]
+layer Low = M(adapter=lora(rank=2))
+shared Tuned = [A(adapter=lora(rank=3, targets=[qkv_proj], per=segment)) G(adapter=lora(rank=2, targets=[up_proj]))]
+shared Aside = [Side G(residual=aside)]
 """
 
-#: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried.
-EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Gated Kimi Ling Latent Turned"
+#: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried, layers aside of the stream,
+#: adapters.
+EVERYTHING = (
+    "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Gated Kimi Ling Latent Turned "
+    "Aside Proj M Heads Aside Z Low Tuned Tuned"
+)
 #: The cached kinds.
-MIXERS = "R M L G A H S M N S Conv Delta Unit Gated Kimi Ling Latent Turned"
+MIXERS = (
+    "R M L G A H S M N S Conv Delta Unit Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Tuned Tuned"
+)
 
 
 def graph(stack: str, *, more: str = "", **settings: str | int | float) -> LayerGraph:

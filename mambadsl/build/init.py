@@ -53,7 +53,7 @@ def arguments(init: Init, graph: LayerGraph) -> dict[str, float]:
     if init.law == "normal":
         std = args.get("std", graph.model.init_std)
         scale = init.residual and graph.model.scale_residual_init
-        args["std"] = std / math.sqrt(graph.residual_additions) if scale else std
+        args["std"] = std / math.sqrt(max(1, graph.residual_additions)) if scale else std
     return args
 
 

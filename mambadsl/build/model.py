@@ -97,16 +97,23 @@ class Model(nn.Module):
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
                 self._add_table("embed" if self.graph.tied else "head", **made)
             case Role.LAYER:
-                *path, leaf = node.owner.split(".")
-                group = self
-                for step in path:
-                    if step not in group._modules:
-                        group.add_module(step, nn.ModuleDict())
-                    group = group._modules[step]
-                if leaf not in group._modules:
-                    filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
-                    sublayer = Sublayer(node, d_model=model.d_model, filled=filled, **self._rms(), **made)
-                    group.add_module(leaf, sublayer)
+                filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
+                how = dict(d_model=model.d_model, filled=filled, **self._rms(), **made)
+                owner = self._placed(node.owner, lambda: Sublayer(node, **how))
+                if node.shared:
+                    self._placed(node.path, lambda: Sublayer(node, of=owner, **how))
+
+    def _placed(self, path: str, make: Callable[[], nn.Module]) -> nn.Module:
+        """The module at the path; made, and the groups on the way, if it is not there."""
+        *groups, leaf = path.split(".")
+        at = self
+        for group in groups:
+            if group not in at._modules:
+                at.add_module(group, nn.ModuleDict())
+            at = at._modules[group]
+        if leaf not in at._modules:
+            at.add_module(leaf, make())
+        return at._modules[leaf]
 
     def _rms(self) -> dict[str, Any]:
         """What computes RMS norms, where a part does."""
@@ -207,10 +214,10 @@ class Model(nn.Module):
         return DecodingState(layers, torch.zeros(batch, dtype=torch.int64, device=device), room=room)
 
     def sublayers(self) -> Iterator[tuple[Node, Sublayer]]:
-        """Every use of a sublayer here, in order; a shared one comes once for each use."""
+        """Every layer here, in order; a shared one has a sublayer for each use."""
         for node in self.stage.nodes:
             if node.role is Role.LAYER:
-                yield node, self.get_submodule(node.owner)
+                yield node, self.get_submodule(node.path)
 
     def loss(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, segments: Tensor | None = None,
@@ -271,9 +278,10 @@ class Model(nn.Module):
         )
 
     def _layer(self, node, stream, tokens, state, last) -> None:
-        sublayer = self.get_submodule(node.owner)
+        sublayer = self.get_submodule(node.path)
         states = None if state is None else [state.layers[path] for path, _, _ in node.branches()]
-        stream["x"] = sublayer(stream["x"], stream.get("x0"), tokens, states)
+        given = sublayer(stream["x"], stream.get("x0"), tokens, states, t_BTD=stream.pop("t", None))
+        stream["t" if node.aside else "x"] = given
 
     def _head(self, node, stream, tokens, state, last) -> None:
         x_BLD = stream["x"] if last is None else stream["x"][:, -last:]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mambadsl.graph.checks.legal import listed
 from mambadsl.graph.graph import LayerGraph, Node, Role
+from mambadsl.kinds.registry import get
+from mambadsl.kinds.sublayer import adapted_weights
+from mambadsl.spec.model import Mixer
 from mambadsl.text.diagnostic import Diagnostic, declare
 
 E901 = declare(
@@ -12,8 +16,9 @@ E901 = declare(
     "not built yet",
     """
     The language knows this, checks it, counts and plans it, but no torch module exists for it yet: the
-    multi-token-prediction tail (`mtp`), and per-use weights of shared layers (`adapter`). Everything
-    around it can be built: take it out, or keep it and use `check`, `plan` and `summary`.
+    multi-token-prediction tail (`mtp`), and adapters of projections that are inside of something wider (those of
+    experts, x_proj and dt_proj of Mamba-1). Everything around it can be built: take it out, or keep it and use
+    `check`, `plan` and `summary`.
     """,
 )
 E906 = declare(
@@ -43,7 +48,8 @@ def _missing(graph: LayerGraph) -> Iterator[Diagnostic]:
     seen: set = set()
     for node in graph.nodes:
         for path, _, mixer in node.branches():
-            if mixer.branch.adapter.name == "none" or path.startswith("mtp."):
+            inside = _inside(graph, node, mixer)
+            if not inside or path.startswith("mtp."):
                 continue
             origin = mixer.origins.get("adapter")
             span = (origin.span if origin else None) or mixer.span or node.span
@@ -51,8 +57,17 @@ def _missing(graph: LayerGraph) -> Iterator[Diagnostic]:
             if key in seen:
                 continue
             seen.add(key)
-            message = f"the adapter of layer `{path}` (`{node.layer.label}`) is not built yet"
-            yield Diagnostic(E901, message, span, help=("leave out `adapter`, or set `adapter=none`",))
+            names = listed(f"`{name}`" for name in inside)
+            message = f"the adapter of {names} in layer `{path}` (`{node.layer.label}`) is not built yet"
+            yield Diagnostic(E901, message, span, help=("give it other `targets`, or set `adapter=none`",))
+
+
+def _inside(graph: LayerGraph, node: Node, mixer: Mixer) -> list[str]:
+    """The projections that have an adapter, and no slot whose function could be given it."""
+    kind = get(mixer.kind)
+    table = kind.weights(mixer.fields, node.dims(graph.model.d_model))
+    names = [w.name.removesuffix(".weight") for w in adapted_weights(mixer.branch, table)]
+    return [name for name in names if kind.slot_of(name) is None]
 
 
 def _unfitting(graph: LayerGraph) -> Iterator[Diagnostic]:

@@ -28,22 +28,19 @@ E904 = declare(
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Stage `index` (from 0) of `count`. takes, gives: names of the tensors in and out, in order: `tokens`
-    [B, T], `x` the stream and `x0` the first embedding [B, T, d_model], `logits` [B, T, vocab]."""
+    [B, T], `x` the stream, `x0` the first embedding and `t` what the last layer gave aside [B, T, d_model], `logits`
+    [B, T, vocab]. keeps_embedding: the first embedding is read here or later."""
 
     index: int
     count: int
     nodes: tuple[Node, ...]
     takes: tuple[str, ...]
     gives: tuple[str, ...]
+    keeps_embedding: bool
 
     @property
     def paths(self) -> tuple[str, ...]:
         return tuple(node.path for node in self.nodes)
-
-    @property
-    def keeps_embedding(self) -> bool:
-        """The first embedding is read here or later."""
-        return "x0" in self.takes + self.gives or any(map(_reads_embedding, self.nodes))
 
 
 def whole(graph: LayerGraph) -> Stage:
@@ -55,9 +52,10 @@ def stages(graph: LayerGraph, paths: Sequence[Sequence[str]]) -> tuple[Stage, ..
     if problems := list(_problems(graph, paths)):
         raise MdlError(problems)
     parts = [tuple(graph.by_path[path] for path in part) for part in paths]
-    crossing = [_crossing(parts[k:]) for k in range(1, len(parts))]
+    crossing = [_crossing(graph, parts[k:]) for k in range(1, len(parts))]
     takes, gives = [("tokens",), *crossing], [*crossing, ("logits",)]
-    return tuple(Stage(k, len(parts), *stage) for k, stage in enumerate(zip(parts, takes, gives)))
+    keeps = ["x0" in _crossing(graph, parts[k:]) for k in range(len(parts))]
+    return tuple(Stage(k, len(parts), *stage) for k, stage in enumerate(zip(parts, takes, gives, keeps)))
 
 
 def at_marks(graph: LayerGraph) -> tuple[Stage, ...]:
@@ -85,13 +83,11 @@ def choose(graph: LayerGraph, *, plan: Any = None, stage: int | None = None) -> 
     return found[stage]
 
 
-def _crossing(later: Sequence[Sequence[Node]]) -> tuple[str, ...]:
-    """What the first of the later stages takes."""
-    return ("x", "x0") if any(_reads_embedding(n) for part in later for n in part) else ("x",)
-
-
-def _reads_embedding(node: Node) -> bool:
-    return node.layer is not None and node.layer.sub.input == "with_embedding"
+def _crossing(graph: LayerGraph, later: Sequence[Sequence[Node]]) -> tuple[str, ...]:
+    """What the first of the later stages takes: the stream, and what else was made before and is read there."""
+    reads = [graph.reads[node.path] for part in later for node in part]
+    carried = {"x0": any("x0" in names for names in reads), "t": "t" in reads[0]}
+    return ("x", *(name for name, needed in carried.items() if needed))
 
 
 def _problems(graph: LayerGraph, paths: Sequence[Sequence[str]]):

@@ -1,10 +1,15 @@
 """One residual sublayer: a node of the graph -> a torch module around one kind's module, or a sum of several.
 
+A shared layer is one such module with the weights, at its owner's path, and one for each use, at the use's: with its
+own parts, adapters and place in the stream, and the owner's weights.
+
 With f(h) the sum over the branches of out_multiplier * dropout(branch(in_multiplier * h)):
 
     pre       x + f(norm(x))                     normed    alpha * h + beta * f(h), h = norm(x)
     post      x + norm(f(x))                     sandwich  x + post_norm(f(norm(x)))
+    aside     t = f(norm(x)), and the stream stays x
 
+The layer after one that is aside reads t in place of x, if it is aside too, else x + t (and adds to x).
 `input=with_embedding`: norm and branches read x and the first embedding x0 side by side, 2 * d_model wide.
 The stream keeps its dtype (float32 with `residual_dtype = fp32`); branches work in that of their weights.
 Letters: B batch, T time, D d_model, I width that the branches read.
@@ -20,13 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mambadsl.build.adapter import adapted
 from mambadsl.build.fill import NOTHING, Filled
 from mambadsl.graph.graph import Node
-from mambadsl.kinds.module import KindModule
+from mambadsl.kinds.module import KindModule, add_weights
 from mambadsl.kinds.norm import Norm, rms_norm
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.state import FixedState
+from mambadsl.kinds.sublayer import adapter_weights
 from mambadsl.kinds.tokens import Tokens
+from mambadsl.kinds.values import Values
 
 #: The decoding state of each branch.
 States = Sequence[dict[str, Any]]
@@ -38,46 +46,70 @@ class Sublayer(nn.Module):
 
     def __init__(
         self, node: Node, *, d_model: int, dtype: torch.dtype, device: Any = None, filled: Sequence[Filled] = (),
-        rms: Callable[..., Tensor] = rms_norm,
+        rms: Callable[..., Tensor] = rms_norm, of: Sublayer | None = None,
     ):
-        """filled: the parts of each branch. rms: what computes RMS norms."""
+        """filled: the parts of each branch. rms: what computes RMS norms. of: the sublayer that has the weights, for a
+        use of a shared one."""
         super().__init__()
         self.sub, self.branches = node.layer.sub, node.layer.branches
         form, dims = self.sub.residual.name, node.dims(d_model)
         made = dict(dtype=dtype, device=device)
         # The norm after the branches is `norm` where it is the only one.
         self.norm_after = {"post": "norm", "sandwich": "post_norm"}.get(form)
-        if form != "post":
-            self.norm = Norm(self.sub.norm, dims.d_in, rms=rms, **made)
-        if self.norm_after:
-            self.add_module(self.norm_after, Norm(self.sub.norm, d_model, rms=rms, **made))
+        self._views: tuple[KindModule, ...] = ()
         self.mixers = ("mixer",) if len(self.branches) == 1 else tuple(map(str, range(len(self.branches))))
         filled = filled or [NOTHING] * len(self.branches)
-        for name, branch, parts in zip(self.mixers, self.branches, filled, strict=True):
-            module = get(branch.kind).module()
-            self.add_module(name, module(branch.fields, dims, parts=parts.functions, **made))
+        if of is None:
+            if form != "post":
+                self.norm = Norm(self.sub.norm, dims.d_in, rms=rms, **made)
+            if self.norm_after:
+                self.add_module(self.norm_after, Norm(self.sub.norm, d_model, rms=rms, **made))
+            for name, branch, parts in zip(self.mixers, self.branches, filled, strict=True):
+                module = get(branch.kind).module()
+                self.add_module(name, module(branch.fields, dims, parts=parts.functions, **made))
+        else:
+            # Held, not registered: the weights have one name each.
+            for name in {"norm", self.norm_after} & set(of._modules):
+                self.__dict__[name] = of._modules[name]
+            self._views = tuple(m.view(p.functions) for m, p in zip(of.mixer_modules(), filled, strict=True))
+        if of is not None or not node.shared:
+            for name, branch, mixer in zip(self.mixers, self.branches, self.mixer_modules()):
+                self._adapt(name, branch.branch, mixer, **made)
         #: The norm is done by the part that fills the only branch's entry projection.
         self.leaves_norm = len(filled) == 1 and filled[0].takes_norm
         #: A part does the whole sublayer for one token.
         self.has_step = len(filled) == 1 and "step" in filled[0].functions
 
+    def _adapt(self, name: str, branch: Values, mixer: KindModule, **made: Any) -> None:
+        """Makes the factors of a branch's adapter, below the branch's name, and lets its projections use them."""
+        factors = adapter_weights(branch, mixer.kind.weights(mixer.f, mixer.dims))
+        if not factors:
+            return
+        if name not in self._modules:
+            self.add_module(name, nn.Module())
+        add_weights(self._modules[name], factors, **made)
+        mixer.parts = adapted(mixer.parts, mixer.kind, factors, self._modules[name])
+
     def mixer_modules(self) -> tuple[KindModule, ...]:
-        return tuple(self._modules[name] for name in self.mixers)
+        return self._views or tuple(self._modules[name] for name in self.mixers)
 
     def forward(
-        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None, *,
+        t_BTD: Tensor | None = None,
     ) -> Tensor:
-        """The stream after this sublayer, [B, T, D]. x0_BTD: needed where the layer reads the first
-        embedding. states: one decoding state per branch, read and written. One token with states of fixed size goes
-        through the fused step, if there is one; it updates `x_BTD` in place."""
+        """The stream after this sublayer, [B, T, D]; of one that is aside, its t. x0_BTD: needed where the layer reads
+        the first embedding. t_BTD: of the layer before, where that is aside. states: one decoding state per branch,
+        read and written. One token with states of fixed size goes through the fused step, if there is one; it updates
+        `x_BTD` in place."""
         if self._steps(tokens, states):
-            x_BD = self.mixer.parts["step"](self, x_BTD[:, 0], tokens.positions_BT[:, 0].contiguous(), states[0])
-            return x_BD[:, None]
+            step, position_B = self.mixer_modules()[0].parts["step"], tokens.positions_BT[:, 0].contiguous()
+            return step(self, x_BTD[:, 0], position_B, states[0])[:, None]
         if self.sub.recompute and self.training and states is None and torch.is_grad_enabled():
             # Reading the generator's state is not allowed while a CUDA graph is captured.
             drops = any(branch.branch.dropout for branch in self.branches)
-            return checkpoint(self._add, x_BTD, x0_BTD, tokens, use_reentrant=False, preserve_rng_state=drops)
-        return self._add(x_BTD, x0_BTD, tokens, states)
+            how = dict(use_reentrant=False, preserve_rng_state=drops)
+            return checkpoint(self._add, x_BTD, x0_BTD, tokens, None, t_BTD, **how)
+        return self._add(x_BTD, x0_BTD, tokens, states, t_BTD)
 
     def _steps(self, tokens: Tokens, states: States | None) -> bool:
         return (
@@ -86,16 +118,22 @@ class Sublayer(nn.Module):
         )
 
     def _add(
-        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None
+        self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None,
+        t_BTD: Tensor | None = None,
     ) -> Tensor:
         residual = self.sub.residual
-        h_BTI = torch.cat((x_BTD, x0_BTD), -1) if self.sub.input == "with_embedding" else x_BTD
+        aside = residual.name == "aside"
+        h_BTI = x_BTD if t_BTD is None else t_BTD if aside else x_BTD + t_BTD
+        if self.sub.input == "with_embedding":
+            h_BTI = torch.cat((h_BTI, x0_BTD), -1)
         if residual.name != "post" and not self.leaves_norm:
             # Only a stream that goes on with the normed values needs them in its own dtype.
             h_BTI = self.norm(h_BTI, dtype=None if residual.name == "normed" else self._narrow)
         y_BTD = self._sum(h_BTI, tokens, states)
         if self.norm_after:
-            y_BTD = self._modules[self.norm_after](y_BTD)
+            y_BTD = getattr(self, self.norm_after)(y_BTD)
+        if aside:
+            return y_BTD.to(x_BTD.dtype)
         if residual.name == "normed":
             return scaled(h_BTI, residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), residual.beta)
         # The sum widens a narrower y by itself: as a copy, that would be read and written once more.

@@ -13,6 +13,7 @@ from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.kind import Flops, Saved, matmul
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.sublayer import adapter_weights
 
 #: Bytes of one element in the compute dtype (bfloat16) and in float32.
 NARROW, WIDE = 2, 4
@@ -123,6 +124,10 @@ def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, in
         flops += kind.flops(mixer.fields, dims, length)
         more = kind.saved(mixer.fields, dims)
         saved = Saved(saved.narrow + more.narrow, saved.wide + more.wide)
+        if factors := adapter_weights(mixer.branch, kind.weights(mixer.fields, dims)):
+            flops += matmul(sum(w.elements for w in factors))
+            # Between the two factors.
+            saved = Saved(saved.narrow + sum(w.shape[0] for w in factors[::2]), saved.wide)
         for s in kind.state(mixer.fields, dims):
             size = s.elements * (WIDE if s.fp32 else NARROW)
             if s.per_token and s.window is None:

@@ -4,7 +4,8 @@ Node keys are paths. Node attributes: `role`, `layer` (a LayerSpec; or give `kin
 new one), `owner`, `cut_after`. Edge attribute: `tensors`, a dict of tensor name -> width. Graph
 attributes: `name`, `model`, `mtp`, `parts`. Order and paths are derived anew from the "x" edges, so a
 layer is inserted by adding a node under any new key and reconnecting. A layer that reads the first embedding
-(`input=with_embedding`) has an "x0" edge from `embed`. Weights are a node's own unless its owner is
+(`input=with_embedding`) has an "x0" edge from `embed`; what follows a layer with `residual=aside` has a "t" edge from
+it. Weights are a node's own unless its owner is
 `shared.NAME` (or `shared.NAME.0`, `shared.NAME.1`, ...: all layers of one use, in order).
 """
 
@@ -28,9 +29,9 @@ E060 = declare(
     "a graph that is not a model",
     """
     A model's graph has one `embed` node, one `head` node, and layers on a single path of "x" edges from
-    the one to the other (the residual stream). Tensors carried past it (`x0`) start at `embed` and end at
-    layers with `input=with_embedding`. All uses of a shared item have the same layers in the same order. The
-    message names the nodes that do not fit.
+    the one to the other (the residual stream). Tensors carried past it start at `embed` and end at layers with
+    `input=with_embedding` (`x0`), or lead from a layer with `residual=aside` to the next one (`t`). All uses of a
+    shared item have the same layers in the same order. The message names the nodes that do not fit.
     """,
 )
 _MTP = (Role.MTP_IN, Role.MTP_OUT)

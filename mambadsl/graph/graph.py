@@ -72,11 +72,16 @@ class Node:
     def shared(self) -> bool:
         return self.owner != self.path
 
+    @property
+    def aside(self) -> bool:
+        """It adds nothing to the residual stream; the next layer reads what it gives."""
+        return self.layer is not None and self.layer.sub.residual.name == "aside"
+
 
 @dataclass(frozen=True)
 class Edge:
-    """tensor: "x" the residual stream, "x0" the first embedding carried past it, "h" the hidden state
-    that MTP reads, "tokens" the ids. width: elements per token."""
+    """tensor: "x" the residual stream, "x0" the first embedding carried past it, "t" what the layer before gave aside
+    of it, "h" the hidden state that MTP reads, "tokens" the ids. width: elements per token."""
 
     source: str
     target: str
@@ -106,6 +111,14 @@ class LayerGraph:
         """The sublayers of the stack, in order (without embedding, head and MTP)."""
         return tuple(n for n in self.nodes if n.role is Role.LAYER and n.path.startswith("stack."))
 
+    @cached_property
+    def reads(self) -> dict[str, frozenset[str]]:
+        """The tensors that each node reads, by its path."""
+        found: dict[str, set[str]] = {node.path: set() for node in self.nodes}
+        for edge in self.edges:
+            found[edge.target].add(edge.tensor)
+        return {path: frozenset(names) for path, names in found.items()}
+
     @property
     def tied(self) -> bool:
         return self.model.tie_embeddings
@@ -113,7 +126,7 @@ class LayerGraph:
     @property
     def residual_additions(self) -> int:
         """How many times something is added to the stack's residual stream."""
-        return len(self.layers)
+        return sum(not node.aside for node in self.layers)
 
     def content(self) -> dict[str, Any]:
         """What the graph is; equal graphs have equal content."""

@@ -51,13 +51,20 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
     """The tensors between nodes that stand in this order."""
     d = model.d_model
     edges: list[Edge] = []
-    stack = [n for n in nodes if n.path.startswith("stack.")]
-    last = "embed"
-    for node in stack:
+    last, beside = "embed", None
+
+    def read(node: Node) -> None:
+        nonlocal last, beside
         edges.append(Edge(last, node.path, "x", d))
         if node.layer.sub.input == "with_embedding":
             edges.append(Edge("embed", node.path, "x0", d))
-        last = node.path
+        if beside:
+            edges.append(Edge(beside, node.path, "t", d))
+        last, beside = node.path, node.path if node.aside else None
+
+    for node in nodes:
+        if node.path.startswith("stack."):
+            read(node)
     edges.append(Edge(last, "head", "x", d))
     hidden = last
     for node in nodes:
@@ -65,15 +72,12 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
             case Role.MTP_IN:
                 edges.append(Edge(hidden, node.path, "h", d))
                 edges.append(Edge("embed", node.path, "next", d))
-                last = node.path
+                last, beside = node.path, None
             case Role.MTP_OUT:
                 edges.append(Edge(last, node.path, "x", d))
                 hidden = last
             case Role.LAYER if node.path.startswith("mtp."):
-                edges.append(Edge(last, node.path, "x", d))
-                if node.layer.sub.input == "with_embedding":
-                    edges.append(Edge("embed", node.path, "x0", d))
-                last = node.path
+                read(node)
     return tuple(edges)
 
 

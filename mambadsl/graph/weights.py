@@ -40,7 +40,7 @@ def node_weights(graph: LayerGraph, node: Node) -> Iterator[tuple[str, Weight]]:
                 table = get(mixer.kind).weights(mixer.fields, dims)
                 yield from _prefixed(prefix, table)
                 own = f"{node.path}.mixer" if len(uses) == 1 else f"{node.path}.{i}"
-                yield from _prefixed(own, adapter_weights(mixer.branch, table, dims))
+                yield from _prefixed(own, adapter_weights(mixer.branch, table))
 
 
 def all_weights(graph: LayerGraph) -> dict[str, Weight]:

@@ -197,6 +197,11 @@ class Kind:
     def field(self, name: str) -> Field | None:
         return next((f for f in self.fields if f.name == name), None)
 
+    def slot_of(self, projection: str) -> str | None:
+        """The slot that multiplies by `<projection>.weight`, if there is one. (gate_up_proj, where a gate is fused with
+        it, is up_proj's.)"""
+        return next((s.name for s in self.slots if projection in (s.name, f"gate_{s.name}")), None)
+
     def module(self) -> Any:
         """The torch module class. Imports torch."""
         from importlib import import_module

@@ -12,6 +12,7 @@ writes what comes after, for any T >= 1 (a prompt, a chunk of one, a single toke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ class KindModule(nn.Module):
         self._wide = tuple(w.name for w in table if w.fp32)
         self._narrow = next(w.name for w in table if not w.fp32)
         add_weights(self, table, dtype=dtype, device=device)
+
+    def view(self, parts: Mapping[str, Callable[..., Any]]) -> KindModule:
+        """The same weights with other parts, for one use of a shared layer. The two share the tables that hold the
+        weights, so that a weight replaced in one is replaced in the other."""
+        other = copy(self)
+        other.parts = {**self.REFERENCE, **parts}
+        return other
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,12 +2,15 @@
 
 The layer computes, for the default form, x + out_multiplier * f(in_multiplier * norm(x)). In a sum
 (`M + A`) the branches share one norm and one residual form; multipliers are each branch's own.
+
+`residual=aside` (Zamba's shared block): the layer adds nothing to the stream, and what it gives, t, goes beside the
+stream to the next layer. One that is aside too reads t in place of the stream, any other reads x + t and adds to x.
 """
 
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneForm, OneOf, OrWord, Real
-from mambadsl.kinds.kind import ZEROS, Dims, Init, Weight, norm_weights
+from mambadsl.kinds.kind import ZEROS, Init, Weight, norm_weights
 from mambadsl.kinds.values import Values
 
 _EPS = Field("eps", Real(above=0), 1e-5, "added to the mean square (or variance) before the root")
@@ -31,6 +34,7 @@ RESIDUAL_FORMS = OneForm(
         Field("alpha", Real(), 1, "scale of the normed input on the residual stream"),
         Field("beta", Real(), 1, "scale of the layer's output"),
     ),
+    aside=(),
 )
 
 ADAPTER = OneForm(
@@ -40,6 +44,10 @@ ADAPTER = OneForm(
         Field(
             "targets", OrWord("all", Items(OneOf("in_proj", "out_proj", "qkv_proj", "o_proj", "up_proj", "down_proj"))),
             None, "which projections get one",
+        ),
+        Field(
+            "per", OneOf("projection", "segment"), "projection",
+            "what has two factors of its own: the projection, or each part fused in it, as q, k and v (Zamba2)",
         ),
     ),
 )
@@ -53,7 +61,7 @@ SUBLAYER_FIELDS: tuple[Field, ...] = (
     Field(
         "residual", RESIDUAL_FORMS, RESIDUAL_FORMS.convert_word("pre"),
         "pre: x + f(norm(x)); post: x + norm(f(x)); sandwich: x + norm2(f(norm1(x))); "
-        "normed: alpha*h + beta*f(h) with h = norm(x)",
+        "normed: alpha*h + beta*f(h) with h = norm(x); aside: adds nothing, the next layer reads f(norm(x)) as well",
     ),
     Field(
         "input", OneOf("stream", "with_embedding"), "stream",
@@ -87,8 +95,23 @@ def sublayer_weights(sub: Values, d_model: int) -> tuple[Weight, ...]:
     return before + after
 
 
-def adapter_weights(branch: Values, weights: tuple[Weight, ...], dims: Dims) -> tuple[Weight, ...]:
-    """Low-rank factors beside the projections they adapt: `adapter.<projection>.{down,up}`."""
+def adapter_weights(branch: Values, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    """Low-rank factors beside the projections they adapt: `adapter.<projection>.{down,up}`. Factors of segments lie one
+    after another along the output axis, as the segments do."""
+    found = []
+    for w in adapted_weights(branch, weights):
+        projection = w.name.removesuffix(".weight")
+        (out, in_), rank = w.shape, branch.adapter.rank
+        segments = w.segments if branch.adapter.per == "segment" else ()
+        low = tuple((name, rank) for name, _ in segments)
+        down, up = f"adapter.{projection}.down.weight", f"adapter.{projection}.up.weight"
+        found.append(Weight(down, (rank * max(1, len(low)), in_), Init("normal"), low))
+        found.append(Weight(up, (out, rank), ZEROS, segments))
+    return tuple(found)
+
+
+def adapted_weights(branch: Values, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:
+    """The projections that the branch's adapter is for."""
     adapter = branch.adapter
     if adapter.name == "none":
         return ()
@@ -99,7 +122,5 @@ def adapter_weights(branch: Values, weights: tuple[Weight, ...], dims: Dims) -> 
             continue
         if adapter.targets is not None and not any(projection.endswith(t) for t in adapter.targets):
             continue
-        out, in_ = w.shape
-        found.append(Weight(f"adapter.{projection}.down.weight", (adapter.rank, in_), Init("normal")))
-        found.append(Weight(f"adapter.{projection}.up.weight", (out, adapter.rank), ZEROS))
+        found.append(w)
     return tuple(found)

@@ -28,7 +28,8 @@ class Request:
     """What one slot of one layer asks for.
 
     fields: the layer's (of `model.*` slots, the model's settings). sub, branch: the sublayer's fields and the
-    branch's (None for `model.*`). alone: the layer is the only branch of its sublayer. dtype: "fp32", "bf16" or
+    branch's (None for `model.*`). alone: the layer is the only branch of its sublayer. beside: the layer reads what the
+    one before gave aside of the stream. dtype: "fp32", "bf16" or
     "fp16", what the layer computes in. args: of the part, with defaults filled in.
     """
 
@@ -41,6 +42,7 @@ class Request:
     dtype: str
     machine: Machine
     args: Values = Values()
+    beside: bool = False
 
 
 def anything(request: Request) -> Iterator[str]:

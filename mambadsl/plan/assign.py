@@ -115,10 +115,11 @@ def assign(graph: LayerGraph, *, parts: str, machine: Machine, dtype: str = "bf1
         if node.role is Role.LAYER:
             uses = node.branches()
             for path, _, mixer in uses:
-                key = mixer, mixer.name, node.layer.sub, node.dims(graph.model.d_model), len(uses) == 1
+                beside = "t" in graph.reads[node.path]
+                key = mixer, mixer.name, node.layer.sub, node.dims(graph.model.d_model), len(uses) == 1, beside
                 found.setdefault(key, []).append(path)
-    for (mixer, _, sub, dims, alone), paths in found.items():
-        rows.append(chooser.layer(mixer, sub, dims, alone, tuple(paths)))
+    for (mixer, _, sub, dims, alone, beside), paths in found.items():
+        rows.append(chooser.layer(mixer, sub, dims, alone, beside, tuple(paths)))
     if chooser.problems:
         raise MdlError(chooser.problems)
     return Assignment(parts, dtype, machine, tuple(rows))
@@ -148,8 +149,10 @@ class _Chooser:
         request = Request("", graph.model, dims, None, None, True, self.dtype, self.machine)
         return Row("model", "model", ("model",), self._choices("model", "model", request, None))
 
-    def layer(self, mixer: Mixer, sub: Values, dims: Dims, alone: bool, paths: tuple[str, ...]) -> Row:
-        request = Request("", mixer.fields, dims, sub, mixer.branch, alone, self.dtype, self.machine)
+    def layer(
+        self, mixer: Mixer, sub: Values, dims: Dims, alone: bool, beside: bool, paths: tuple[str, ...]
+    ) -> Row:
+        request = Request("", mixer.fields, dims, sub, mixer.branch, alone, self.dtype, self.machine, beside=beside)
         label = mixer.name or mixer.kind
         return Row(label, mixer.kind, paths, self._choices(mixer.kind, label, request, mixer.span), mixer.span)
 

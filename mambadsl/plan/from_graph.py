@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 #: Bytes moved for each weight element: read in a forward or input-gradient pass; read, and an fp32 gradient
 #: read and written, in a weight-gradient pass.
 READ, ACCUMULATE = NARROW, NARROW + 2 * WIDE
-#: Tensors that go past the stream: the first embeddings, and those of the next tokens (MTP).
-CARRIED = ("x0", "next")
+#: Tensors that go past the stream: the first embeddings, those of the next tokens (MTP), what a layer gives aside.
+CARRIED = ("x0", "next", "t")
 LOGITS = (Role.HEAD, Role.MTP_OUT)
 
 
@@ -161,7 +161,7 @@ def _table(graph: LayerGraph) -> str:
 
 def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
     """Bytes per token that cross a cut after each node: every tensor once, from its maker to its last reader.
-    The stream and the embeddings carried past it are sent as two tensors, also where they are still equal."""
+    The stream and what is carried past it are sent as two tensors, also where they are still equal."""
     place = {node.path: k for k, node in enumerate(graph.nodes)}
     until: dict[tuple[str, bool], int] = {}
     width: dict[tuple[str, bool], int] = {}

@@ -57,6 +57,8 @@ def _words(graph: LayerGraph, leaf: Leaf) -> str:
     words = ["sum of" if several else kind_text(node), shape_text(graph, node)]
     if node.role is Role.LAYER and node.layer.sub.input != "stream":
         words.append(f"input={node.layer.sub.input}")
+    if node.aside:
+        words.append("residual=aside")
     if leaf.shared:
         words.append(f"(shared {leaf.shared.removeprefix('shared.')})")
     return "  ".join(filter(None, words))

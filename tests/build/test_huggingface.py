@@ -36,7 +36,7 @@ class Family:
     name: str
     config: dict
     text: str
-    layers: list[tuple[str, ...]]
+    layers: list[tuple[str | None, ...]]
     embed: str = "model.embed_tokens"
     final: str = "model.final_layernorm"
     base: str = "model.layers"
@@ -149,6 +149,54 @@ layer F = mlp(d_ff=48, gated=true)
 layer E = moe(
   experts=8, top_k=3, d_ff=24, gated=true, shared_d_ff=24, router=sigmoid(groups=2, top_groups=1, scale=2.5))
 """
+
+
+def zamba_apart(weights: dict) -> dict:
+    """Rows of in_proj are x and z in turn, heads of the scan are an axis; a tied factor of an adapter is in the list of
+    every use, of which each has one, numbered by use."""
+    uses: dict[str, int] = {}
+    found = {}
+    for name, w in weights.items():
+        path, _, last = name.rpartition("mamba.")
+        if f"{path}mamba.x_proj_weight" in weights:
+            if last == "in_proj.weight":
+                w = torch.cat([w[0::2], w[1::2]])
+            elif last in ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D"):
+                w = w.flatten(0, 1)
+        if "adapter_list" in name:
+            before, _, after = name.partition("_adapter_list.")
+            use = uses.setdefault(name.split(".shared_")[0], len(uses))
+            number, factor, _ = after.split(".")
+            if int(number) != use:
+                continue
+            name = f"{before}_adapter.{('down', 'up')[int(factor)]}"
+        found[name] = w
+    return found
+
+
+def zamba(hybrids: list[bool], block: str) -> list[tuple[str | None, ...]]:
+    """Their layers: a Mamba alone, or a shared block and a projection aside of it."""
+    found: list[tuple[str | None, ...]] = []
+    for i, hybrid in enumerate(hybrids):
+        if hybrid:
+            found += [(f"{i}.{block}.input_layernorm", f"{i}.{block}.self_attn")]
+            found += [(f"{i}.{block}.pre_ff_layernorm", f"{i}.{block}.feed_forward"), (None, f"{i}.linear")]
+        at = f"{i}.mamba_decoder" if hybrid else f"{i}"
+        found.append((f"{at}.input_layernorm", f"{at}.mamba"))
+    return found
+
+
+def zamba_kinds(hybrids: list[bool]) -> list[str]:
+    return ["hybrid" if hybrid else "linear_attention" for hybrid in hybrids]
+
+
+ZAMBA = [False, True, False, True]
+ZAMBA2 = [False, True, False, True, False, True]
+ZAMBA2_BLOCKS = [False, True, False, True, True, True]
+ZAMBA2_CONFIG = dict(
+    intermediate_size=48, num_hidden_layers=6, mamba_d_state=8, n_mamba_heads=8, chunk_size=8, num_attention_heads=4,
+    num_key_value_heads=4, adapter_rank=4, tie_word_embeddings=True,
+)
 QWEN_MIXERS = ["linear_attn"] * 3 + ["self_attn"]
 GROUPED = dict(
     mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
@@ -442,6 +490,59 @@ FAMILIES = {
         final="model.final_norm", tied=True, apart=griffin_apart,
         model="norm = rmsnorm(eps=1e-6, zero_centered=true)\n embedding_multiplier = 5.65625\n logits_softcap = 30",
     ),
+    "zamba": Family(
+        "Zamba",
+        dict(
+            intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, n_mamba_heads=2, mamba_d_state=8,
+            num_hidden_layers=4, layers_block_type=zamba_kinds(ZAMBA), tie_word_embeddings=True,
+        ),
+        """
+        layer R = mamba1(d_inner=64, heads=2, d_state=8, dt_rank=2)
+        shared T = [
+          attention(heads=4, head_dim=16, scale=0.35355339059327373, input=with_embedding, residual=aside)
+          mlp(d_ff=48, act=gelu, gated=true, residual=aside)
+        ]
+        layer P = linear(norm=none, residual=aside)
+        stack { [R T P R]*2 }
+        """,
+        zamba(ZAMBA, "shared_transf"), tied=True, apart=zamba_apart, model=EPS,
+    ),
+    "zamba2": Family(
+        "Zamba2",
+        dict(
+            mamba_ngroups=1, num_mem_blocks=1, use_shared_attention_adapter=True, use_mem_rope=True,
+            layers_block_type=zamba_kinds(ZAMBA2), **ZAMBA2_CONFIG,
+        ),
+        """
+        layer M = mamba2(heads=8, head_dim=8, d_state=8, dt_limit=[0.001, inf], chunk=8)
+        layer A = attention(
+          heads=4, head_dim=16, scale=0.35355339059327373, rope=rope(theta=10_000), input=with_embedding,
+          residual=aside, adapter=lora(rank=4, targets=[qkv_proj], per=segment))
+        layer F = mlp(d_ff=48, act=gelu, gated=true, residual=aside, adapter=lora(rank=4, targets=[up_proj]))
+        shared T = [A F]
+        layer P = linear(norm=none, residual=aside)
+        stack { [M T P M]*3 }
+        """,
+        zamba(ZAMBA2, "shared_transformer"), tied=True, apart=zamba_apart, model=EPS,
+    ),
+    "zamba2 with two blocks": Family(
+        "Zamba2",
+        dict(
+            mamba_ngroups=2, num_mem_blocks=2, use_shared_attention_adapter=False, use_mem_rope=False,
+            layers_block_type=zamba_kinds(ZAMBA2_BLOCKS), **ZAMBA2_CONFIG,
+        ),
+        """
+        layer M = mamba2(heads=8, head_dim=8, d_state=8, groups=2, dt_limit=[0.001, inf], chunk=8)
+        layer A = attention(
+          heads=4, head_dim=16, scale=0.35355339059327373, rope=none, input=with_embedding, residual=aside)
+        layer F = mlp(d_ff=48, act=gelu, gated=true, residual=aside, adapter=lora(rank=4, targets=[up_proj]))
+        shared T = [A F]
+        shared U = [A F]
+        layer P = linear(norm=none, residual=aside)
+        stack { M T P M M U P M T P M U P M }
+        """,
+        zamba(ZAMBA2_BLOCKS, "shared_transformer"), tied=True, apart=zamba_apart, model=EPS,
+    ),
 }
 
 #: Our name below a mixer -> theirs, joined along axis 0; the first list whose names are all there is taken.
@@ -453,7 +554,14 @@ NAMES: dict[str, list[list[str]]] = {
     "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
     "down_proj.weight": [["w2.weight"]],
     "o_proj.weight": [["out_proj.weight"]],
-    "out_proj.weight": [["o_proj.weight"], ["linear_out.weight"]],
+    "out_proj.weight": [["o_proj.weight"], ["linear_out.weight"], ["weight"]],
+    "x_proj.weight": [["x_proj_weight"]],
+    "dt_proj.weight": [["dt_proj_weight"]],
+    "dt_proj.bias": [["dt_proj_bias"]],
+    "adapter.qkv_proj.down.weight": [[f"linear_{name}_adapter.down" for name in "qkv"]],
+    "adapter.qkv_proj.up.weight": [[f"linear_{name}_adapter.up" for name in "qkv"]],
+    "adapter.gate_up_proj.down.weight": [["gate_up_proj_adapter.down"]],
+    "adapter.gate_up_proj.up.weight": [["gate_up_proj_adapter.up"]],
     "k_norm.weight": [["k_layernorm.weight"]],
     "conv.weight": [["conv1d.weight"], ["conv_1d.weight"]],
     "conv.bias": [["conv1d.bias"], ["conv_1d.bias"]],
@@ -537,12 +645,15 @@ def moved(family: Family, graph, weights: dict) -> dict:
     layers = [n for n in graph.nodes if n.role is Role.LAYER]
     assert len(layers) == len(family.layers)
     for node, (norm, *mixers) in zip(layers, family.layers):
-        found[f"{node.path}.norm.weight"] = take(f"{family.base}.{norm}.weight")
-        for (_, prefix, _), mixer in zip(node.branches(), mixers, strict=True):
+        if norm is not None:
+            found[f"{node.owner}.norm.weight"] = take(f"{family.base}.{norm}.weight")
+        for (own, prefix, _), mixer in zip(node.branches(), mixers, strict=True):
             for path in model.weights:
-                if not path.startswith(f"{prefix}."):
+                # A shared layer's weights, and its use's.
+                before = next((p for p in (f"{prefix}.", f"{own}.mixer.") if path.startswith(p)), None)
+                if before is None:
                     continue
-                name = path.removeprefix(f"{prefix}.")
+                name = path.removeprefix(before)
                 spellings = [[name], *NAMES.get(name, [])]
                 choices = [[f"{family.base}.{mixer}.{n}" for n in names] for names in spellings]
                 names = next(names for names in choices if all(n in weights for n in names))

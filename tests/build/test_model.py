@@ -115,6 +115,20 @@ def test_residual_forms_are_what_they_say():
         torch.testing.assert_close(sub(x, None, described), wanted)
 
 
+def test_what_is_given_aside_is_read_by_the_next_layer():
+    """Zamba's block: x + mamba(norm(x + t)), t = Proj(Side(x, x0)), without additions inside."""
+    model, tokens, described = made("F Side Proj M"), ids(2, 6), describe((2, 6))
+    ff, side, proj, scan = (sub for _, sub in model.sublayers())
+    x0 = model.embed.weight[tokens]
+    x = ff(x0, x0, described)
+    t = proj.mixer(side.mixer(side.norm(torch.cat([x, x0], -1)), described), described)
+    torch.testing.assert_close(side(x, x0, described), side.mixer(side.norm(torch.cat([x, x0], -1)), described))
+    wanted = x + scan.mixer(scan.norm(x + t), described)
+    torch.testing.assert_close(scan(x, x0, described, t_BTD=t), wanted)
+    logits = model.final_norm(wanted) @ (model.embed if model.graph.tied else model.head).weight.T
+    torch.testing.assert_close(model(tokens), logits)
+
+
 def test_a_sum_has_one_norm_and_its_own_multipliers():
     (_, sub), = made("H").sublayers()
     x, tokens = torch.randn(2, 6, D_MODEL), describe((2, 6))
@@ -129,7 +143,8 @@ def test_the_first_embedding_is_carried(stack):
     x = x0 = 3 * model.embed.weight[tokens]
     for node, sub in model.sublayers():
         h = torch.cat((x, x0), -1) if node.layer.sub.input == "with_embedding" else x
-        x = x + sub.mixer(sub.norm(h), described)
+        mixer, = sub.mixer_modules()
+        x = x + mixer(sub.norm(h), described)
     torch.testing.assert_close(model(tokens), model.final_norm(x) @ model.head.weight.T)
 
 
@@ -377,8 +392,9 @@ def test_what_is_not_built_is_said():
             build(graph(stack, more=more), device="meta", **options)
         return caught.value.diagnostics
 
-    adapted, = refused("M T M T", "layer T = A(adapter=lora(rank=2))")
-    assert adapted.code.id == "E901" and "stack.1" in adapted.message and adapted.span.line > 1
+    adapted, = refused("M T M T", "layer T = R(adapter=lora(rank=2))")
+    assert adapted.code.id == "E901" and "`x_proj` and `dt_proj` in layer `stack.1`" in adapted.message
+    assert adapted.span.line > 1
     tail, = refused("M", "mtp(depths=2) { A }")
     assert tail.code.id == "E901" and "mtp" in tail.message and tail.span is not None
     fitting, = refused("V", "layer V = A(input=with_embedding, residual=normed)")

@@ -13,8 +13,8 @@ from mambadsl.build.stage import at_marks, stages
 from mambadsl.graph.weights import all_weights
 from mambadsl.text.diagnostic import MdlError
 
-#: Shared layers and blocks on several stages, the first embedding read early and late.
-STACK = "R S M B F S A B W Z N"
+#: Shared layers and blocks on several stages, the first embedding read early and late, layers aside of the stream.
+STACK = "R S M B F S A B W Z N Aside Proj M Aside Z Tuned Low Tuned"
 OPTIONS = dict(tie_embeddings="true", residual_dtype="fp32", embedding_multiplier=2)
 
 
@@ -34,7 +34,7 @@ def run(stages, tokens, states=None, **keywords):
     return out
 
 
-NODES = len(STACK.split()) + 2 + 2
+NODES = len(STACK.split()) + 2 + 2 + 2 + 2
 
 cut_lists = st.lists(st.integers(1, NODES - 1), min_size=1, max_size=5, unique=True).map(sorted)
 
@@ -78,6 +78,10 @@ def test_only_what_is_needed_crosses():
     paths = [n.path for n in g.nodes]
     found = stages(g, [paths[:2], paths[2:3], paths[3:]])
     assert [s.takes for s in found] == [("tokens",), ("x", "x0"), ("x",)]
+    g = graph("M Side Proj M A")
+    paths = [n.path for n in g.nodes]
+    for cut, takes in (2, ("x", "x0")), (3, ("x", "t")), (4, ("x", "t")), (5, ("x",)):
+        assert stages(g, [paths[:cut], paths[cut:]])[1].takes == takes
     assert [s.gives for s in found] == [("x", "x0"), ("x",), ("logits",)]
     first = build(g, plan=[paths[:2], paths[2:]], stage=0)
     x, x0 = first(ids(2, 3))

@@ -127,6 +127,16 @@ def test_adapters_are_each_use_s_own():
     ]
 
 
+def test_adapters_work_and_are_kept_for_the_backward_pass():
+    plain, whole, parts = (of(f"stack {{ {A[:-1]}, adapter={text}) }}") for text in (
+        "none", "lora(rank=2, targets=[qkv_proj])", "lora(rank=2, targets=[qkv_proj], per=segment)",
+    ))
+    assert whole.params - plain.params == 2 * (16 + 32) and parts.params - plain.params == 2 * (3 * 16 + 32)
+    for cost, rows in (whole, 2), (parts, 6):
+        assert cost.flops.forward - plain.flops.forward == 2 * (cost.params - plain.params)
+        assert cost.saved_bytes_per_token - plain.saved_bytes_per_token == rows * 2
+
+
 @pytest.mark.parametrize(
     "text",
     [

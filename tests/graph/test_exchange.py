@@ -144,6 +144,16 @@ def test_a_layer_that_reads_the_embedding():
     assert taken_back(g).layers.layers[2].layer.sub.input == "with_embedding"
 
 
+def test_a_layer_aside_of_the_stream():
+    g = graph("M A F")
+    g.nodes["stack.1"]["layer"] = make_layer("attention", model=g.graph["model"], heads=4, residual="aside")
+    refused(g, "`stack.2` reads the tensor `t` of `stack.1`", "add it")
+    g.edges["stack.1", "stack.2"]["tensors"]["t"] = g.graph["model"].d_model
+    assert "residual=aside" in taken_back(g).write()
+    g.edges["stack.0", "stack.1"]["tensors"]["t"] = g.graph["model"].d_model
+    refused(g, "nothing in `stack.1` reads the tensor `t` of `stack.0`")
+
+
 def test_weights_that_become_shared():
     g = graph("M A F A")
     for node in ("stack.1", "stack.3"):

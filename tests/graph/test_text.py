@@ -84,6 +84,8 @@ SHARED = "layer A = attention(heads=4) "
         SHARED + "shared S = [A(adapter=lora(rank=4)) F] stack { S(adapter=lora(rank=8)) S S A A(window=3) }",
         SHARED + "shared S = A stack { S(adapter=lora()) S(adapter=lora(rank=2)) A }",
         "shared S = [M F]*2 stack { S S S }",
+        "layer P = linear(norm=none, residual=aside) shared S = [A(input=with_embedding, residual=aside) "
+        "F(residual=aside, adapter=lora(rank=4, per=segment))] stack { [M*2 S P]*3 M | S P(bias=true) M }",
         "shared S = M+A stack { S S+M }".replace(" S+M", ""),
         "shared S = A(adapter=lora()) stack { S S(adapter=none) }",
         "shared A = attention(heads=2) layer W = A stack { A*2 }".replace(" layer W = A", ""),

@@ -144,6 +144,19 @@ def test_the_first_layer_may_read_the_embedding_twice():
     assert [e.tensor for e in g.edges if e.target == "stack.0"] == ["x", "x0"]
 
 
+def test_edges_beside_the_stream():
+    """Layers that are aside pass the stream on; the next layer reads what they give, and nobody after it."""
+    g = graph("model m { d_model = 8 } layer T = A(residual=aside) stack { M T(input=with_embedding) T M F }")
+    assert {(e.source, e.target, e.tensor) for e in g.edges if e.tensor != "x"} == {
+        ("embed", "stack.1", "x0"), ("stack.1", "stack.2", "t"), ("stack.2", "stack.3", "t"),
+    }
+    assert [e.target for e in g.edges if e.tensor == "x"] == [*(f"stack.{i}" for i in range(5)), "head"]
+    assert g.residual_additions == 3 and g.reads["stack.3"] == {"x", "t"}
+    tail = graph("stack { M } mtp(depths=2) { A(residual=aside) F }")
+    beside = [(e.source, e.target) for e in tail.edges if e.tensor == "t"]
+    assert beside == [("mtp.0.0", "mtp.0.1"), ("mtp.1.0", "mtp.1.1")]
+
+
 def test_edges_of_the_tail():
     g = graph("model m { d_model = 8 } stack { M } mtp(depths=2) { A(input=with_embedding) F }")
     tail = {(e.source, e.target, e.tensor) for e in g.edges if e.target.startswith("mtp.")}

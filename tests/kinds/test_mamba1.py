@@ -32,6 +32,8 @@ CASES = {
     "weightless norms": dict(SMALL, dt_bc_norm=norm("weightless", 1e-3), conv_bias=False),
     "no convolution": dict(SMALL, d_conv=1, bias=True),
     "long convolution": dict(SMALL, d_conv=7, chunk=100),
+    "heads": dict(SMALL, heads=3),
+    "heads with norms": dict(SMALL, heads=2, dt_bc_norm=norm("learned", 1e-3)),
 }
 EACH = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 BOTH = pytest.mark.parametrize("tokens", laws.TOKENS.values(), ids=laws.TOKENS)
@@ -172,10 +174,23 @@ HF = {
         dict(dt_bc_norm=norm("weightless", 1e-3)),
     ),
     "jamba": ("Jamba", "JambaMambaMixer", JAMBA, dict(dt_bc_norm=norm("learned"), d_conv=3)),
+    "zamba": (
+        "Zamba", "ZambaMambaMixer", dict(num_hidden_layers=1, layers_block_type=["linear_attention"], mamba_d_state=8),
+        dict(heads=2),
+    ),
 }
 OUR_NAMES = {
     "conv1d.": "conv.", "dt_layernorm.": "dt_norm.", "b_layernorm.": "b_norm.", "c_layernorm.": "c_norm.",
+    "x_proj_": "x_proj.", "dt_proj_": "dt_proj.",
 }
+
+
+def heads_apart(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Zamba's rows of in_proj are x and z in turn; other weights have heads as an axis of their own."""
+    if name == "in_proj.weight":
+        return torch.cat([tensor[0::2], tensor[1::2]])
+    own = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+    return tensor.flatten(0, 1) if name in own else tensor
 
 
 @pytest.mark.parametrize("case", HF.values(), ids=HF)
@@ -184,6 +199,8 @@ def test_is_hugging_face(case):
     theirs = layer(model, mixer, length=21, **config)
     weights = {}
     for name, tensor in theirs.weights.items():
+        if fields.get("heads"):
+            tensor = heads_apart(name, tensor)
         for prefix, ours in OUR_NAMES.items():
             name = name.replace(prefix, ours)
         weights[name] = tensor.squeeze(1) if tensor.dim() == 3 else tensor

@@ -24,6 +24,14 @@ Layer = list[Branch]
 
 class PostNorm(list):
     """A layer whose norm comes after it."""
+
+
+class Aside(list):
+    """A layer that adds nothing to the stream."""
+
+
+FORMS = {list: "pre", PostNorm: "post", Aside: "aside"}
+
 NO_LIMIT = (0, None)
 MAMBA_KIND = "linear_attention"
 
@@ -298,6 +306,41 @@ def recurrent_gemma(c: Any) -> list[Layer]:
     return [[branch] for kind in c.layers_block_type for branch in (mixers[kind], ff)]
 
 
+def _zamba(c: Any, scan: Branch, rope: Any, attention: Any, mlp_adapter: Any) -> list[Layer]:
+    block = attn(c, rope, scale=(c.attention_head_dim / 2) ** -0.5, adapter=attention)
+    assert c.attention_hidden_size == 2 * c.hidden_size
+    ff = mlp(c.intermediate_size, act=c.hidden_act, adapter=mlp_adapter)
+    bridge = Branch("linear", dict(bias=False))
+    hybrid = [Aside([block]), Aside([ff]), Aside([bridge]), [scan]]
+    return [layer for kind in c.layers_block_type for layer in (hybrid if kind == "hybrid" else [[scan]])]
+
+
+def zamba(c: Any) -> list[Layer]:
+    scan = Branch("mamba1", dict(
+        d_inner=c.mamba_expand * c.hidden_size, heads=c.n_mamba_heads, d_state=c.mamba_d_state, d_conv=c.mamba_d_conv,
+        dt_rank=c.mamba_dt_rank, conv_bias=c.mamba_conv_bias, bias=c.mamba_proj_bias, dt_bc_norm="none",
+        dt_min=c.time_step_min, dt_max=c.time_step_max, dt_floor=c.time_step_floor,
+    ))
+    return _zamba(c, scan, "none", "none", "none")
+
+
+def zamba2(c: Any) -> list[Layer]:
+    """Hugging Face holds dt above time_step_min in prompts, and not in decoding; the models were trained without."""
+    scan = Branch("mamba2", dict(
+        heads=c.n_mamba_heads, head_dim=c.mamba_headdim, d_state=c.mamba_d_state, groups=c.mamba_ngroups,
+        d_conv=c.mamba_d_conv, chunk=c.chunk_size, conv_bias=c.use_conv_bias, bias=c.add_bias_linear,
+        gated_norm="after_gate", norm_eps=1e-5, norm_groups=c.mamba_ngroups, dt_limit=NO_LIMIT, dt_min=c.time_step_min,
+        dt_max=c.time_step_max, dt_floor=c.time_step_floor,
+    ))
+    rope = ("rope", dict(theta=c.rope_parameters["rope_theta"], fraction=1, scaling="none"))
+    lora = dict(rank=c.adapter_rank)
+    attention = ("lora", dict(targets=("qkv_proj",), per="segment", **lora))
+    return _zamba(
+        c, scan, rope if c.use_mem_rope else "none", attention if c.use_shared_attention_adapter else "none",
+        ("lora", dict(targets=("up_proj",), per="projection", **lora)),
+    )
+
+
 def samba(c: Any) -> list[Layer]:
     scan = Branch("mamba1", dict(
         d_inner=2 * c.n_embd, d_state=16, d_conv=4, dt_rank=c.n_embd // 16, bias=False, conv_bias=True,
@@ -315,7 +358,8 @@ FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
     "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
     "Lfm2Moe": lfm2_moe, "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next,
-    "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid, "RecurrentGemma": recurrent_gemma, "Samba": samba,
+    "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid, "RecurrentGemma": recurrent_gemma, "Zamba": zamba,
+    "Zamba2": zamba2, "Samba": samba,
 }
 
 
@@ -356,7 +400,7 @@ def same(value: Any, expected: Any) -> bool:
         return value.name == name and all(same(getattr(value, k), v) for k, v in fields.items())
     if isinstance(expected, bool) or not isinstance(expected, (int, float, tuple)):
         return value == expected and isinstance(value, bool) == isinstance(expected, bool)
-    if None in (expected if isinstance(expected, tuple) else ()):
+    if isinstance(expected, tuple) and not all(isinstance(item, (int, float)) for item in expected):
         return value == expected
     return value is not None and value == pytest.approx(expected, rel=1e-12)
 
@@ -376,7 +420,7 @@ def test_layers(name):
     kinds = [[b.kind for b in layer.branches] for layer in found]
     assert kinds == [[b.kind for b in layer] for layer in expected]
     for place, (layer, branches) in enumerate(zip(found, expected, strict=True)):
-        assert layer.sub.residual.name == ("post" if isinstance(branches, PostNorm) else "pre")
+        assert layer.sub.residual.name == FORMS[type(branches)]
         for mixer, branch in zip(layer.branches, branches, strict=True):
             values = {**mixer.fields, **mixer.branch}
             free = dict(in_multiplier=1, out_multiplier=1, dropout=0, adapter="none")
@@ -386,7 +430,20 @@ def test_layers(name):
 
 
 @pytest.mark.parametrize("name", [
-    "mamba_130m", "mamba2_130m", "falcon_h1_0_5b", "granite_4_0_h_micro", "lfm2_350m", "lfm2_8b_a1b",
+    "mamba_130m", "mamba2_130m", "falcon_h1_0_5b", "granite_4_0_h_micro", "lfm2_350m", "lfm2_8b_a1b", "zamba_7b_v1",
+    "zamba2_1_2b", "zamba2_2_7b", "zamba2_7b",
 ])
 def test_hugging_face_counts_the_same_parameters(name):
     assert load(MODELS / f"{name}.mdl").cost().params == hugging_face_params(name)
+
+
+@pytest.mark.parametrize("name", [name for name, (family, _) in CONFIGS.items() if family in ("Zamba", "Zamba2")])
+def test_shared_blocks_of_zamba_are_used_in_turn(name):
+    c, layers = config(name), load(MODELS / f"{name}.mdl").layers.layers
+    blocks = [(a.owner, b.owner) for a, b in zip(layers, layers[1:]) if a.layer.branches[0].kind == "attention"]
+    names = [f"shared.{'TU'[i % getattr(c, 'num_mem_blocks', 1)]}" for i in range(c.layers_block_type.count("hybrid"))]
+    assert blocks == [(f"{name}.0", f"{name}.1") for name in names]
+    for node in layers:
+        kind, sub = node.layer.branches[0].kind, node.layer.sub
+        assert sub.input == ("with_embedding" if kind == "attention" else "stream")
+        assert sub.norm.name == ("none" if kind == "linear" else "rmsnorm")

@@ -23,7 +23,7 @@ from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.norm import Norm, layer_norm, rms_norm
 from mambadsl.kinds.sublayer import NORM, RESIDUAL_FORMS
 from mambadsl.kinds.tokens import Tokens
-from mambadsl.kinds.values import Values
+from mambadsl.kinds.values import Values, Variant
 from mambadsl.parts.machine import Machine
 from mambadsl.parts.part import Request
 from mambadsl.parts.te import accepts, linear
@@ -164,12 +164,13 @@ def test_missing_package_is_an_import_error():
 
 def request(
     slot: str, *, dtype: str = "bf16", norm=None, residual: str = "pre", alone: bool = True, in_multiplier=1,
+    adapter: str = "none",
     fp8: bool = False, **fields,
 ) -> Request:
     sub = Values(
         norm=norm or NORM.convert(Word("rmsnorm")), residual=RESIDUAL_FORMS.convert(Call(residual, {})), input="stream"
     )
-    branch = Values(in_multiplier=in_multiplier, out_multiplier=1)
+    branch = Values(in_multiplier=in_multiplier, out_multiplier=1, adapter=Variant(adapter))
     kind = slot.partition(".")[0]
     given = values(kind, d_model=64, **fields)
     return Request(
@@ -197,6 +198,7 @@ def test_accepts_linear():
         (dict(residual="post"), "residual = post"),
         (dict(residual="normed"), "residual = normed"),
         (dict(in_multiplier=2), "in_multiplier = 2"),
+        (dict(adapter="lora"), "an adapter"),
         (dict(norm=NORM.convert(Word("none"))), "no norm"),
         (dict(norm=norm_of("rmsnorm", weight=False).norm), "all its weights"),
         (dict(norm=norm_of("layernorm", bias=False).norm), "all its weights"),

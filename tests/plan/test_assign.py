@@ -242,6 +242,15 @@ def test_named_sets_are_refused_with_a_list(golden):
     assert "pip install" not in texts[0], "installing does not help without a GPU"
 
 
+def test_a_layer_that_reads_what_is_aside_has_no_fused_step():
+    layers = "layer M = mamba2(heads=8) layer T = mlp(d_ff=64, residual=aside) "
+    found = chosen(layers + "stack { M T M }", parts="inference", machine=GPU)
+    steps = {path: found.of(path)["step"] for path in ("stack.0", "stack.1", "stack.2")}
+    assert [steps[path].part for path in steps] == ["triton.step", None, None]
+    assert "form is `aside`" in steps["stack.1"].refused[0][1]
+    assert "aside of the stream" in steps["stack.2"].refused[0][1]
+
+
 def test_a_set_that_does_not_exist():
     one, = problems("M", parts="fusd")
     assert one.code.id == "E902" and one.help == ("did you mean `fused`?",)

@@ -49,6 +49,12 @@ def test_a_carried_embedding_crosses_until_its_last_reader():
     assert made.replicas == ((shared[0].owner, (2, 4)),)
 
 
+def test_what_is_given_aside_crosses_to_the_next_layer():
+    program = text("M T T M M", layers=STD + "layer T = mlp(d_ff=128, residual=aside)\n")
+    chain = units(program.layers, device=H200)
+    assert [u.out_bytes // (128 * 64 * 2) for u in chain] == [1, 1, 2, 2, 1, 1, 0]
+
+
 def test_a_tied_table_is_paid_on_both_ends():
     tied = text("M F M F", head=HEAD.replace("128 }", "128\n tie_embeddings = true }"))
     made = plan(tied.checked, stages=2)

@@ -61,6 +61,13 @@ def test_links_are_the_graph_s_edges():
     assert [(k.source, k.target) for k in tied] == [(0, len(flow(program("tiny").layers).boxes) - 1)]
 
 
+def test_what_is_given_aside_is_drawn():
+    picture = flow(program("zamba2_1_2b").layers)
+    drawn = {(picture.boxes[k.source].label, picture.boxes[k.target].label, k.sort) for k in picture.links}
+    assert {d for d in drawn if d[2] == "t"} == {("A", "F", "t"), ("F", "P", "t"), ("P", "M", "t")}
+    assert "residual=aside" in tree_text(program("zamba2_1_2b").layers)
+
+
 def test_every_box_can_be_reached():
     """Following links from the embedding gets to every box, in each shipped shape of model."""
     for name in ("nemotron_h_8b", "falcon_h1_0_5b", "tiny", "shared"):

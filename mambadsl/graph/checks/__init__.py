@@ -28,10 +28,11 @@ from mambadsl.text.diagnostic import Diagnostic, MdlError
 MODEL = (
     # sizes of one layer
     "e101_head_dim", "e103_groups", "e124_norm_groups", "e125_dt_limit", "e304_init_ranges",
-    "e204_attention_heads", "e208_key_heads", "e209_gate_blocks", "e216_head_dim", "e217_rope_width",
-    "e218_rope_scaling", "e220_experts",
+    "e204_attention_heads", "e208_key_heads", "e209_gate_blocks", "e215_scan_heads", "e216_head_dim",
+    "e217_rope_width", "e218_rope_scaling", "e220_experts",
     # the whole
     "w505_lora_coverage", "w701_positions", "i702_first_attention", "i704_attention_share", "i705_last_mixer",
+    "e706_aside",
     # what the text itself claims
     "expects", "i052_unchecked", "w029_unused",
 )

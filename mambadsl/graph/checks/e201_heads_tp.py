@@ -23,11 +23,14 @@ E201 = declare(
     """,
 )
 
+#: What is split of a layer (several heads of Mamba-1: E215).
+SPLIT = {"mamba2": "heads", "kimi_delta": "heads", "mamba1": "d_inner", "short_conv": "d_inner"}
+
 
 def check(subject: Subject) -> Iterator[Problem]:
     tp = subject.facts.tp
-    for site in subject.sites("mamba1", "mamba2", "short_conv", "kimi_delta"):
-        field = "heads" if "heads" in site.f else "d_inner"
+    for site in subject.sites(*SPLIT):
+        field = SPLIT[site.mixer.kind]
         count = site.f[field]
         if count % tp:
             yield site.problem(

@@ -26,7 +26,8 @@ FEED_FORWARD = ("mlp", "moe")
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    layers = subject.graph.layers
+    # What stands aside of the stream is a part of the layer that reads it.
+    layers = [node for node in subject.graph.layers if not node.aside]
     feeds = [all(mixer.kind in FEED_FORWARD for mixer in node.layer.branches) for node in layers]
     if not any(feeds):
         return

@@ -81,7 +81,7 @@ def _projections(node: Node, d_model: int) -> set[str]:
 def _adapted(node: Node, d_model: int) -> bool:
     dims = node.dims(d_model)
     return any(
-        adapter_weights(mixer.branch, get(mixer.kind).weights(mixer.fields, dims), dims)
+        adapter_weights(mixer.branch, get(mixer.kind).weights(mixer.fields, dims))
         for _, _, mixer in node.branches()
     )
 

@@ -1,7 +1,8 @@
 """Mamba-1: a selective state space with its own decay for each channel and state.
 
 Gu and Dao, "Mamba", 2023. Behaviour matches mamba_ssm's Mamba, with the optional norms of dt, B and C
-of Jamba (learned) and Falcon Mamba (weightless). N d_state, R dt_rank.
+of Jamba (learned) and Falcon Mamba (weightless), and the heads of Zamba: groups of channels with dt, B and C of
+their own. N d_state, R dt_rank.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ DT_BC_NORM = OneForm(none=(), weightless=(_EPS,), learned=(_EPS,))
 
 FIELDS = (
     Field("d_inner", Int(), Computed("2 * d_model", lambda v, model: 2 * model.d_model), "inner width", "channels"),
+    Field("heads", Int(1, 1024), 1, "heads of d_inner / heads channels, each with dt, B and C of its own (Zamba)"),
     Field("d_state", Int(), 16, "size of the state of one channel (N)"),
     Field("d_conv", Int(1, 64), 4, "taps of the causal convolution", "tokens"),
     Field(
@@ -48,7 +50,14 @@ FIELDS = (
 )
 
 
+def head_segments(f: Values) -> tuple[tuple[str, int], ...]:
+    """What x_proj gives for one head."""
+    return ("dt", f.dt_rank), ("B", f.d_state), ("C", f.d_state)
+
+
 def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
+    """x_proj and dt_proj have their heads one after another along the output axis: head h of x_proj reads the
+    channels of head h alone."""
     n, r, d = f.d_state, f.dt_rank, f.d_inner
     conv_init = Init.of("uniform", bound=f.d_conv**-0.5)
     small = dict(decay=False, quantise=False)
@@ -56,7 +65,10 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
         *linear("in_proj", 2 * d, dims.d_in, bias=f.bias, segments=(("x", d), ("z", d)), tp="out"),
         Weight("conv.weight", (d, f.d_conv), conv_init, quantise=False, tp="heads"),
         *([Weight("conv.bias", (d,), conv_init, tp="heads", **small)] if f.conv_bias else []),
-        *linear("x_proj", r + 2 * n, d, segments=(("dt", r), ("B", n), ("C", n)), tp="in"),
+        *linear(
+            "x_proj", f.heads * (r + 2 * n), d // f.heads, segments=f.heads * head_segments(f),
+            tp="in" if f.heads == 1 else "out",
+        ),
     ]
     if f.dt_bc_norm.name == "learned":
         table += [
@@ -91,7 +103,7 @@ def flops(f: Values, dims: Dims, length: int) -> Flops:
 
 def saved(f: Values, dims: Dims) -> Saved:
     """Input, [x | z], dt with B and C, and the scan's output; states are computed again."""
-    return Saved(dims.d_in + 2 * f.d_inner + f.dt_rank + 2 * f.d_state + f.d_inner)
+    return Saved(dims.d_in + 2 * f.d_inner + f.heads * (f.dt_rank + 2 * f.d_state) + f.d_inner)
 
 
 KIND = Kind(
@@ -108,7 +120,7 @@ KIND = Kind(
     slots=(
         Slot("in_proj", "x_BTD -> [x | z]"),
         Slot("conv", "causal depthwise convolution with silu, its last inputs as state"),
-        Slot("scan", "the selective scan, with initial and final states"),
+        Slot("scan", "the selective scan of one head, with initial and final states"),
         Slot("out_proj", "back to d_model"),
     ),
     source="arXiv:2312.00752; mamba_ssm Mamba",

@@ -1,8 +1,8 @@
 """Mamba-1 in torch: the module, and the pure-torch definition of each of its slots.
 
 Gu and Dao, arXiv:2312.00752; results match mamba_ssm's Mamba and Hugging Face's MambaMixer,
-JambaMambaMixer and FalconMambaMixer. Letters: B batch, T time, D d_model, I d_inner, N d_state,
-c chunks, Q tokens of a chunk.
+JambaMambaMixer, FalconMambaMixer and ZambaMambaMixer. Letters: B batch, T time, D d_model, I d_inner (in the scan and
+`_selection`: the channels of one head), N d_state, c chunks, Q tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -107,23 +107,37 @@ class Module(KindModule):
         xz_BTE = self.enter(rows.pack(x_BTD), self.in_proj, norm)
         x_BTI, z_BTI = xz_BTE.chunk(2, -1)
         x_BTI, conv_state = self.convolve(x_BTI, rows, state)
-        dt_BTI, B_BTN, C_BTN = self._selection(x_BTI)
-        y_BTI, ssm_state = self.parts["scan"](
-            x_BTI, rows.without_padding(dt_BTI), -self.A_log.float().exp(), B_BTN, C_BTN, self.D,
-            chunk=self.f.chunk, segments_BT=rows.segments_BT, state_BIN=rows.past(state, "ssm"),
-        )
+        y_BTI, ssm_state = self._scanned(x_BTI, rows, rows.past(state, "ssm"))
         rows.keep(state, conv=conv_state, ssm=ssm_state)
         y_BTI = (y_BTI.float() * F.silu(z_BTI.float())).to(z_BTI.dtype)
         return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))
 
-    def _selection(self, x_BTI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What depends on the input: dt [B, T, I] in float32, B and C [B, T, N]."""
+    def _scanned(self, x_BTI: Tensor, rows: Rows, state_BIN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The scan of all heads, and the state after it: heads are channels side by side."""
+        heads = self.f.heads
+        A_IN = -self.A_log.float().exp()
+        past = [None] * heads if state_BIN is None else state_BIN.chunk(heads, 1)
+        weights = (w.chunk(heads) for w in (self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, A_IN, self.D))
+        ys, states = [], []
+        for x, h, low, up, bias, A, D in zip(x_BTI.chunk(heads, -1), past, *weights):
+            dt, B, C = self._selection(x, low, up, bias)
+            y, h = self.parts["scan"](
+                x, rows.without_padding(dt), A, B, C, D, chunk=self.f.chunk, segments_BT=rows.segments_BT, state_BIN=h,
+            )
+            ys.append(y)
+            states.append(h)
+        return (ys[0], states[0]) if heads == 1 else (torch.cat(ys, -1), torch.cat(states, 1))
+
+    def _selection(
+        self, x_BTI: Tensor, low_EI: Tensor, up_IR: Tensor, bias_I: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What depends on the input: dt [B, T, I] in float32, B and C [B, T, N]. From one head's rows of x_proj and
+        dt_proj (E: R + 2N)."""
         f = self.f
-        low, B, C = F.linear(x_BTI, self.x_proj.weight).split([f.dt_rank, f.d_state, f.d_state], -1)
+        low, B, C = F.linear(x_BTI, low_EI).split([f.dt_rank, f.d_state, f.d_state], -1)
         if f.dt_bc_norm.name != "none":
             learned, eps = f.dt_bc_norm.name == "learned", f.dt_bc_norm.eps
             low = rms_norm(low, self.dt_norm.weight if learned else None, eps=eps)
             B = rms_norm(B, self.b_norm.weight if learned else None, eps=eps)
             C = rms_norm(C, self.c_norm.weight if learned else None, eps=eps)
-        dt_BTI = F.linear(low, self.dt_proj.weight).float() + self.dt_proj.bias.float()
-        return F.softplus(dt_BTI), B, C
+        return F.softplus(F.linear(low, up_IR).float() + bias_I.float()), B, C

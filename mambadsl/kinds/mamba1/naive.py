@@ -1,7 +1,8 @@
 """Mamba-1, slow and obvious: row by row, token by token. The definition that the module and every
 kernel are held to; it shares no code with them.
 
-Letters: D d_model, I d_inner, N d_state, K taps of the convolution, J = K - 1.
+Letters: D d_model, I d_inner, P channels of one head, N d_state, R dt_rank, E what x_proj gives for a head, K taps
+of the convolution, J = K - 1.
 """
 
 from __future__ import annotations
@@ -42,15 +43,21 @@ def one_token(
     window_IK = torch.cat([conv_IJ, x_I[:, None]], dim=1)
     x_I = F.silu((window_IK * w["conv.weight"]).sum(1) + w.get("conv.bias", 0))
 
-    low_R, B_N, C_N = (w["x_proj.weight"] @ x_I).split([f.dt_rank, f.d_state, f.d_state])
-    if f.dt_bc_norm.name != "none":
-        low_R, B_N, C_N = (
-            v / torch.sqrt((v**2).mean() + f.dt_bc_norm.eps) * w.get(f"{name}_norm.weight", 1)
-            for name, v in (("dt", low_R), ("b", B_N), ("c", C_N))
-        )
-    dt_I = F.softplus(w["dt_proj.weight"] @ low_R + w["dt_proj.bias"])
-    A_IN = -w["A_log"].exp()
-
-    ssm_IN = torch.exp(dt_I[:, None] * A_IN) * ssm_IN + torch.outer(dt_I * x_I, B_N)
-    y_I = (ssm_IN @ C_N + w["D"] * x_I) * F.silu(z_I)
+    y, after = [], []
+    P = f.d_inner // f.heads
+    for h in range(f.heads):
+        mine = slice(h * P, (h + 1) * P)
+        x_P, E = x_I[mine], f.dt_rank + 2 * f.d_state
+        low_R, B_N, C_N = (w["x_proj.weight"][h * E : (h + 1) * E] @ x_P).split([f.dt_rank, f.d_state, f.d_state])
+        if f.dt_bc_norm.name != "none":
+            low_R, B_N, C_N = (
+                v / torch.sqrt((v**2).mean() + f.dt_bc_norm.eps) * w.get(f"{name}_norm.weight", 1)
+                for name, v in (("dt", low_R), ("b", B_N), ("c", C_N))
+            )
+        dt_P = F.softplus(w["dt_proj.weight"][mine] @ low_R + w["dt_proj.bias"][mine])
+        A_PN = -w["A_log"][mine].exp()
+        ssm_PN = torch.exp(dt_P[:, None] * A_PN) * ssm_IN[mine] + torch.outer(dt_P * x_P, B_N)
+        y.append(ssm_PN @ C_N + w["D"][mine] * x_P)
+        after.append(ssm_PN)
+    y_I, ssm_IN = torch.cat(y) * F.silu(z_I), torch.cat(after)
     return w["out_proj.weight"] @ y_I + w.get("out_proj.bias", 0), window_IK[:, 1:], ssm_IN

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mambadsl.kinds import registry
-from mambadsl.kinds.kind import Weight
 from mambadsl.parts.part import Request
 
 _FP8_SIDE = 16
@@ -30,6 +29,8 @@ def norm_linear(request: Request) -> Iterator[str]:
         yield f"residual = {sub.residual.name}: the norm is not the projection's alone"
     if branch.in_multiplier != 1:
         yield f"in_multiplier = {branch.in_multiplier} stands between norm and projection"
+    if branch.adapter.name != "none":
+        yield f"the layer has an adapter, `{branch.adapter.name}`, which reads what is normed"
     if norm.name == "none":
         yield "there is no norm before the projection"
     elif not norm.weight or (norm.name == "layernorm" and not norm.bias):
@@ -50,16 +51,11 @@ def rms_norm(request: Request) -> Iterator[str]:
 
 
 def _uneven(request: Request) -> Iterator[str]:
-    kind, _, slot = request.slot.partition(".")
-    table = registry.get(kind).weights(request.fields, request.dims)
-    for weight in table:
-        if _belongs(weight, slot):
+    name, _, slot = request.slot.partition(".")
+    kind = registry.get(name)
+    for weight in kind.weights(request.fields, request.dims):
+        if kind.slot_of(weight.name.removesuffix(".weight")) == slot:
             for side in weight.shape:
                 if side % _FP8_SIDE:
                     yield f"FP8 needs widths that are multiples of {_FP8_SIDE}; {weight.name} is {weight.shape}"
                     return
-
-
-def _belongs(weight: Weight, slot: str) -> bool:
-    """gate_up_proj is what fills up_proj's place in a gated layer."""
-    return weight.name in (f"{slot}.weight", f"gate_{slot}.weight")

@@ -10,7 +10,9 @@ FP8 = Field("fp8", Flag(), False, "the product in FP8")
 RECIPE = Field("recipe", OneOf("current", "block"), "current", "how FP8 tensors are scaled")
 
 RECURRENT = "mamba2", "mamba1", "short_conv", "gated_delta_net", "kimi_delta", "rg_lru"
-ENTRIES = (*(f"{kind}.in_proj" for kind in RECURRENT), "attention.qkv_proj", "mla.in_proj", "mlp.up_proj")
+ENTRIES = (
+    *(f"{kind}.in_proj" for kind in RECURRENT), "attention.qkv_proj", "mla.in_proj", "mlp.up_proj", "linear.out_proj",
+)
 EXITS = (*(f"{kind}.out_proj" for kind in RECURRENT), "attention.o_proj", "mla.o_proj", "mlp.down_proj")
 
 PACKAGE = Package(

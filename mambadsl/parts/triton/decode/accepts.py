@@ -39,6 +39,8 @@ def _sublayer(request: Any) -> Iterator[str]:
         yield "the layer is one branch of a sum"
     if request.sub.residual.name != "pre":
         yield f"the residual form is `{request.sub.residual.name}`, not `pre`"
+    if request.beside:
+        yield "the layer reads what the one before gave aside of the stream"
     if request.sub.input != "stream":
         yield f"the layer reads `{request.sub.input}`, not the stream alone"
     if request.branch.adapter.name != "none":

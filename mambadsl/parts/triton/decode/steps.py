@@ -43,7 +43,7 @@ def make_step() -> Step:
     """The slot's function, for every kind in STEPS."""
 
     def step(sublayer: Any, x_BD: Tensor, position_B: Tensor, state: State) -> Tensor:
-        return STEPS[sublayer.mixer.kind.name](sublayer, x_BD, position_B, state)
+        return STEPS[sublayer.mixer_modules()[0].kind.name](sublayer, x_BD, position_B, state)
 
     return step
 
@@ -53,7 +53,8 @@ Path = str | tuple[str, str] | None
 
 
 def mamba2(sublayer: Any, x_BD: Tensor, position_B: Tensor, state: State, *, path: Path = None) -> Tensor:
-    layer, f, branch = sublayer.mixer, sublayer.mixer.f, sublayer.branches[0].branch
+    (layer,), branch = sublayer.mixer_modules(), sublayer.branches[0].branch
+    f = layer.f
     entry, exit = _ends(path)
     z_scale, x_scale, B_scale, C_scale, _ = f.proj_multipliers
     zx_BE = norm_linear(
@@ -80,7 +81,8 @@ def mamba2(sublayer: Any, x_BD: Tensor, position_B: Tensor, state: State, *, pat
 
 
 def attention(sublayer: Any, x_BD: Tensor, position_B: Tensor, state: State, *, path: Path = None) -> Tensor:
-    layer, f, branch = sublayer.mixer, sublayer.mixer.f, sublayer.branches[0].branch
+    (layer,), branch = sublayer.mixer_modules(), sublayer.branches[0].branch
+    f = layer.f
     entry, exit = _ends(path)
     qkv_BE = norm_linear(
         x_BD, layer.qkv_proj.weight, layer.qkv_proj.bias, norm=norm_of(sublayer.norm),
@@ -101,7 +103,8 @@ def attention(sublayer: Any, x_BD: Tensor, position_B: Tensor, state: State, *, 
 
 
 def mlp(sublayer: Any, x_BD: Tensor, position_B: Tensor, state: State, *, path: Path = None) -> Tensor:
-    layer, f, branch = sublayer.mixer, sublayer.mixer.f, sublayer.branches[0].branch
+    (layer,), branch = sublayer.mixer_modules(), sublayer.branches[0].branch
+    f = layer.f
     entry, exit = _ends(path)
     up = layer.gate_up_proj if f.gated else layer.up_proj
     after = After(f.act, f.gated, f.gate_multiplier, in_scale=branch.in_multiplier)
