@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mambadsl.kinds.norm import rms_norm
 
+#: What z goes through before it is a gate.
+GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
 
 def gate_norm(
-    y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float
+    y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float, act: str = "silu"
 ) -> Tensor:
-    """The gate silu(z) and the RMS norm over each of `groups` groups of channels, in float32; the result has
+    """The gate act(z) and the RMS norm over each of `groups` groups of channels, in float32; the result has
     the dtype of y. order: after_gate norm(y * gate), before_gate norm(y) * gate, none y * gate."""
-    y, gate = y_BTI.float(), F.silu(z_BTI.float())
+    y, gate = y_BTI.float(), GATES[act](z_BTI.float())
     if order != "before_gate":
         y = y * gate
     if order != "none":

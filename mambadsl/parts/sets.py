@@ -37,6 +37,7 @@ _FUSED: Order = {
     "rg_lru.conv": ("triton.plain_conv",),
     "gated_delta_net.conv": _CONV,
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
+    "lightning.scan": ("triton.scan", "mamba_ssm.scan"),
     "mamba1.scan": ("mamba_ssm.selective_scan",),
     "attention.core": ("torch.attention",),
     "moe.experts": ("torch.grouped_mm", REFERENCE),

@@ -121,6 +121,21 @@ def griffin_apart(weights: dict) -> dict:
     return found
 
 
+def minimax_apart(weights: dict) -> dict:
+    """q, k and v of each head lie side by side; what follows from the slopes is stored beside them."""
+    found = {}
+    for name, w in weights.items():
+        if name.endswith("qkv_proj.weight"):
+            parts = w.unflatten(0, (4, 3, -1)).unbind(1)
+            found |= {name.replace("qkv_", f"{n}_"): t.flatten(0, 1) for n, t in zip("qkv", parts)}
+        elif not name.endswith(MINIMAX_DECAYS):
+            found[name] = w.flatten() if name.endswith("slope_rate") else w
+    return found
+
+
+MINIMAX_DECAYS = "query_decay", "key_decay", "diagonal_decay"
+#: Tensors in a state dict that weights say nothing about.
+CONSTANTS = "slope_rate", *MINIMAX_DECAYS
 QWEN_MIXERS = ["linear_attn"] * 3 + ["self_attn"]
 GROUPED = dict(
     mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
@@ -336,6 +351,27 @@ FAMILIES = {
         pairs(QWEN_MIXERS, "post_attention_layernorm", ".mlp"), final="model.norm",
         model="norm = rmsnorm(eps=1e-6, zero_centered=true)", apart=qwen_apart,
     ),
+    "minimax": Family(
+        "MiniMax",
+        dict(
+            intermediate_size=24, num_hidden_layers=4, head_dim=8, block_size=8, num_local_experts=4,
+            num_experts_per_tok=2, layer_types=["linear_attention"] * 3 + ["full_attention"], rms_norm_eps=1e-5,
+            full_attn_alpha_factor=3.5, full_attn_beta_factor=0.9, linear_attn_alpha_factor=2.5,
+            linear_attn_beta_factor=1.1, mlp_alpha_factor=1.5, mlp_beta_factor=0.8, tie_word_embeddings=False,
+            **ATTENTION,
+        ),
+        """
+        layer L = lightning(heads=4, head_dim=8, residual=normed(alpha=2.5, beta=1.1))
+        layer A = attention(
+          heads=4, kv_heads=2, head_dim=8, rope=rope(theta=1_000_000), residual=normed(alpha=3.5, beta=0.9))
+        layer E = moe(
+          experts=4, top_k=2, d_ff=24, gated=true, router=softmax(renorm=true),
+          residual=normed(alpha=1.5, beta=0.8))
+        stack { [L E]*3 A E }
+        """,
+        pairs(["self_attn"] * 4, "post_attention_layernorm", ".mlp"), final="model.norm", model=EPS,
+        apart=minimax_apart,
+    ),
     "recurrent_gemma": Family(
         "RecurrentGemma",
         dict(
@@ -376,6 +412,7 @@ NAMES: dict[str, list[list[str]]] = {
     "in_proj.bias": [["linear_x.bias", "linear_y.bias"]],
     "out_proj.bias": [["linear_out.bias"]],
     "gate_up_proj.bias": [["gate_proj.bias", "up_proj.bias"]],
+    "slope": [["slope_rate"]],
     "a_param": [["rg_lru.recurrent_param"]],
     "input_gate.weight": [["rg_lru.input_gate_weight"]],
     "input_gate.bias": [["rg_lru.input_gate_bias"]],
@@ -383,6 +420,7 @@ NAMES: dict[str, list[list[str]]] = {
     "decay_gate.bias": [["rg_lru.recurrent_gate_bias"]],
     "in_proj.weight": [
         ["linear_x.weight", "linear_y.weight"],
+        [*(f"{name}_proj.weight" for name in "qkv"), "output_gate.weight"],
         [f"{name}_proj.weight" for name in "qkvgba"], [f"in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")],
     ],
     "dt_norm.weight": [["dt_layernorm.weight"]],
@@ -415,6 +453,8 @@ def theirs(family: Family):
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith(CONSTANTS):
+                continue
             if tensor.dim() < 2 or "A_log" in name or "norm" in name:
                 tensor.add_(0.2 * noise)
             else:
@@ -453,6 +493,15 @@ def moved(family: Family, graph, weights: dict) -> dict:
     left = set(weights) - used
     assert not left, left
     return found
+
+
+def test_slopes_begin_as_hugging_faces():
+    """By head and by depth: `load_state_dict` above would hide a wrong law."""
+    family = FAMILIES["minimax"]
+    ours = build(unroll(resolve(read(from_text(family.program(), name="minimax.mdl"))))).tensors()
+    for place, slope in enumerate(name for name in ours if name.endswith("slope")):
+        theirs_slope = theirs(family).state_dict()[f"model.layers.{place}.self_attn.slope_rate"].flatten()
+        torch.testing.assert_close(ours[slope], theirs_slope, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

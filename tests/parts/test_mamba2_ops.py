@@ -17,8 +17,8 @@ from kind_values import module  # noqa: E402
 from stand_ins import ConvExtension, SelectiveScanExtension  # noqa: E402
 
 from mambadsl.kinds.mamba1.module import selective_scan as selective_scan_definition  # noqa: E402
-from mambadsl.kinds.mamba2.module import ssd as ssd_definition  # noqa: E402
 from mambadsl.kinds.mamba2.module import step_sizes  # noqa: E402
+from mambadsl.kinds.ssd import ssd as ssd_definition  # noqa: E402
 from mambadsl.kinds.tokens import Tokens  # noqa: E402
 from mambadsl.parts.causal_conv1d import kernels as conv_kernels  # noqa: E402
 from mambadsl.parts.causal_conv1d.conv import make_conv  # noqa: E402
