@@ -30,8 +30,9 @@ LIMIT = 5e-5
 @dataclass(frozen=True)
 class Family:
     """config: of `<name>Config`. text: the same model in our language. layers: for each of our layers,
-    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes. apart: takes
-    their weights that hold several of ours in an order of their own, and gives them one by one."""
+    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes. after: prefix
+    of the norm behind a layer, beside the one before it. apart: takes their weights that hold several of ours in an
+    order of their own, and gives them one by one."""
 
     name: str
     config: dict
@@ -42,6 +43,7 @@ class Family:
     base: str = "model.layers"
     model: str = ""
     tied: bool = field(default=False)
+    after: str = ""
     apart: Callable[[dict], dict] = lambda weights: weights
 
     def program(self) -> str:
@@ -311,6 +313,21 @@ FAMILIES = {
         """,
         lfm2(["conv", "conv", "self_attn", "conv"]), final="model.embedding_norm", tied=True, model=EPS,
     ),
+    "lfm3": Family(
+        "Lfm3",
+        dict(intermediate_size=48, num_hidden_layers=5, head_dim=16, conv_L_cache=7, sliding_window=6, **ATTENTION),
+        """
+        layer C = short_conv(d_conv=7, residual=sandwich)
+        layer A = attention(
+          heads=4, kv_heads=2, head_dim=16, rope=proportional(theta=1_000_000, fraction=0.5),
+          qk_norm=per_head(eps=1e-5), out_gate=per_head, residual=sandwich)
+        layer W = A(window=6, rope=rope(theta=10_000))
+        layer F = mlp(d_ff=48, gated=true, residual=sandwich)
+        stack { [C F]*2 A F C F W F }
+        """,
+        lfm2(["conv", "conv", "self_attn", "conv", "self_attn"]), final="model.embedding_norm", tied=True, model=EPS,
+        after="post_",
+    ),
     "olmo_hybrid": Family(
         "OlmoHybrid",
         dict(
@@ -398,6 +415,7 @@ FAMILIES = {
 NAMES: dict[str, list[list[str]]] = {
     "qkv_proj.weight": [
         ["q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight"],
+        ["q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"],
         ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
     ],
     "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
@@ -480,6 +498,9 @@ def moved(family: Family, graph, weights: dict) -> dict:
     assert len(layers) == len(family.layers)
     for node, (norm, *mixers) in zip(layers, family.layers):
         found[f"{node.path}.norm.weight"] = take(f"{family.base}.{norm}.weight")
+        if family.after:
+            place, _, name = norm.rpartition(".")
+            found[f"{node.path}.post_norm.weight"] = take(f"{family.base}.{place}.{family.after}{name}.weight")
         for (_, prefix, _), mixer in zip(node.branches(), mixers, strict=True):
             for path in model.weights:
                 if not path.startswith(f"{prefix}."):

@@ -19,11 +19,11 @@ run() {
 start() { run "$@" & pids+=($!); }
 
 sets=tests/gpu/test_sets.py
-for family in "mamba or samba" falcon_h1 granite nemotron "bamba or jamba or (tiny and not granite)" "lfm2 or olmo" "qwen or gemma"; do
+for family in "mamba or samba" falcon_h1 granite nemotron "bamba or jamba or (tiny and not granite)" "lfm or olmo" "qwen or gemma" minimax; do
   start "sets ${family%% *}" $sets -k "($family) and not compiled"
 done
 for family in "falcon_h1 or samba" "granite or bamba or tiny" "nemotron or jamba" "mamba and not bamba and not samba" \
-  "lfm2 or olmo or qwen or gemma"; do
+  "lfm or olmo or qwen or gemma or minimax"; do
   start "compiled ${family%% *}" $sets -k "compiled and ($family)"
 done
 ops=tests/gpu/test_mamba2_ops.py conv=tests/gpu/test_triton_conv.py

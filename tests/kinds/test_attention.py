@@ -27,6 +27,9 @@ def rope(theta=10000, *, fraction=1, scaling: str = "none", **of_scaling) -> Var
     return Variant("rope", form.values.replace(theta=theta, fraction=fraction, scaling=changed))
 
 
+PROPORTIONAL = Variant("proportional", ROPE.convert(Word("proportional")).values.replace(theta=100, fraction=0.5))
+
+
 def qk_norm(form: str, eps: float) -> Variant:
     return Variant(form, QK_NORM.convert(Word(form)).values.replace(eps=eps))
 
@@ -136,6 +139,7 @@ GRID = {
     "llama3": dict(rope=rope(50, scaling="llama3", **LLAMA3, original_context=16)),
     "dynamic": dict(rope=rope(scaling="dynamic", factor=2, original_context=2)),
     "two channels": dict(head_dim=2, rope=rope(scaling="dynamic", factor=2, original_context=2)),
+    "proportional": dict(rope=PROPORTIONAL, head_dim=8),
     "gate": dict(out_gate="elementwise", rope=rope()),
     "gate of heads": dict(out_gate="per_head", window=3, qkv_bias=True),
     "everything": dict(

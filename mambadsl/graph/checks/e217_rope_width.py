@@ -28,13 +28,14 @@ def check(subject: Subject) -> Iterator[Problem]:
     for site in subject.sites("attention"):
         rope = site.f.rope
         unfit = site.defaulted("head_dim") and subject.graph.model.d_model % site.f.heads
-        if rope.name != "rope" or unfit:  # E216 speaks about the latter
+        if rope.name == "none" or unfit:  # E216 speaks about the latter
             continue
         # As written: 0.4 is 2/5 here, not the float nearest to it.
         share = Fraction(str(rope.fraction))
         width = site.f.head_dim * share
-        if width % 2 or width == 0:
-            legal = near(site.f.head_dim, lambda p: p * share % 2 == 0)
+        whole = 2 if rope.name == "proportional" else 1
+        if width % 2 or width == 0 or site.f.head_dim % whole:
+            legal = near(site.f.head_dim, lambda p: p * share % 2 == 0 and p % whole == 0)
             yield site.problem(
                 E217, "the rotated part of a head must be an even number of channels", ("head_dim", "rope"),
                 label=f"{site.f.head_dim} * {rope.fraction} = {float(width):g} channels are rotated",

@@ -64,13 +64,24 @@ ROPE_SCALING = OneForm(
     ),
 )
 
+_THETA = Field("theta", Real(above=0), 10000, "base of the rotation frequencies")
+_PLAIN_SCALING = OneForm(none=(), linear=(_FACTOR,))
+
 ROPE = OneForm(
     none=(),
     rope=(
-        Field("theta", Real(above=0), 10000, "base of the rotation frequencies"),
+        _THETA,
         Field("fraction", Real(0, 1, above=0), 1, "share of head_dim that is rotated, the first channels"),
         Field(
             "scaling", ROPE_SCALING, ROPE_SCALING.convert_word("none"),
+            "how frequencies stretch for long contexts",
+        ),
+    ),
+    proportional=(
+        _THETA,
+        Field("fraction", Real(0, 1, above=0), 1, "share of the head's pairs of channels that turn, the fastest ones"),
+        Field(
+            "scaling", _PLAIN_SCALING, _PLAIN_SCALING.convert_word("none"),
             "how frequencies stretch for long contexts",
         ),
     ),
@@ -94,7 +105,10 @@ FIELDS = (
         "head_dim", Int(), Computed("d_model // heads", lambda v, model: max(1, model.d_model // v.heads)),
         "channels of one head", "channels",
     ),
-    Field("rope", ROPE, ROPE.convert_word("none"), "rotary position embedding, or none"),
+    Field(
+        "rope", ROPE, ROPE.convert_word("none"),
+        "rotary position embedding, or none; proportional: the slow pairs of channels do not turn (LFM3)",
+    ),
     Field(
         "window", OrWord("none", Int()), None,
         "a token sees itself and the window - 1 tokens before it", "tokens",
@@ -130,8 +144,9 @@ def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
 
 
 def rotary_dim(f: Values) -> int:
-    """Channels of each head that rope rotates (even)."""
-    return int(f.head_dim * f.rope.fraction) // 2 * 2 if f.rope.name == "rope" else 0
+    """Channels of each head that rope takes in pairs (even)."""
+    share = {"none": 0, "rope": f.rope.values.get("fraction"), "proportional": 1}[f.rope.name]
+    return int(f.head_dim * share) // 2 * 2
 
 
 def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:

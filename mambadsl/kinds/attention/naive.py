@@ -23,6 +23,8 @@ State = list[list[tuple[int, int, Tensor, Tensor]]]
 def frequency(rope: Variant, dim: int, pair: int, length: int) -> float:
     """Radians that one pair of channels turns per token, in a document of `length` tokens."""
     s, theta = rope.scaling, rope.theta
+    if rope.name == "proportional" and pair >= int(rope.fraction * dim // 2):
+        return 0.0
     if s.name == "dynamic" and length > s.original_context and dim > 2:
         theta *= (s.factor * length / s.original_context - (s.factor - 1)) ** (dim / (dim - 2))
     plain = theta ** (-2 * pair / dim)
@@ -125,7 +127,7 @@ def project(
         q_HP = [rms(q, q_scale, f.qk_norm.eps) for q in q_HP]
         k_KP = [rms(k, k_scale, f.qk_norm.eps) for k in k_KP]
     k_KP = [k * f.key_multiplier for k in k_KP]
-    if f.rope.name == "rope":
+    if f.rope.name != "none":
         q_HP = [turn(q, f.rope, rotary_dim(f), position, length) for q in q_HP]
         k_KP = [turn(k, f.rope, rotary_dim(f), position, length) for k in k_KP]
     return q_HP, torch.stack(k_KP), torch.stack(v.split(f.head_dim)), gate
