@@ -25,6 +25,8 @@ layer Conv = short_conv(d_conv=3, conv_bias=true)
 layer Delta = gated_delta_net(heads=4, key_heads=2, key_dim=5, value_dim=6, chunk=4)
 layer Unit = rg_lru(d_inner=12, blocks=3, chunk=4)
 layer Fixed = lightning(heads=4, head_dim=6, chunk=4)
+layer Turning = mamba3(heads=4, head_dim=6, d_state=8, groups=2, chunk=4)
+layer Many = Turning(rank=2, gated_norm=before_gate)
 layer Gated = A(out_gate=elementwise, qk_norm=per_head(zero_centered=true))
 layer P = A(residual=post)
 layer W = G(residual=sandwich)
@@ -37,9 +39,9 @@ shared B = [M F]
 """
 
 #: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried.
-EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Gated"
+EVERYTHING = "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Turning Many Gated"
 #: The cached kinds.
-MIXERS = "R M L G A H S M N S Conv Delta Unit Fixed Gated"
+MIXERS = "R M L G A H S M N S Conv Delta Unit Fixed Turning Many Gated"
 
 
 def graph(stack: str, *, more: str = "", **settings: str | int | float) -> LayerGraph:

@@ -46,6 +46,7 @@ BASE: dict[str, dict[str, Any]] = {
     "lightning": dict(heads=4, head_dim=6, chunk=4),
     "mamba1": dict(d_state=4, chunk=4),
     "mamba2": dict(heads=4, head_dim=8, groups=2, d_state=8, chunk=4),
+    "mamba3": dict(heads=4, head_dim=6, groups=2, d_state=8, chunk=4),
     "mlp": dict(d_ff=20),
     "rg_lru": dict(d_inner=12, blocks=3, chunk=4),
     "moe": dict(experts=6, top_k=2, d_ff=12, shared_d_ff=10),

@@ -13,7 +13,8 @@ E217 = declare(
     "E217",
     "rope has no whole pairs of channels to rotate",
     """
-    Rotary embeddings rotate channels in pairs: head_dim * fraction must be an even whole number, at least 2.
+    Rotary embeddings rotate channels in pairs: head_dim * fraction must be an even whole number, at least 2; and of
+    Mamba-3, d_state * rope_fraction.
 
     Why: an odd channel would be left out without a word.
 
@@ -40,4 +41,14 @@ def check(subject: Subject) -> Iterator[Problem]:
                 E217, "the rotated part of a head must be an even number of channels", ("head_dim", "rope"),
                 label=f"{site.f.head_dim} * {rope.fraction} = {float(width):g} channels are rotated",
                 help=(settings("head_dim", legal),) if legal else (),
+            )
+    for site in subject.sites("mamba3"):
+        share = Fraction(str(site.f.rope_fraction))
+        width = site.f.d_state * share
+        if width % 2 or width == 0:
+            legal = near(site.f.d_state, lambda n: n * share % 2 == 0)
+            yield site.problem(
+                E217, "the part of a state that turns must be an even number", ("d_state", "rope_fraction"),
+                label=f"{site.f.d_state} * {site.f.rope_fraction} = {float(width):g} of each state turn",
+                help=(settings("d_state", legal),) if legal else (),
             )
