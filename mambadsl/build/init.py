@@ -105,6 +105,11 @@ def _slopes(shape, generator: Generator, *, before: int, count: int) -> Tensor:
     return series * (1 - before / (count - 1 + 1e-5) + 1e-5)
 
 
+def _lambda_start(shape, generator: Generator, *, before: int, count: int) -> Tensor:
+    """Of differential attention (arXiv:2410.05258): the deeper, the more is taken away."""
+    return torch.full(shape, 0.8 - 0.6 * math.exp(-0.3 * before))
+
+
 #: law -> (shape, generator, its arguments) -> values. `kinds.kind.Init` says what each is.
 LAWS: dict[str, Callable[..., Tensor]] = {
     "normal": _normal,
@@ -117,9 +122,10 @@ LAWS: dict[str, Callable[..., Tensor]] = {
     "dt_bias": _dt_bias,
     "radius": _radius,
     "slopes": _slopes,
+    "lambda_start": _lambda_start,
 }
 #: Laws that are told how many layers that mix tokens come before theirs, and how many there are.
-BY_DEPTH = ("slopes",)
+BY_DEPTH = "slopes", "lambda_start"
 
 
 def param_groups(model: Model, *, weight_decay: float = 0.1) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ E201 = declare(
     "E201",
     "the heads of a recurrent layer do not divide among devices",
     """
-    Tensor parallelism over `tp` devices splits Mamba-2 and Mamba-3 layers and lightning attention by heads, Mamba-1
-    layers and short convolutions by channels; tp must divide them.
+    Tensor parallelism over `tp` devices splits Mamba-2 and Mamba-3 layers and lightning attention by heads,
+    Mamba-1 layers and short convolutions by channels; tp must divide them.
 
     Why: a head's state lives on one device.
 

@@ -13,8 +13,8 @@ E217 = declare(
     "E217",
     "rope has no whole pairs of channels to rotate",
     """
-    Rotary embeddings rotate channels in pairs: head_dim * fraction must be an even whole number, at least 2; and of
-    Mamba-3, d_state * rope_fraction.
+    Rotary embeddings rotate channels in pairs: head_dim * fraction must be an even whole number, at least 2;
+    and of Mamba-3, d_state * rope_fraction.
 
     Why: an odd channel would be left out without a word.
 

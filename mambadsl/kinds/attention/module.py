@@ -30,16 +30,19 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of each token to the visible ones of its document, itself included: [B, T, H, P].
 
     queries: the batch's tokens. keys: what the S keys are; the same object as `queries` where there is
-    no past. softcap: scores become softcap * tanh(score / softcap), in float32.
+    no past. softcap: scores become softcap * tanh(score / softcap), in float32. sinks: of each head, the score of one
+    more key, which is always seen and whose value is 0.
     """
     plain = keys is queries and queries.segments_BT is None and (window is None or window >= queries.length)
-    mask_B1TS = None if plain and softcap is None else visible(queries, keys, window=window)[:, None]
+    fast = softcap is None and sinks_H is None
+    mask_B1TS = None if plain and fast else visible(queries, keys, window=window)[:, None]
     q_BHTP, k_BKSP, v_BKSP = (t.transpose(1, 2) for t in (q_BTHP, k_BSKP, v_BSKP))
-    if softcap is None:
+    if fast:
         grouped = q_BHTP.shape[1] != k_BKSP.shape[1]
         y_BHTP = F.scaled_dot_product_attention(
             q_BHTP, k_BKSP, v_BKSP, attn_mask=mask_B1TS, is_causal=plain, scale=scale, enable_gqa=grouped
@@ -47,8 +50,13 @@ def attend(
     else:
         k_BHSP, v_BHSP = (t.repeat_interleave(q_BHTP.shape[1] // t.shape[1], 1) for t in (k_BKSP, v_BKSP))
         scores_BHTS = q_BHTP.float() @ k_BHSP.float().transpose(2, 3) * scale
-        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
-        share_BHTS = scores_BHTS.masked_fill(~mask_B1TS, float("-inf")).softmax(-1)
+        if softcap is not None:
+            scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+        scores_BHTS = scores_BHTS.masked_fill(~mask_B1TS, float("-inf"))
+        if sinks_H is not None:
+            sinks_BHT1 = sinks_H.float()[:, None, None].expand(*scores_BHTS.shape[:3], 1)
+            scores_BHTS = torch.cat((scores_BHTS, sinks_BHT1), -1)
+        share_BHTS = scores_BHTS.softmax(-1)[..., : k_BHSP.shape[2]]
         y_BHTP = share_BHTS.to(v_BHSP.dtype) @ v_BHSP
     return y_BHTP.transpose(1, 2)
 
@@ -171,14 +179,29 @@ class Module(KindModule):
         queries = keys = tokens
         if state is not None:
             k_BTKP, v_BTKP, queries, keys = extend(state, k_BTKP, v_BTKP, tokens, window=f.window)
-        scale = f.head_dim**-0.5 if f.scale is None else f.scale
-        y_BTHP = self.parts["core"](
-            q_BTHP, k_BTKP, v_BTKP, queries, keys, scale=scale, window=f.window, softcap=f.softcap
-        )
+        how = dict(scale=f.head_dim**-0.5 if f.scale is None else f.scale, window=f.window, softcap=f.softcap)
+        if f.sinks:
+            how["sinks_H"] = self.sinks
+        mix = self._difference if f.differential.name == "halves" else self.parts["core"]
+        y_BTHP = mix(q_BTHP, k_BTKP, v_BTKP, queries, keys, **how)
         if gate:
             # [B, T, H, P] or, of whole heads, [B, T, H, 1].
             y_BTHP = y_BTHP * torch.sigmoid(gate[0]).unflatten(-1, (f.heads, -1))
         return self.parts["o_proj"](y_BTHP.flatten(2), self.o_proj.weight, self.o_proj.bias)
+
+    def _difference(self, q_BTHP: Tensor, k_BSKP: Tensor, v_BSKP: Tensor, *seen: Tokens, **how: Any) -> Tensor:
+        """Differential attention: head h of the first half less a share of head h of the second, with the values of
+        both, normed. The core runs once for each half of the values, whose width is then the heads' own."""
+        form = self.f.differential
+        values = (half.repeat(1, 1, 2, 1) for half in v_BSKP.chunk(2, 2))
+        runs = [self.parts["core"](q_BTHP, k_BSKP, v, *seen, **how) for v in values]
+        first, second = torch.cat(runs, -1).chunk(2, 2)
+        q1, k1, q2, k2 = self.get_parameter("lambda").float()
+        start = self.lambda_start
+        share = (q1 @ k1).exp() - (q2 @ k2).exp() + start
+        weight = self.sub_norm.weight if form.weight else None
+        y_BTHP = rms_norm(first.float() - share * second.float(), weight, eps=form.eps) * (1 - start)
+        return y_BTHP.to(q_BTHP.dtype).unflatten(-1, (2, -1)).flatten(2, 3)
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.f.qk_norm

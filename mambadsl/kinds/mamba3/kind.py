@@ -120,7 +120,7 @@ KIND = Kind(
     example="mamba3(heads=4, head_dim=64, d_state=64, chunk=64)",
     letter="M",
     color="#b4e3fa",
-    doc="Mamba-3: selective state space by the trapezoidal rule, with turning keys (of one input a head or several)",
+    doc="Mamba-3: selective state space by the trapezoidal rule, with keys that turn",
     fields=FIELDS,
     weights=weights,
     state=state,

@@ -8,9 +8,11 @@ from mambadsl.parts.part import Request
 
 
 def attention(request: Request) -> Iterator[str]:
-    """Any heads of 16 channels or more."""
+    """Any heads of 16 channels or more, without sinks."""
     if request.fields.head_dim < 16:
         yield f"head_dim must be at least 16 for windows, packed documents and softcaps, not {request.fields.head_dim}"
+    if request.fields.sinks:
+        yield "its softmax has no sinks"
 
 
 def experts(request: Request) -> Iterator[str]:
