@@ -281,6 +281,15 @@ else:
             for a, b in zip(self.trained(mine, mine, tokens), self.trained(reference, reference, tokens), strict=True):
                 near(a, b)
 
+        @pytest.mark.parametrize("packed", [False, True])
+        def test_scan_of_lightning(self, by, packed):
+            """As many groups as heads, steps of 1, and decays that have no gradient."""
+            mine, reference = (module("lightning", heads=2, head_dim=16, chunk=16) for _ in range(2))
+            mine.parts["scan"] = make_scan(by=by)
+            tokens = Tokens.packed(SEGMENTS) if packed else Tokens.plain(2, 40)
+            for a, b in zip(self.trained(mine, mine, tokens), self.trained(reference, reference, tokens), strict=True):
+                near(a, b)
+
         def test_core_compiles_whole(self, by):
             for keep in ("all", "none"):
                 mine, reference = self.layers(by, heads=2)
