@@ -31,6 +31,7 @@ def module(kind: str, *, d_model: int = 32, d_in: int | None = None, seed: int =
     for name, tensor in made.state_dict().items():
         with torch.no_grad():
             noise = torch.randn(tensor.shape, generator=generator)
+            noise = noise.abs() if name == "slope" else noise
             scale = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.3
             tensor.copy_(noise * scale + (1.0 if "norm" in name or name == "D" else 0.0))
     return made

@@ -106,6 +106,13 @@ def _zamba2(d: int, n: int, hybrids: list[int], **more: Any) -> tuple[str, dict]
     )
 
 
+#: Of text alone: the three kinds of positions of its rope are one.
+QWEN_3_5 = dict(
+    max_position_embeddings=256 * KI,
+    rope_parameters=dict(rope_type="default", rope_theta=10_000_000, partial_rotary_factor=0.25),
+)
+
+
 def _samba(d: int, n: int, h: int, ff: int) -> tuple[str, dict]:
     return "Samba", dict(
         n_embd=d, n_layer=n, n_head=h, intermediate_size=ff, vocab_size=32000, block_size=4096, norm_eps=1e-5,
@@ -216,6 +223,17 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         max_position_embeddings=256 * KI,
         rope_parameters=dict(rope_type="default", rope_theta=10_000_000, partial_rotary_factor=0.25),
     )),
+    "qwen3_5_9b": ("Qwen3_5", QWEN_3_5),
+    "qwen3_5_35b_a3b": ("Qwen3_5Moe", QWEN_3_5),
+    "lfm3_1_7b": ("Lfm3", {}),
+    "minimax_text_01": ("MiniMax", dict(
+        hidden_size=6144, intermediate_size=9216, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=128, num_local_experts=32, num_experts_per_tok=2, vocab_size=200064,
+        layer_types=["full_attention" if i % 8 == 7 else "linear_attention" for i in range(80)],
+        max_position_embeddings=10_240_000,
+        rope_parameters=dict(rope_type="default", rope_theta=10_000_000, partial_rotary_factor=0.5),
+        **{f"{of}_alpha_factor": 3.5565588200778455 for of in ("linear_attn", "full_attn", "mlp")},
+    )),
     "recurrent_gemma_2b": ("RecurrentGemma", dict(intermediate_size=15360, num_key_value_heads=1)),
     "recurrent_gemma_9b": ("RecurrentGemma", dict(
         hidden_size=4096, intermediate_size=24576, num_hidden_layers=38, num_attention_heads=16,
@@ -240,6 +258,10 @@ CONFIGS: dict[str, tuple[str, dict]] = {
 }
 
 
+#: Of families whose text model has a configuration of its own.
+CONFIG_CLASSES = {"Qwen3_5": "Qwen3_5TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextConfig"}
+
+
 @cache
 def config(name: str) -> Any:
     """The configuration object (Samba has no class: its plain values)."""
@@ -249,7 +271,7 @@ def config(name: str) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
-    return getattr(transformers, f"{family}Config")(**given)
+    return getattr(transformers, CONFIG_CLASSES.get(family, f"{family}Config"))(**given)
 
 
 @cache

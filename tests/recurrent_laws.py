@@ -85,7 +85,8 @@ def is_naive(module: KindModule, tokens: Tokens) -> None:
     state, start, end = some_state(module, tokens.batch), some_state(module, tokens.batch), {}
 
     def defined(x: Tensor) -> Tensor:
-        y, after = naive(dict(module.named_parameters()), module.f, module.dims, x, tokens, start)
+        weights = module.state_dict(keep_vars=True)
+        y, after = naive(weights, module.f, module.dims, x, tokens, start)
         end.update(after)
         return y
 

@@ -29,6 +29,11 @@ layer Ling = Kimi(decay=bounded, decay_rank=full, gate_rank=full)
 layer Latent = mla(heads=3, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7)
 layer Turned = Latent(q_rank=9, rope=rope(theta=100, pairs=interleaved), out_gate=per_head)
 layer Unit = rg_lru(d_inner=12, blocks=3, chunk=4)
+layer Fixed = lightning(heads=4, head_dim=6, chunk=4)
+layer Turning = mamba3(heads=4, head_dim=6, d_state=8, groups=2, chunk=4)
+layer Many = Turning(rank=2, gated_norm=before_gate)
+layer Sunk = A(sinks=true)
+layer Apart = A(differential=halves, window=5)
 layer Gated = A(out_gate=elementwise, qk_norm=per_head(zero_centered=true))
 layer P = A(residual=post)
 layer W = G(residual=sandwich)
@@ -48,12 +53,13 @@ shared Aside = [Side G(residual=aside)]
 #: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried, layers aside of the stream,
 #: adapters.
 EVERYTHING = (
-    "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Gated Kimi Ling Latent Turned "
-    "Aside Proj M Heads Aside Z Low Tuned Tuned"
+    "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Turning Many Sunk Apart Gated "
+    "Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Tuned Tuned"
 )
 #: The cached kinds.
 MIXERS = (
-    "R M L G A H S M N S Conv Delta Unit Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Tuned Tuned"
+    "R M L G A H S M N S Conv Delta Unit Fixed Turning Many Sunk Apart Gated Kimi Ling Latent Turned "
+    "Aside Proj M Heads Aside M Low Tuned Tuned"
 )
 
 
@@ -79,7 +85,8 @@ def shaken(model: Model, *, size: float = 0.1) -> Model:
     with torch.no_grad():
         for path, tensor in model.tensors().items():
             noise = torch.randn(tensor.shape, generator=generator_of(path, seed=99))
-            tensor.add_((size * noise).to(tensor))
+            # A slope stays positive: a state that grows is no state.
+            tensor.add_((size * (noise.abs() if path.endswith(".slope") else noise)).to(tensor))
     return model
 
 

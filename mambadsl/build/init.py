@@ -37,7 +37,8 @@ def materialise(model: Model, *, device: Any = "cpu", seed: int = 0) -> Model:
 
 def draw(weight: Weight, graph: LayerGraph, *, path: str, seed: int) -> Tensor:
     """The initial value of one weight, float32 on the CPU."""
-    return LAWS[weight.init.law](weight.shape, generator_of(path, seed=seed), **arguments(weight.init, graph))
+    law, given = LAWS[weight.init.law], arguments(weight.init, graph, path=path)
+    return law(weight.shape, generator_of(path, seed=seed), **given)
 
 
 def generator_of(path: str, *, seed: int) -> Generator:
@@ -46,14 +47,18 @@ def generator_of(path: str, *, seed: int) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
-def arguments(init: Init, graph: LayerGraph) -> dict[str, float]:
+def arguments(init: Init, graph: LayerGraph, *, path: str) -> dict[str, float]:
     """A law's arguments with what the model says filled in: the standard deviation of `normal`, smaller for
-    projections back onto the residual stream (GPT-2's rule, over the additions that there are)."""
+    projections back onto the residual stream (GPT-2's rule, over the additions that there are); of laws that ask
+    how deep a layer stands, that."""
     args = dict(init.args)
     if init.law == "normal":
         std = args.get("std", graph.model.init_std)
         scale = init.residual and graph.model.scale_residual_init
         args["std"] = std / math.sqrt(max(1, graph.residual_additions)) if scale else std
+    if init.law in BY_DEPTH:
+        owner = next(owner for owner in graph.depths if path.startswith(f"{owner}."))
+        args["before"], args["count"] = graph.depths[owner]
     return args
 
 
@@ -93,6 +98,18 @@ def _radius(shape, generator: Generator, *, low: float, high: float) -> Tensor:
     return torch.expm1(-0.5 * squared.log()).log()
 
 
+def _slopes(shape, generator: Generator, *, before: int, count: int) -> Tensor:
+    """Log decays of lightning attention: a geometric series over the heads (ALiBi's), by depth from itself down to
+    next to nothing, as MiniMax computes it."""
+    series = (0.5 ** (8 / shape[0])) ** torch.arange(1, shape[0] + 1)
+    return series * (1 - before / (count - 1 + 1e-5) + 1e-5)
+
+
+def _lambda_start(shape, generator: Generator, *, before: int, count: int) -> Tensor:
+    """Of differential attention (arXiv:2410.05258): the deeper, the more is taken away."""
+    return torch.full(shape, 0.8 - 0.6 * math.exp(-0.3 * before))
+
+
 #: law -> (shape, generator, its arguments) -> values. `kinds.kind.Init` says what each is.
 LAWS: dict[str, Callable[..., Tensor]] = {
     "normal": _normal,
@@ -104,7 +121,11 @@ LAWS: dict[str, Callable[..., Tensor]] = {
     "a_arange": _a_arange,
     "dt_bias": _dt_bias,
     "radius": _radius,
+    "slopes": _slopes,
+    "lambda_start": _lambda_start,
 }
+#: Laws that are told how many layers that mix tokens come before theirs, and how many there are.
+BY_DEPTH = "slopes", "lambda_start"
 
 
 def param_groups(model: Model, *, weight_decay: float = 0.1) -> list[dict[str, Any]]:

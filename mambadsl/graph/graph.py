@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from mambadsl.kinds.kind import Dims
+from mambadsl.kinds.registry import get
 from mambadsl.kinds.sublayer import input_width
 from mambadsl.kinds.values import Values
 from mambadsl.spec.model import ExpectSpec, LayerSpec, Mixer, MtpSpec, PartsSpec
@@ -127,6 +128,19 @@ class LayerGraph:
     def residual_additions(self) -> int:
         """How many times something is added to the stack's residual stream."""
         return sum(not node.aside for node in self.layers)
+
+    @cached_property
+    def depths(self) -> dict[str, tuple[int, int]]:
+        """For each owner of a layer, how many layers of the stack that mix tokens (that have a decoding state) come
+        before its first use, and how many there are. Layers of the MTP tail stand where the last of them does."""
+        before: dict[str, int] = {}
+        count = 0
+        for node in self.layers:
+            before.setdefault(node.owner, count)
+            dims = node.dims(self.model.d_model)
+            count += any(get(mixer.kind).state(mixer.fields, dims) for mixer in node.layer.branches)
+        last = max(count - 1, 0)
+        return {n.owner: (before.get(n.owner, last), count) for n in self.nodes if n.role is Role.LAYER}
 
     def content(self) -> dict[str, Any]:
         """What the graph is; equal graphs have equal content."""

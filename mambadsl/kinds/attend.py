@@ -22,16 +22,19 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of each token to the visible ones of its document, itself included: [B, T, H, P].
 
     queries: the batch's tokens. keys: what the S keys are; the same object as `queries` where there is
-    no past. softcap: scores become softcap * tanh(score / softcap), in float32.
+    no past. softcap: scores become softcap * tanh(score / softcap), in float32. sinks: of each head, the score of one
+    more key, which is always seen and whose value is 0.
     """
     plain = keys is queries and queries.segments_BT is None and (window is None or window >= queries.length)
-    mask_B1TS = None if plain and softcap is None else visible(queries, keys, window=window)[:, None]
+    fast = softcap is None and sinks_H is None
+    mask_B1TS = None if plain and fast else visible(queries, keys, window=window)[:, None]
     q_BHTP, k_BKSP, v_BKSP = (t.transpose(1, 2) for t in (q_BTHP, k_BSKP, v_BSKP))
-    if softcap is None:
+    if fast:
         grouped = q_BHTP.shape[1] != k_BKSP.shape[1]
         y_BHTP = F.scaled_dot_product_attention(
             q_BHTP, k_BKSP, v_BKSP, attn_mask=mask_B1TS, is_causal=plain, scale=scale, enable_gqa=grouped
@@ -39,8 +42,13 @@ def attend(
     else:
         k_BHSP, v_BHSP = (t.repeat_interleave(q_BHTP.shape[1] // t.shape[1], 1) for t in (k_BKSP, v_BKSP))
         scores_BHTS = q_BHTP.float() @ k_BHSP.float().transpose(2, 3) * scale
-        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
-        share_BHTS = scores_BHTS.masked_fill(~mask_B1TS, float("-inf")).softmax(-1)
+        if softcap is not None:
+            scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+        scores_BHTS = scores_BHTS.masked_fill(~mask_B1TS, float("-inf"))
+        if sinks_H is not None:
+            sinks_BHT1 = sinks_H.float()[:, None, None].expand(*scores_BHTS.shape[:3], 1)
+            scores_BHTS = torch.cat((scores_BHTS, sinks_BHT1), -1)
+        share_BHTS = scores_BHTS.softmax(-1)[..., : k_BHSP.shape[2]]
         y_BHTP = share_BHTS.to(v_BHSP.dtype) @ v_BHSP
     return y_BHTP.transpose(1, 2)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mambadsl.kinds.norm import rms_norm
 
+#: What z goes through before it is a gate.
 GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 

@@ -33,6 +33,8 @@ class Init:
     a_uniform(low, high): log of U(low, high) · a_arange(): log(1..d_state) in each row
     dt_bias(low, high, floor): inverse softplus of exp(U(log low, log high)), at least floor
     radius(low, high): exp(-softplus(it)) squared is U(low^2, high^2)
+    lambda_start(): 0.8 - 0.6 exp(-0.3 l) in the l-th layer that mixes tokens, from 0 on
+    slopes(): 2^(-8 h / H) of head h = 1, ... H, less the deeper the layer: next to nothing in the last
     """
 
     law: str

@@ -30,8 +30,9 @@ LIMIT = 5e-5
 @dataclass(frozen=True)
 class Family:
     """config: of `<name>Config`. text: the same model in our language. layers: for each of our layers,
-    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes. apart: takes
-    their weights that hold several of ours in an order of their own, and gives them one by one."""
+    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes. after: prefix
+    of the norm behind a layer, beside the one before it. apart: takes their weights that hold several of ours in an
+    order of their own, and gives them one by one."""
 
     name: str
     config: dict
@@ -42,6 +43,7 @@ class Family:
     base: str = "model.layers"
     model: str = ""
     tied: bool = field(default=False)
+    after: str = ""
     apart: Callable[[dict], dict] = lambda weights: weights
 
     def program(self) -> str:
@@ -197,6 +199,23 @@ ZAMBA2_CONFIG = dict(
     intermediate_size=48, num_hidden_layers=6, mamba_d_state=8, n_mamba_heads=8, chunk_size=8, num_attention_heads=4,
     num_key_value_heads=4, adapter_rank=4, tie_word_embeddings=True,
 )
+
+
+def minimax_apart(weights: dict) -> dict:
+    """q, k and v of each head lie side by side; what follows from the slopes is stored beside them."""
+    found = {}
+    for name, w in weights.items():
+        if name.endswith("qkv_proj.weight"):
+            parts = w.unflatten(0, (4, 3, -1)).unbind(1)
+            found |= {name.replace("qkv_", f"{n}_"): t.flatten(0, 1) for n, t in zip("qkv", parts)}
+        elif not name.endswith(MINIMAX_DECAYS):
+            found[name] = w.flatten() if name.endswith("slope_rate") else w
+    return found
+
+
+MINIMAX_DECAYS = "query_decay", "key_decay", "diagonal_decay"
+#: Tensors in a state dict that weights say nothing about.
+CONSTANTS = "slope_rate", *MINIMAX_DECAYS
 QWEN_MIXERS = ["linear_attn"] * 3 + ["self_attn"]
 GROUPED = dict(
     mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
@@ -372,6 +391,21 @@ FAMILIES = {
         """,
         lfm2(["conv", "conv", "self_attn", "conv"]), final="model.embedding_norm", tied=True, model=EPS,
     ),
+    "lfm3": Family(
+        "Lfm3",
+        dict(intermediate_size=48, num_hidden_layers=5, head_dim=16, conv_L_cache=7, sliding_window=6, **ATTENTION),
+        """
+        layer C = short_conv(d_conv=7, residual=sandwich)
+        layer A = attention(
+          heads=4, kv_heads=2, head_dim=16, rope=proportional(theta=1_000_000, fraction=0.5),
+          qk_norm=per_head(eps=1e-5), out_gate=per_head, residual=sandwich)
+        layer W = A(window=6, rope=rope(theta=10_000))
+        layer F = mlp(d_ff=48, gated=true, residual=sandwich)
+        stack { [C F]*2 A F C F W F }
+        """,
+        lfm2(["conv", "conv", "self_attn", "conv", "self_attn"]), final="model.embedding_norm", tied=True, model=EPS,
+        after="post_",
+    ),
     "olmo_hybrid": Family(
         "OlmoHybrid",
         dict(
@@ -470,6 +504,27 @@ FAMILIES = {
         pairs(["self_attn"] * 3, "post_attention_layernorm", ".mlp"), final="model.norm", model=EPS,
         apart=latent_apart,
     ),
+    "minimax": Family(
+        "MiniMax",
+        dict(
+            intermediate_size=24, num_hidden_layers=4, head_dim=8, block_size=8, num_local_experts=4,
+            num_experts_per_tok=2, layer_types=["linear_attention"] * 3 + ["full_attention"], rms_norm_eps=1e-5,
+            full_attn_alpha_factor=3.5, full_attn_beta_factor=0.9, linear_attn_alpha_factor=2.5,
+            linear_attn_beta_factor=1.1, mlp_alpha_factor=1.5, mlp_beta_factor=0.8, tie_word_embeddings=False,
+            **ATTENTION,
+        ),
+        """
+        layer L = lightning(heads=4, head_dim=8, residual=normed(alpha=2.5, beta=1.1))
+        layer A = attention(
+          heads=4, kv_heads=2, head_dim=8, rope=rope(theta=1_000_000), residual=normed(alpha=3.5, beta=0.9))
+        layer E = moe(
+          experts=4, top_k=2, d_ff=24, gated=true, router=softmax(renorm=true),
+          residual=normed(alpha=1.5, beta=0.8))
+        stack { [L E]*3 A E }
+        """,
+        pairs(["self_attn"] * 4, "post_attention_layernorm", ".mlp"), final="model.norm", model=EPS,
+        apart=minimax_apart,
+    ),
     "recurrent_gemma": Family(
         "RecurrentGemma",
         dict(
@@ -549,6 +604,7 @@ FAMILIES = {
 NAMES: dict[str, list[list[str]]] = {
     "qkv_proj.weight": [
         ["q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight"],
+        ["q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"],
         ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
     ],
     "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
@@ -569,6 +625,7 @@ NAMES: dict[str, list[list[str]]] = {
     "in_proj.bias": [["linear_x.bias", "linear_y.bias"]],
     "out_proj.bias": [["linear_out.bias"]],
     "gate_up_proj.bias": [["gate_proj.bias", "up_proj.bias"]],
+    "slope": [["slope_rate"]],
     "a_param": [["rg_lru.recurrent_param"]],
     "input_gate.weight": [["rg_lru.input_gate_weight"]],
     "input_gate.bias": [["rg_lru.input_gate_bias"]],
@@ -580,6 +637,7 @@ NAMES: dict[str, list[list[str]]] = {
         [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "forget_gate.f_proj")],
         ["q_proj.weight", "kv_a_proj_with_mqa.weight", "g_proj.weight"],
         ["q_proj.weight", "kv_a_proj_with_mqa.weight"], ["q_a_proj.weight", "kv_a_proj_with_mqa.weight"],
+        [*(f"{name}_proj.weight" for name in "qkv"), "output_gate.weight"],
         [f"{name}_proj.weight" for name in "qkvgba"], [f"in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")],
     ],
     "dt_bias": [["forget_gate.dt_bias"]],
@@ -621,6 +679,8 @@ def theirs(family: Family):
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith(CONSTANTS):
+                continue
             if tensor.dim() < 2 or "A_log" in name or "norm" in name:
                 tensor.add_(0.2 * noise)
             else:
@@ -647,6 +707,9 @@ def moved(family: Family, graph, weights: dict) -> dict:
     for node, (norm, *mixers) in zip(layers, family.layers):
         if norm is not None:
             found[f"{node.owner}.norm.weight"] = take(f"{family.base}.{norm}.weight")
+            if family.after:
+                place, _, name = norm.rpartition(".")
+                found[f"{node.path}.post_norm.weight"] = take(f"{family.base}.{place}.{family.after}{name}.weight")
         for (own, prefix, _), mixer in zip(node.branches(), mixers, strict=True):
             for path in model.weights:
                 # A shared layer's weights, and its use's.
@@ -662,6 +725,15 @@ def moved(family: Family, graph, weights: dict) -> dict:
     left = set(weights) - used
     assert not left, left
     return found
+
+
+def test_slopes_begin_as_hugging_faces():
+    """By head and by depth: `load_state_dict` above would hide a wrong law."""
+    family = FAMILIES["minimax"]
+    ours = build(unroll(resolve(read(from_text(family.program(), name="minimax.mdl"))))).tensors()
+    for place, slope in enumerate(name for name in ours if name.endswith("slope")):
+        theirs_slope = theirs(family).state_dict()[f"model.layers.{place}.self_attn.slope_rate"].flatten()
+        torch.testing.assert_close(ours[slope], theirs_slope, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

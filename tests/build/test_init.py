@@ -76,6 +76,16 @@ def test_radii_are_uniform_in_the_ring():
     assert kept.square().mean().item() == pytest.approx((0.81 + 0.999**2) / 2, rel=1e-3)
 
 
+def test_slopes_fall_by_head_and_by_depth():
+    """Depth counts the layers that mix tokens, at the first use of a shared one; MTP stands where the last does."""
+    more = "shared Fix = lightning(heads=4, head_dim=6)\nmtp(depths=1) { Fixed }"
+    model = graph("Fixed F M Fix A Fixed F Fix", more=more)
+    series = torch.tensor([0.25, 0.0625, 0.015625, 0.00390625])
+    for path, before in ("stack.0", 0), ("shared.Fix", 2), ("stack.5", 4), ("mtp.0.0", 5):
+        slope = draw(Weight("slope", (4,), Init("slopes")), model, path=f"{path}.mixer.slope", seed=0)
+        torch.testing.assert_close(slope, series * (1 - before / (6 - 1 + 1e-5) + 1e-5), rtol=1e-6, atol=0)
+
+
 def test_built_mambas_have_these_values():
     tensors = build(graph("M R")).tensors()
     for name in "stack.0.mixer.dt_bias", "stack.1.mixer.dt_proj.bias":
@@ -114,6 +124,12 @@ def test_values_depend_on_seed_and_path_only():
     assert not torch.equal(third, fourth)
 
 
+#: Beside norms, what does not decay.
+SMALL = (
+    "A_log", "D", "dt_bias", "a_param", "bias", "b_bias", "c_bias", "rank_x", "rank_z", "rank_out", "sinks", "lambda",
+)
+
+
 def test_parameter_groups_are_the_declared_ones():
     model = build(graph(EVERYTHING, tie_embeddings="true"), device="meta")
     decay, rest = param_groups(model, weight_decay=0.1)
@@ -121,7 +137,7 @@ def test_parameter_groups_are_the_declared_ones():
     assert len({id(p) for g in (decay, rest) for p in g["params"]}) == len(list(model.parameters()))
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
     for path in rest["names"]:
-        assert path.split(".")[-1] in ("A_log", "D", "dt_bias", "a_param", "bias") or "norm" in path, path
+        assert path.split(".")[-1] in SMALL or "norm" in path, path
     for path in decay["names"]:
         assert not path.endswith(("A_log", "D", "a_param", "bias")) and "norm" not in path, path
     assert "embed.weight" in decay["names"] and "stack.0.mixer.A_log" in rest["names"]

@@ -20,7 +20,8 @@ from mambadsl.plan.assign import assign
 
 #: Together they have every kind, residual streams in both dtypes, sums and multipliers.
 COMPILED = {"tiny": "bf16", "codestral_mamba_7b": "fp32", "falcon_h1_7b": "fp32", "lfm2_350m": "bf16",
-            "olmo_hybrid_7b": "bf16", "recurrent_gemma_2b": "bf16", "ling_3_0_flash": "bf16", "zamba2_1_2b": "bf16"}
+            "olmo_hybrid_7b": "bf16", "recurrent_gemma_2b": "bf16", "ling_3_0_flash": "bf16", "zamba2_1_2b": "bf16",
+            "minimax_text_01": "bf16"}
 
 
 def mixers(program) -> list:
@@ -108,5 +109,9 @@ def _traceable(program, *, dtype: str):
     return model
 
 
+#: Kinds that no published model has.
+UNUSED = {"mamba3"}
+
+
 def test_the_compiled_models_have_every_kind():
-    assert {m.kind for name in COMPILED for m in mixers(shrunk(name, repeats=1))} == set(kinds.names())
+    assert {m.kind for name in COMPILED for m in mixers(shrunk(name, repeats=1))} == set(kinds.names()) - UNUSED

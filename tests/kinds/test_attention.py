@@ -14,7 +14,7 @@ from mambadsl.kinds.fields import Call, Word
 from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.tokens import Tokens
-from mambadsl.kinds.values import Variant
+from mambadsl.kinds.values import Values, Variant
 
 GROUPED = dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=48)
 HEADS = dict(heads=4, kv_heads=2)
@@ -25,6 +25,9 @@ def rope(theta=10000, *, fraction=1, scaling: str = "none", **of_scaling) -> Var
     form = ROPE.convert(Word("rope"))
     changed = Variant(scaling, scaled.values.replace(**of_scaling))
     return Variant("rope", form.values.replace(theta=theta, fraction=fraction, scaling=changed))
+
+
+PROPORTIONAL = Variant("proportional", ROPE.convert(Word("proportional")).values.replace(theta=100, fraction=0.5))
 
 
 def qk_norm(form: str, eps: float) -> Variant:
@@ -98,6 +101,16 @@ CASES = {
         "Qwen3", dict(head_dim=8, rms_norm_eps=1e-3), dict(rope=rope(), qk_norm=qk_norm("per_head", 1e-3)),
     ),
     "olmo2": ("Olmo2", dict(rms_norm_eps=1e-3), dict(rope=rope(), qk_norm=qk_norm("full_width", 1e-3))),
+    "gpt-oss": (
+        "GptOss",
+        dict(head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=5, attention_bias=True,
+             layer_types=["sliding_attention", "full_attention"], **parameters("default", 500.0)),
+        dict(rope=rope(500), sinks=True, window=5, qkv_bias=True, o_bias=True),
+    ),
+    "diffllama": ("DiffLlama", parameters("default", 500.0), dict(
+        rope=rope(500),
+        differential=Variant("halves", Values(eps=1e-5, weight=False)),
+    )),
     "gemma2": (
         "Gemma2",
         dict(head_dim=8, attn_logit_softcapping=0.7, query_pre_attn_scalar=11, sliding_window=5,
@@ -118,7 +131,10 @@ def test_equals_hugging_face(name):
     for kind in ("weight", "bias"):
         if f"q_proj.{kind}" in w:
             mine[f"qkv_proj.{kind}"] = torch.cat([w[f"{p}_proj.{kind}"] for p in "qkv"])
-    mine |= {n: t for n, t in w.items() if n in ("o_proj.bias", "q_norm.weight", "k_norm.weight")}
+    mine |= {n: t for n, t in w.items() if n in ("o_proj.bias", "q_norm.weight", "k_norm.weight", "sinks")}
+    if "lambda_q1" in w:
+        mine["lambda"] = torch.stack([w[f"lambda_{n}"] for n in ("q1", "k1", "q2", "k2")])
+        mine["lambda_start"] = torch.tensor([theirs.module.lambda_init])
     ours.load_state_dict(mine, strict=True)
     y_BTD = ours(theirs.x_BTD, Tokens.plain(2, 16))
     torch.testing.assert_close(y_BTD, theirs.y_BTD, rtol=0, atol=5e-5)
@@ -136,6 +152,13 @@ GRID = {
     "llama3": dict(rope=rope(50, scaling="llama3", **LLAMA3, original_context=16)),
     "dynamic": dict(rope=rope(scaling="dynamic", factor=2, original_context=2)),
     "two channels": dict(head_dim=2, rope=rope(scaling="dynamic", factor=2, original_context=2)),
+    "proportional": dict(rope=PROPORTIONAL, head_dim=8),
+    "sinks": dict(sinks=True, window=4),
+    "sinks, softcap": dict(sinks=True, softcap=0.5, rope=rope()),
+    "differential": dict(differential=Variant("halves", Values(eps=0.1, weight=True)), rope=rope(), window=5),
+    "differential, gate, sinks": dict(
+        differential=Variant("halves", Values(eps=0.1, weight=False)), sinks=True, out_gate="per_head",
+    ),
     "gate": dict(out_gate="elementwise", rope=rope()),
     "gate of heads": dict(out_gate="per_head", window=3, qkv_bias=True),
     "everything": dict(
@@ -155,7 +178,7 @@ def test_ragged_rows_equal_the_definition_forward_and_backward(name):
         return torch.autograd.grad((y * mix).sum(), list(weights.values()))
 
     y = made(x, ragged())
-    expected, _ = naive(weights, made.f, made.dims, x, ragged())
+    expected, _ = naive({**weights, **dict(made.named_buffers())}, made.f, made.dims, x, ragged())
     assert y.isfinite().all()
     torch.testing.assert_close(y * REAL[..., None], expected * REAL[..., None], rtol=0, atol=1e-5)
     for mine, truth in zip(run(y), run(expected)):

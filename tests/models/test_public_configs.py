@@ -22,15 +22,13 @@ class Branch(NamedTuple):
 Layer = list[Branch]
 
 
-class PostNorm(list):
-    """A layer whose norm comes after it."""
+class Formed(list):
+    """A layer with another residual form than x + f(norm(x))."""
 
+    def __init__(self, branches: Layer, form: Any):
+        super().__init__(branches)
+        self.form = form
 
-class Aside(list):
-    """A layer that adds nothing to the stream."""
-
-
-FORMS = {list: "pre", PostNorm: "post", Aside: "aside"}
 
 NO_LIMIT = (0, None)
 MAMBA_KIND = "linear_attention"
@@ -206,6 +204,44 @@ def lfm2_moe(c: Any) -> list[Layer]:
     ]
 
 
+def lfm3(c: Any) -> list[Layer]:
+    """Two kinds of attention, each with a rope of its own; norms before and behind each layer."""
+    assert c.use_sandwich_norm and c.use_attention_gate
+    turn = {"default": "rope", "proportional": "proportional"}
+    mixers = {"conv": short_conv(c)}
+    for kind, window in ("full_attention", None), ("sliding_attention", c.sliding_window):
+        given = c.rope_parameters[kind]
+        fields = dict(theta=given["rope_theta"], fraction=given.get("partial_rotary_factor", 1), scaling="none")
+        mixers[kind] = attn(
+            c, (turn[given["rope_type"]], fields), window=window, qk_norm=("per_head", dict(eps=c.norm_eps)),
+            out_gate="per_head", qkv_bias=c.attention_bias,
+        )
+    ff = mlp(c.intermediate_size)
+    return [Formed([branch], "sandwich") for kind in c.layer_types for branch in (mixers[kind], ff)]
+
+
+def minimax(c: Any) -> list[Layer]:
+    """Each layer's output is added to its normed input."""
+    def normed(branch: Branch, which: str) -> Layer:
+        alpha, beta = (getattr(c, f"{which}_{name}_factor") for name in ("alpha", "beta"))
+        return Formed([branch], ("normed", dict(alpha=alpha, beta=beta)))
+
+    given = c.rope_parameters
+    rope = ("rope", dict(theta=given["rope_theta"], fraction=given["partial_rotary_factor"], scaling="none"))
+    router = ("softmax", dict(order="before_top_k", renorm=True, renorm_eps=0, scale=1))
+    experts = Branch("moe", dict(
+        experts=c.num_local_experts, top_k=c.num_experts_per_tok, d_ff=c.intermediate_size, act="silu", gated=True,
+        router=router, shared_d_ff=0, latent=None,
+    ))
+    mixers = {
+        MAMBA_KIND: normed(Branch("lightning", dict(
+            heads=c.num_attention_heads, head_dim=c.head_dim, chunk=c.block_size, norm_eps=1e-6,
+        )), "linear_attn"),
+        "full_attention": normed(attn(c, rope), "full_attn"),
+    }
+    return [layer for kind in c.layer_types for layer in (mixers[kind], normed(experts, "mlp"))]
+
+
 def olmo_hybrid(c: Any) -> list[Layer]:
     """Blocks with attention have their norms behind the layers."""
     assert c.rope_parameters["rope_theta"] is None
@@ -217,7 +253,7 @@ def olmo_hybrid(c: Any) -> list[Layer]:
     ))
     attention = attn(c, "none", qk_norm=("full_width", dict(eps=c.rms_norm_eps)))
     ff = mlp(c.intermediate_size)
-    blocks = {MAMBA_KIND: [[delta], [ff]], "full_attention": [PostNorm([attention]), PostNorm([ff])]}
+    blocks = {MAMBA_KIND: [[delta], [ff]], "full_attention": [Formed([attention], "post"), Formed([ff], "post")]}
     return [layer for kind in c.layer_types for layer in blocks[kind]]
 
 
@@ -232,14 +268,22 @@ def qwen3_next(c: Any) -> list[Layer]:
         c, ("rope", dict(theta=given["rope_theta"], fraction=given["partial_rotary_factor"], scaling="none")),
         qk_norm=("per_head", dict(eps=c.rms_norm_eps, zero_centered=True)), out_gate="elementwise",
     )
-    router = ("softmax", dict(order="before_top_k", renorm=c.norm_topk_prob, renorm_eps=0, scale=1))
-    experts = Branch("moe", dict(
+    mixers = {MAMBA_KIND: delta, "full_attention": attention}
+    return [[branch] for kind in c.layer_types for branch in (mixers[kind], _qwen_feed_forward(c))]
+
+
+def _qwen_feed_forward(c: Any) -> Branch:
+    """Qwen3.5 has no say about layers without experts, nor whether shares are made to sum to 1: they are."""
+    if not hasattr(c, "num_experts"):
+        return mlp(c.intermediate_size)
+    assert getattr(c, "decoder_sparse_step", 1) == 1 and not getattr(c, "mlp_only_layers", ())
+    router = ("softmax", dict(
+        order="before_top_k", renorm=getattr(c, "norm_topk_prob", True), renorm_eps=0, scale=1,
+    ))
+    return Branch("moe", dict(
         experts=c.num_experts, top_k=c.num_experts_per_tok, d_ff=c.moe_intermediate_size, act="silu", gated=True,
         router=router, shared_d_ff=c.shared_expert_intermediate_size, shared_gate="sigmoid", latent=None,
     ))
-    assert c.decoder_sparse_step == 1 and not c.mlp_only_layers
-    mixers = {MAMBA_KIND: delta, "full_attention": attention}
-    return [[branch] for kind in c.layer_types for branch in (mixers[kind], experts)]
 
 
 def kimi_delta(c: Any, **more: Any) -> Branch:
@@ -311,7 +355,7 @@ def _zamba(c: Any, scan: Branch, rope: Any, attention: Any, mlp_adapter: Any) ->
     assert c.attention_hidden_size == 2 * c.hidden_size
     ff = mlp(c.intermediate_size, act=c.hidden_act, adapter=mlp_adapter)
     bridge = Branch("linear", dict(bias=False))
-    hybrid = [Aside([block]), Aside([ff]), Aside([bridge]), [scan]]
+    hybrid = [Formed([block], "aside"), Formed([ff], "aside"), Formed([bridge], "aside"), [scan]]
     return [layer for kind in c.layers_block_type for layer in (hybrid if kind == "hybrid" else [[scan]])]
 
 
@@ -357,14 +401,14 @@ def samba(c: Any) -> list[Layer]:
 FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
     "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
-    "Lfm2Moe": lfm2_moe, "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next,
-    "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid, "RecurrentGemma": recurrent_gemma, "Zamba": zamba,
-    "Zamba2": zamba2, "Samba": samba,
+    "Lfm2Moe": lfm2_moe, "Lfm3": lfm3, "MiniMax": minimax, "Qwen3_5": qwen3_next, "Qwen3_5Moe": qwen3_next,
+    "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next, "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid,
+    "RecurrentGemma": recurrent_gemma, "Zamba": zamba, "Zamba2": zamba2, "Samba": samba,
 }
 
 
 #: The scale of their norms is 1 + weight.
-ZERO_CENTERED = "Qwen3Next", "RecurrentGemma"
+ZERO_CENTERED = "Qwen3Next", "Qwen3_5", "Qwen3_5Moe", "RecurrentGemma"
 
 
 def embedding_multiplier(c: Any) -> float:
@@ -420,7 +464,7 @@ def test_layers(name):
     kinds = [[b.kind for b in layer.branches] for layer in found]
     assert kinds == [[b.kind for b in layer] for layer in expected]
     for place, (layer, branches) in enumerate(zip(found, expected, strict=True)):
-        assert layer.sub.residual.name == FORMS[type(branches)]
+        assert same(layer.sub.residual, getattr(branches, "form", "pre"))
         for mixer, branch in zip(layer.branches, branches, strict=True):
             values = {**mixer.fields, **mixer.branch}
             free = dict(in_multiplier=1, out_multiplier=1, dropout=0, adapter="none")

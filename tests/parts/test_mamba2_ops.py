@@ -17,8 +17,8 @@ from kind_values import module  # noqa: E402
 from stand_ins import ConvExtension, SelectiveScanExtension  # noqa: E402
 
 from mambadsl.kinds.mamba1.module import selective_scan as selective_scan_definition  # noqa: E402
-from mambadsl.kinds.mamba2.module import ssd as ssd_definition  # noqa: E402
 from mambadsl.kinds.mamba2.module import step_sizes  # noqa: E402
+from mambadsl.kinds.ssd import ssd as ssd_definition  # noqa: E402
 from mambadsl.kinds.tokens import Tokens  # noqa: E402
 from mambadsl.parts.causal_conv1d import kernels as conv_kernels  # noqa: E402
 from mambadsl.parts.causal_conv1d.conv import make_conv  # noqa: E402
@@ -277,6 +277,15 @@ else:
         def test_core(self, by, order, keep, more, packed):
             mine, reference = self.layers(by, gated_norm=order, **more)
             mine.parts["core"] = make_core(keep=keep, by=by)
+            tokens = Tokens.packed(SEGMENTS) if packed else Tokens.plain(2, 40)
+            for a, b in zip(self.trained(mine, mine, tokens), self.trained(reference, reference, tokens), strict=True):
+                near(a, b)
+
+        @pytest.mark.parametrize("packed", [False, True])
+        def test_scan_of_lightning(self, by, packed):
+            """As many groups as heads, steps of 1, and decays that have no gradient."""
+            mine, reference = (module("lightning", heads=2, head_dim=16, chunk=16) for _ in range(2))
+            mine.parts["scan"] = make_scan(by=by)
             tokens = Tokens.packed(SEGMENTS) if packed else Tokens.plain(2, 40)
             for a, b in zip(self.trained(mine, mine, tokens), self.trained(reference, reference, tokens), strict=True):
                 near(a, b)

@@ -94,7 +94,7 @@ def test_reading_all_tables_loads_nothing_heavy():
         (Package("mine", "", (), parts=(Part("mine", ("mamba2.scan",), "", ""),)), "called `mine.NAME`"),
         (Package("mine", "", (), parts=(Part("mine.a", ("mamba2.scan",), "", ""),) * 2), "two parts"),
         (Package("mine", "", (), parts=(Part("mine.a", ("mamba2.scann",), "", ""),)), "no such slot"),
-        (Package("mine", "", (), parts=(Part("mine.a", ("mamba3.scan",), "", ""),)), "no such slot"),
+        (Package("mine", "", (), parts=(Part("mine.a", ("mamba9.scan",), "", ""),)), "no such slot"),
     ],
 )
 def test_packages_that_are_refused(package, words):

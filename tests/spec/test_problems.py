@@ -21,7 +21,7 @@ PROBLEMS = [
     ("E020", "layer W = mamba2() stack { W «Q» }", ["layers here: W", "std.mdl: M, A, S, F, E"]),
     ("E020", "stack { M «Q»(heads=3) }", ["declare it: `layer Q = mamba2(...)`"]),
     ("E020", "layer B = [M «Q»] stack { B }", ["no layer `Q`"]),
-    ("E021", "stack { M «mamba3»(heads=2) }", ["no kind `mamba3`", "did you mean `mamba"]),
+    ("E021", "stack { M «mamba9»(heads=2) }", ["no kind `mamba9`", "did you mean `mamba"]),
     ("E021", "layer M = «te.linear»() stack { M }", ["no kind `te.linear`"]),
     ("E021", "layer X = «zzzzzz»() stack { X }", ["kinds: attention, gated_delta_net"]),
     ("E022", "layer M = mamba2(«headz»=4) stack { M }", ["`mamba2` has no field `headz`", "`heads`"]),
@@ -60,7 +60,7 @@ PROBLEMS = [
     ("E028", "stack { M } parts p { «scan» = a }", ["names no slot", "`mamba2.scan`"]),
     ("E028", "stack { M } parts p { «A».core = a }", ["no layer of the model is a `A`"]),
     ("E028", "layer B = [M A] stack { B } parts p { «B».core = a }", ["`B` is not a single layer"]),
-    ("E021", "stack { M } parts p { «mamba3».scan = a }", ["no kind `mamba3`"]),
+    ("E021", "stack { M } parts p { «mamba9».scan = a }", ["no kind `mamba9`"]),
     ("E020", "stack { M } parts p { «Q».scan = a }", ["no layer `Q`"]),
     ("E042", "stack { M } parts p { mamba2.scan = a «mamba2.scan» = b }", ["given twice", "first here"]),
     # imports (without a folder; the rest is in test_imports)

@@ -24,7 +24,7 @@ E103 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    for site in subject.sites("mamba2"):
+    for site in subject.sites("mamba2", "mamba3"):
         heads, groups = site.f.heads, site.f.groups
         if heads % groups:
             yield site.problem(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mambadsl.graph.checks.legal import divide
 from mambadsl.graph.checks.subject import Problem, Subject
+from mambadsl.kinds.values import NONE
 from mambadsl.text.diagnostic import declare
 
 E204 = declare(
@@ -13,7 +14,8 @@ E204 = declare(
     "the heads of attention do not divide",
     """
     Every key/value head serves heads / kv_heads query heads, so `heads` must be a multiple of `kv_heads`; and
-    of the tensor-parallel size, where there is one.
+    of the tensor-parallel size, where there is one. Differential attention takes one half of the heads from the
+    other, so both are even.
 
     Why: query head h reads key/value head h // (heads / kv_heads); no kernel takes unequal shares.
 
@@ -32,6 +34,13 @@ def check(subject: Subject) -> Iterator[Problem]:
             yield site.problem(
                 E204, "`heads` must be a multiple of `kv_heads`", ("kv_heads", "heads"),
                 label=f"{heads} heads cannot be shared by {kv_heads}", help=(divide(heads, kv_heads),),
+            )
+        differential = site.f.get("differential", NONE)
+        halved = ("heads", "kv_heads") if differential.name == "halves" else ()
+        if odd := [name for name in halved if site.f[name] % 2]:
+            yield site.problem(
+                E204, "differential attention halves `heads` and `kv_heads`", (*odd, "differential"),
+                label=f"{site.f[odd[0]]} has no half", help=(f"`{odd[0]}={site.f[odd[0]] + 1}`",),
             )
         if heads % tp:
             yield site.problem(

@@ -14,7 +14,7 @@ E217 = declare(
     "rope has no whole pairs of channels to rotate",
     """
     Rotary embeddings rotate channels in pairs: head_dim * fraction must be an even whole number, at least 2;
-    and so must be `rope_dim` of `mla`.
+    and so must be `rope_dim` of `mla` and, of Mamba-3, d_state * rope_fraction.
 
     Why: an odd channel would be left out without a word.
 
@@ -29,13 +29,14 @@ def check(subject: Subject) -> Iterator[Problem]:
     for site in subject.sites("attention"):
         rope = site.f.rope
         unfit = site.defaulted("head_dim") and subject.graph.model.d_model % site.f.heads
-        if rope.name != "rope" or unfit:  # E216 speaks about the latter
+        if rope.name == "none" or unfit:  # E216 speaks about the latter
             continue
         # As written: 0.4 is 2/5 here, not the float nearest to it.
         share = Fraction(str(rope.fraction))
         width = site.f.head_dim * share
-        if width % 2 or width == 0:
-            legal = near(site.f.head_dim, lambda p: p * share % 2 == 0)
+        whole = 2 if rope.name == "proportional" else 1
+        if width % 2 or width == 0 or site.f.head_dim % whole:
+            legal = near(site.f.head_dim, lambda p: p * share % 2 == 0 and p % whole == 0)
             yield site.problem(
                 E217, "the rotated part of a head must be an even number of channels", ("head_dim", "rope"),
                 label=f"{site.f.head_dim} * {rope.fraction} = {float(width):g} channels are rotated",
@@ -48,4 +49,14 @@ def check(subject: Subject) -> Iterator[Problem]:
                 E217, "the rotated part of a head must be an even number of channels", ("rope_dim", "rope"),
                 label=f"{rope_dim} channels are rotated",
                 help=(settings("rope_dim", near(rope_dim, lambda n: n % 2 == 0)),),
+            )
+    for site in subject.sites("mamba3"):
+        share = Fraction(str(site.f.rope_fraction))
+        width = site.f.d_state * share
+        if width % 2 or width == 0:
+            legal = near(site.f.d_state, lambda n: n * share % 2 == 0)
+            yield site.problem(
+                E217, "the part of a state that turns must be an even number", ("d_state", "rope_fraction"),
+                label=f"{site.f.d_state} * {site.f.rope_fraction} = {float(width):g} of each state turn",
+                help=(settings("d_state", legal),) if legal else (),
             )

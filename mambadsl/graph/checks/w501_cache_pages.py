@@ -35,7 +35,7 @@ def check(subject: Subject) -> Iterator[Problem]:
     page, per_token = _bytes(recurrent), _bytes(attention)
     tokens = -(-page // per_token // 16) * 16
     if tokens > subject.length:
-        fields = ("d_state", "heads") if recurrent.mixer.kind == "mamba2" else ("d_state", "d_inner")
+        fields = tuple(name for name in ("d_state", "heads", "d_inner") if name in recurrent.f)
         yield recurrent.problem(
             W501, f"a cache page holds {tokens:,} tokens, more than a sequence of {subject.length:,}", fields,
             label=f"{page:,} bytes of state in a layer; attention has {per_token:,} bytes a token",

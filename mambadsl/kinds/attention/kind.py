@@ -18,6 +18,7 @@ from mambadsl.kinds.kind import (
     ZEROS,
     Dims,
     Flops,
+    Init,
     Kind,
     Saved,
     Slot,
@@ -64,13 +65,24 @@ ROPE_SCALING = OneForm(
     ),
 )
 
+_THETA = Field("theta", Real(above=0), 10000, "base of the rotation frequencies")
+_PLAIN_SCALING = OneForm(none=(), linear=(_FACTOR,))
+
 ROPE = OneForm(
     none=(),
     rope=(
-        Field("theta", Real(above=0), 10000, "base of the rotation frequencies"),
+        _THETA,
         Field("fraction", Real(0, 1, above=0), 1, "share of head_dim that is rotated, the first channels"),
         Field(
             "scaling", ROPE_SCALING, ROPE_SCALING.convert_word("none"),
+            "how frequencies stretch for long contexts",
+        ),
+    ),
+    proportional=(
+        _THETA,
+        Field("fraction", Real(0, 1, above=0), 1, "share of the head's pairs of channels that turn, the fastest ones"),
+        Field(
+            "scaling", _PLAIN_SCALING, _PLAIN_SCALING.convert_word("none"),
             "how frequencies stretch for long contexts",
         ),
     ),
@@ -79,6 +91,14 @@ ROPE = OneForm(
 _EPS = Field("eps", Real(above=0), 1e-6, "eps of the norm")
 _CENTERED = Field("zero_centered", Flag(), False, "the scale is 1 + weight")
 QK_NORM = OneForm(none=(), per_head=(_EPS, _CENTERED), full_width=(_EPS, _CENTERED))
+
+DIFFERENTIAL = OneForm(
+    none=(),
+    halves=(
+        Field("eps", Real(above=0), 1e-5, "eps of the norm behind the difference"),
+        Field("weight", Flag(), True, "that norm has a learned scale, one for all heads"),
+    ),
+)
 
 FIELDS = (
     Field(
@@ -94,7 +114,10 @@ FIELDS = (
         "head_dim", Int(), Computed("d_model // heads", lambda v, model: max(1, model.d_model // v.heads)),
         "channels of one head", "channels",
     ),
-    Field("rope", ROPE, ROPE.convert_word("none"), "rotary position embedding, or none"),
+    Field(
+        "rope", ROPE, ROPE.convert_word("none"),
+        "rotary position embedding, or none; proportional: the slow pairs of channels do not turn (LFM3)",
+    ),
     Field(
         "window", OrWord("none", Int()), None,
         "a token sees itself and the window - 1 tokens before it", "tokens",
@@ -102,6 +125,11 @@ FIELDS = (
     Field("qk_norm", QK_NORM, QK_NORM.convert_word("none"), "RMS norm of queries and keys, before rope"),
     Field("scale", OrWord("auto", Real(above=0)), None, "scale of the scores; auto: head_dim ** -0.5"),
     Field("softcap", OrWord("none", Real(above=0)), None, "scores are squashed to cap * tanh(score / cap)"),
+    Field("sinks", Flag(), False, "each head has a learned score that takes a share of its softmax and gives nothing"),
+    Field(
+        "differential", DIFFERENTIAL, DIFFERENTIAL.convert_word("none"),
+        "halves: the second half of the heads, times a learned factor, is taken from the first; values twice as wide",
+    ),
     Field(
         "out_gate", OneOf("none", "elementwise", "per_head"), "none",
         "what the heads give is scaled by sigmoid of a projection: of each channel (Qwen3-Next), of each head (LFM3)",
@@ -130,8 +158,9 @@ def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
 
 
 def rotary_dim(f: Values) -> int:
-    """Channels of each head that rope rotates (even)."""
-    return int(f.head_dim * f.rope.fraction) // 2 * 2 if f.rope.name == "rope" else 0
+    """Channels of each head that rope takes in pairs (even)."""
+    share = {"none": 0, "rope": f.rope.values.get("fraction"), "proportional": 1}[f.rope.name]
+    return int(f.head_dim * share) // 2 * 2
 
 
 def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
@@ -142,6 +171,16 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
         full, init = f.qk_norm.name == "full_width", ZEROS if f.qk_norm.zero_centered else ONES
         for name, width in ("q_norm", q if full else f.head_dim), ("k_norm", kv if full else f.head_dim):
             table.append(Weight(f"{name}.weight", (width,), init, decay=False, quantise=False))
+    if f.sinks:
+        table.append(Weight("sinks", (f.heads,), fp32=True, decay=False, quantise=False, tp="heads"))
+    if f.differential.name != "none":
+        # lambda: of both halves a query's and a key's vector; lambda_start: what their difference begins at, by depth.
+        table += [
+            Weight("lambda", (4, f.head_dim), Init.of("normal", std=0.1), fp32=True, decay=False, quantise=False),
+            Weight("lambda_start", (1,), Init("lambda_start"), fp32=True, decay=False, trained=False, quantise=False),
+        ]
+        if f.differential.weight:
+            table.append(Weight("sub_norm.weight", (2 * f.head_dim,), ONES, decay=False, quantise=False))
     table += linear("o_proj", dims.d_model, q, bias=f.o_bias, init=RESIDUAL, tp="in")
     return tuple(table)
 
@@ -159,10 +198,11 @@ def mean_context(length: int, window: int | None) -> Fraction:
 
 
 def flops(f: Values, dims: Dims, length: int) -> Flops:
-    """Projections, and 2 products (scores, values) over the tokens seen; the backward pass of the core
-    does 5 products for those 2 (flash attention computes the scores again)."""
+    """Projections, and 2 products (scores, values) over the tokens seen, 3 with values twice as wide; the backward
+    pass of the core does 5 products for 2 (flash attention computes the scores again)."""
     proj = matmul(dims.d_in * sum(n for _, n in in_segments(f)), q_dim(f) * dims.d_model)
-    core = 4 * q_dim(f) * mean_context(length, f.window)
+    products = 6 if f.differential.name == "halves" else 4
+    core = products * q_dim(f) * mean_context(length, f.window)
     return proj + mixing(core, backward=Fraction(5, 2))
 
 

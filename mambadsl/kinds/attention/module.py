@@ -53,14 +53,29 @@ class Module(KindModule):
         if state is not None:
             seen, queries, keys = extend(state, dict(k=k_BTKP, v=v_BTKP), tokens, window=f.window)
             k_BTKP, v_BTKP = seen["k"], seen["v"]
-        scale = f.head_dim**-0.5 if f.scale is None else f.scale
-        y_BTHP = self.parts["core"](
-            q_BTHP, k_BTKP, v_BTKP, queries, keys, scale=scale, window=f.window, softcap=f.softcap
-        )
+        how = dict(scale=f.head_dim**-0.5 if f.scale is None else f.scale, window=f.window, softcap=f.softcap)
+        if f.sinks:
+            how["sinks_H"] = self.sinks
+        mix = self._difference if f.differential.name == "halves" else self.parts["core"]
+        y_BTHP = mix(q_BTHP, k_BTKP, v_BTKP, queries, keys, **how)
         if gate:
             # [B, T, H, P] or, of whole heads, [B, T, H, 1].
             y_BTHP = y_BTHP * torch.sigmoid(gate[0]).unflatten(-1, (f.heads, -1))
         return self.parts["o_proj"](y_BTHP.flatten(2), self.o_proj.weight, self.o_proj.bias)
+
+    def _difference(self, q_BTHP: Tensor, k_BSKP: Tensor, v_BSKP: Tensor, *seen: Tokens, **how: Any) -> Tensor:
+        """Differential attention: head h of the first half less a share of head h of the second, with the values of
+        both, normed. The core runs once for each half of the values, whose width is then the heads' own."""
+        form = self.f.differential
+        values = (half.repeat(1, 1, 2, 1) for half in v_BSKP.chunk(2, 2))
+        runs = [self.parts["core"](q_BTHP, k_BSKP, v, *seen, **how) for v in values]
+        first, second = torch.cat(runs, -1).chunk(2, 2)
+        q1, k1, q2, k2 = self.get_parameter("lambda").float()
+        start = self.lambda_start
+        share = (q1 @ k1).exp() - (q2 @ k2).exp() + start
+        weight = self.sub_norm.weight if form.weight else None
+        y_BTHP = rms_norm(first.float() - share * second.float(), weight, eps=form.eps) * (1 - start)
+        return y_BTHP.to(q_BTHP.dtype).unflatten(-1, (2, -1)).flatten(2, 3)
 
     def _norm(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         norm = self.f.qk_norm

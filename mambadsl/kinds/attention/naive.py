@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ State = list[list[tuple[int, int, Tensor, Tensor]]]
 def frequency(rope: Variant, dim: int, pair: int, length: int) -> float:
     """Radians that one pair of channels turns per token, in a document of `length` tokens."""
     s, theta = rope.scaling, rope.theta
+    if rope.name == "proportional" and pair >= int(rope.fraction * dim // 2):
+        return 0.0
     if s.name == "dynamic" and length > s.original_context and dim > 2:
         theta *= (s.factor * length / s.original_context - (s.factor - 1)) ** (dim / (dim - 2))
     plain = theta ** (-2 * pair / dim)
@@ -83,6 +86,7 @@ def naive(
     segments = [[0] * T] * B if tokens.segments_BT is None else tokens.segments_BT.tolist()
     rows: State = [[] for _ in range(B)] if state is None else [list(row) for row in state]
     y = [[x_BTD.new_zeros(dims.d_model)] * T for _ in range(B)]
+    sinks = weights["sinks"] if f.sinks else [None] * f.heads
 
     for b in range(B):
         for t in range(T):
@@ -97,7 +101,9 @@ def naive(
                 for (s, p, k, v) in rows[b]
                 if s == document and p <= position and (f.window is None or p > position - f.window)
             ]
-            heads = [one_head(q_HP[h], seen, h * f.kv_heads // f.heads, f) for h in range(f.heads)]
+            heads = [one_head(q_HP[h], seen, h * f.kv_heads // f.heads, f, sinks[h]) for h in range(f.heads)]
+            if f.differential.name == "halves":
+                heads = difference(weights, f, q_HP, seen, sinks)
             if f.out_gate == "per_head":
                 heads = [head_P * torch.sigmoid(gate[h]) for h, head_P in enumerate(heads)]
             y_I = torch.cat(heads)
@@ -125,18 +131,46 @@ def project(
         q_HP = [rms(q, q_scale, f.qk_norm.eps) for q in q_HP]
         k_KP = [rms(k, k_scale, f.qk_norm.eps) for k in k_KP]
     k_KP = [k * f.key_multiplier for k in k_KP]
-    if f.rope.name == "rope":
+    if f.rope.name != "none":
         q_HP = [turn(q, f.rope, rotary_dim(f), position, length) for q in q_HP]
         k_KP = [turn(k, f.rope, rotary_dim(f), position, length) for k in k_KP]
     return q_HP, torch.stack(k_KP), torch.stack(v.split(f.head_dim)), gate
 
 
-def one_head(q_P: Tensor, seen: list[tuple[Tensor, Tensor]], kv_head: int, f: Values) -> Tensor:
+def one_head(
+    q_P: Tensor, seen: list[tuple[Tensor, Tensor]], kv_head: int, f: Values, sink: Tensor | None,
+    value_head: int | None = None,
+) -> Tensor:
     scale = f.head_dim**-0.5 if f.scale is None else f.scale
     scores = [(q_P * k_KP[kv_head]).sum() * scale for k_KP, _ in seen]
     if f.softcap is not None:
         scores = [f.softcap * torch.tanh(score / f.softcap) for score in scores]
-    largest = max(float(score.detach()) for score in scores)
+    ends = [] if sink is None else [sink]
+    largest = max(float(score.detach()) for score in (*scores, *ends))
     powers = [torch.exp(score - largest) for score in scores]
-    total = sum(powers)
-    return sum(power / total * v_KP[kv_head] for power, (_, v_KP) in zip(powers, seen))
+    total = sum([*powers, *(torch.exp(end - largest) for end in ends)])
+    head = kv_head if value_head is None else value_head
+    return sum(power / total * v_KP[head] for power, (_, v_KP) in zip(powers, seen))
+
+
+def difference(
+    weights: Mapping[str, Tensor], f: Values, q_HP: list[Tensor], seen: list[tuple[Tensor, Tensor]], sinks: Any
+) -> list[Tensor]:
+    """Heads of differential attention: softmax of the first half less lambda times that of the second, on the values
+    of both halves."""
+    q1, k1, q2, k2 = weights["lambda"]
+    start = weights["lambda_start"][0]
+    share = torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + start
+    half, kv_half = f.heads // 2, f.kv_heads // 2
+    heads = []
+    for h in range(half):
+        first, second = h * f.kv_heads // f.heads, (h + half) * f.kv_heads // f.heads
+        parts = []
+        for values in first, first + kv_half:
+            a = one_head(q_HP[h], seen, first, f, sinks[h], values)
+            b = one_head(q_HP[h + half], seen, second, f, sinks[h + half], values)
+            parts.append(a - share * b)
+        scale = weights["sub_norm.weight"] if f.differential.weight else 1
+        wide = rms(torch.cat(parts), scale, f.differential.eps) * (1 - start)
+        heads += list(wide.split(f.head_dim))
+    return heads

@@ -18,15 +18,26 @@ from mambadsl.kinds.values import Variant
 def rope_tables(rope: Variant, dim: int, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """cos_BTR and sin_BTR, float32, for `dim` = 2R rotated channels; rope: a form of `kind.ROPE`."""
     positions_BT = tokens.positions_BT
-    exponent_R = torch.arange(0, dim, 2, device=positions_BT.device).float() / dim
-    scaling = rope.scaling
+    scaling, device = rope.scaling, positions_BT.device
     if scaling.name == "dynamic":
-        frequency = 1 / dynamic_theta(scaling, rope.theta, dim, tokens)[..., None] ** exponent_R
+        frequency = 1 / dynamic_theta(scaling, rope.theta, dim, tokens)[..., None] ** exponents(dim, device)
     else:
-        frequency = SCALINGS[scaling.name](scaling, rope.theta, 1 / rope.theta**exponent_R)
+        frequency = frequencies(rope, dim, device)
     angle_BTR = positions_BT[..., None].float() * frequency
     factor = attention_factor(scaling)
     return angle_BTR.cos() * factor, angle_BTR.sin() * factor
+
+
+def exponents(dim: int, device: torch.device) -> Tensor:
+    return torch.arange(0, dim, 2, device=device).float() / dim
+
+
+def frequencies(rope: Variant, dim: int, device: torch.device) -> Tensor:
+    """Angle per position of each of dim / 2 pairs of channels, float32 [R]; of all scalings but `dynamic`."""
+    frequency_R = SCALINGS[rope.scaling.name](rope.scaling, rope.theta, 1 / rope.theta ** exponents(dim, device))
+    if rope.name == "proportional":
+        frequency_R = frequency_R * (torch.arange(dim // 2, device=device) < int(rope.fraction * dim // 2))
+    return frequency_R
 
 
 def rotate(x_BTHP: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from mambadsl.kinds.fields import Field, Int, OrWord
 from mambadsl.parts.causal_conv1d.package import conv
 from mambadsl.parts.part import Package, Part, Request
-from mambadsl.parts.triton.package import KEEP, gate_norm
+from mambadsl.parts.triton.package import KEEP, SCANNED, gate_norm
 
 #: tl.arange takes powers of two; the states' kernels hold one whole row of them.
 LARGEST_STATE = 256
 
 
 def scan(request: Request) -> Iterator[str]:
-    f = request.fields
-    if f.d_state & (f.d_state - 1) or not 16 <= f.d_state <= LARGEST_STATE:
-        yield f"takes d_state 16, 32, 64, 128 or 256, not {f.d_state}"
-    if f.head_dim > 256:
-        yield f"takes head_dim up to 256, not {f.head_dim}"
+    head_dim, d_state = SCANNED[request.slot.partition(".")[0]](request.fields)
+    if d_state & (d_state - 1) or not 16 <= d_state <= LARGEST_STATE:
+        yield f"takes d_state 16, 32, 64, 128 or 256, not {d_state}"
+    if head_dim > 256:
+        yield f"takes head_dim up to 256, not {head_dim}"
 
 
 def core(request: Request) -> Iterator[str]:
@@ -52,7 +52,8 @@ PACKAGE = Package(
             "mambadsl.parts.mamba_ssm.scan:make_core", core, (CHUNK, KEEP), needs=("causal_conv1d", "triton"),
         ),
         Part(
-            "mamba_ssm.scan", ("mamba2.scan",), "the chunked SSD scan, initial and final states included",
+            "mamba_ssm.scan", ("mamba2.scan", "lightning.scan"),
+            "the chunked SSD scan, initial and final states included",
             "mambadsl.parts.mamba_ssm.scan:make_scan", scan, (CHUNK,),
         ),
         Part(

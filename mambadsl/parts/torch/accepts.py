@@ -14,10 +14,12 @@ HEADS = {
 
 
 def attention(request: Request) -> Iterator[str]:
-    """Any heads of 16 channels or more."""
+    """Any heads of 16 channels or more, without sinks."""
     for name, channels in HEADS[request.slot.partition(".")[0]](request.fields).items():
         if channels < 16:
             yield f"{name} must be at least 16 for windows, packed documents and softcaps, not {channels}"
+    if request.fields.get("sinks"):
+        yield "its softmax has no sinks"
 
 
 def experts(request: Request) -> Iterator[str]:

@@ -21,12 +21,16 @@ def conv(request: Request) -> Iterator[str]:
         yield f"takes d_conv from {least} to {most}, not {request.fields.d_conv}"
 
 
+#: For each kind that the SSD scan is of: channels of a head, and numbers of state a channel.
+SCANNED = {"mamba2": lambda f: (f.head_dim, f.d_state), "lightning": lambda f: (f.head_dim, f.head_dim)}
+
+
 def scan(request: Request) -> Iterator[str]:
-    f = request.fields
-    if f.head_dim > LARGEST_HEAD:
-        yield f"takes head_dim up to {LARGEST_HEAD}, not {f.head_dim}"
-    if f.d_state > LARGEST_STATE:
-        yield f"takes d_state up to {LARGEST_STATE}, not {f.d_state}"
+    head_dim, d_state = SCANNED[request.slot.partition(".")[0]](request.fields)
+    if head_dim > LARGEST_HEAD:
+        yield f"takes head_dim up to {LARGEST_HEAD}, not {head_dim}"
+    if d_state > LARGEST_STATE:
+        yield f"takes d_state up to {LARGEST_STATE}, not {d_state}"
 
 
 def core(request: Request) -> Iterator[str]:
@@ -88,7 +92,7 @@ PACKAGE = Package(
             "mambadsl.parts.triton.conv:make_plain_conv", conv,
         ),
         Part(
-            "triton.scan", ("mamba2.scan",), "the chunked SSD scan, initial and final states included",
+            "triton.scan", ("mamba2.scan", "lightning.scan"), "the chunked SSD scan, initial and final states included",
             "mambadsl.parts.triton.scan:make_scan", scan, (CHUNK,), capability=HOPPER,
         ),
         Part(

@@ -1,6 +1,6 @@
 """The slot `mamba2.scan` as an opaque op with a gradient, of the states too, by our kernels or mamba_ssm's.
 
-In and out: as `kinds/mamba2/module.py`'s `ssd`, the definition. Refuses (ValueError): as the scans.
+In and out: as `kinds/ssd.py`'s `ssd`, the definition. Refuses (ValueError): as the scans.
 
 Letters: B batch, T time, H heads, P head_dim, N d_state, G groups, c chunks, Q tokens of a chunk.
 """

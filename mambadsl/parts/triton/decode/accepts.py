@@ -65,6 +65,10 @@ def _attention(f: Values) -> Iterator[str]:
         yield "qk_norm is over the full width, not per head"
     elif f.qk_norm.name == "per_head" and f.qk_norm.zero_centered:
         yield "the scale of qk_norm is 1 + weight"
+    if f.sinks:
+        yield "its softmax has no sinks"
+    if f.differential.name != "none":
+        yield f"differential is {f.differential.name}"
     if f.out_gate != "none":
         yield f"out_gate is {f.out_gate}"
     if f.rope.name == "rope" and f.rope.scaling.name == "dynamic":

@@ -21,13 +21,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mambadsl.kinds.attention.kind import rotary_dim
-from mambadsl.kinds.attention.rope import SCALINGS, attention_factor
+from mambadsl.kinds.attention.rope import attention_factor, frequencies
 from mambadsl.kinds.mamba2.kind import d_inner
-from mambadsl.kinds.values import Variant
 from mambadsl.parts.triton.decode.attention import attend
 from mambadsl.parts.triton.decode.configs import MOST_CONVOLVED_INSIDE
 from mambadsl.parts.triton.decode.conv import NO_SHIFT, Shift, convolve
@@ -92,7 +90,7 @@ def attention(sublayer: Any, x_BD: Tensor, position_B: Tensor, state: State, *, 
     y_BQ = attend(
         qkv_BE, state["k"], state["v"], state["used"], position_B,
         scale=f.head_dim**-0.5 if f.scale is None else f.scale,
-        frequency_R=frequencies(f.rope, rotary_dim(f), x_BD.device) if turned else None,
+        frequency_R=_frequencies(f.rope, rotary_dim(f), x_BD.device) if turned else None,
         rope_factor=attention_factor(f.rope.scaling) if turned else 1.0, window=f.window, softcap=f.softcap,
         key_multiplier=f.key_multiplier, q_norm_P=layer.q_norm.weight if normed else None,
         k_norm_P=layer.k_norm.weight if normed else None, norm_eps=f.qk_norm.eps if normed else 0.0,
@@ -131,8 +129,5 @@ def norm_of(norm: Any) -> RowNorm | None:
     return RowNorm(norm.weight, norm.norm.eps, norm.norm.zero_centered)
 
 
-@cache
-def frequencies(rope: Variant, dim: int, device: torch.device) -> Tensor:
-    """Angle per position of each of dim / 2 pairs of channels, float32, as `rope_tables` has them."""
-    exponent_R = torch.arange(0, dim, 2, device=device).float() / dim
-    return SCALINGS[rope.scaling.name](rope.scaling, rope.theta, 1 / rope.theta**exponent_R)
+#: The same tensor at each step.
+_frequencies = cache(frequencies)
