@@ -49,6 +49,16 @@ KIMI = dict(
     num_hidden_layers=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
 )
 
+ZAMBA2 = dict(
+    **WIDTH, intermediate_size=48, num_hidden_layers=6, mamba_d_state=8, n_mamba_heads=8, chunk_size=8,
+    num_attention_heads=4, num_key_value_heads=4, adapter_rank=4, tie_word_embeddings=True,
+)
+MINIMAX = dict(
+    **WIDTH, **ATTENTION, intermediate_size=24, num_hidden_layers=4, head_dim=8, block_size=8, num_local_experts=4,
+    num_experts_per_tok=2, tie_word_embeddings=False, linear_attn_alpha_factor=2.5, linear_attn_beta_factor=1.1,
+    full_attn_alpha_factor=3.5, full_attn_beta_factor=0.9, mlp_alpha_factor=1.5, mlp_beta_factor=0.8,
+)
+
 #: name: (model_type, settings).
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", dict(**WIDTH, state_size=8, num_hidden_layers=2, tie_word_embeddings=True)),
@@ -161,6 +171,25 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         **KIMI, head_dim=8, layer_group_size=4, first_k_dense_replace=2, num_local_experts=8, num_experts_per_tok=2,
         n_group=1, topk_group=1, num_mtp_layers=0, kda_safe_gate=False,
     )),
+    "zamba": ("zamba", dict(
+        **WIDTH, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, n_mamba_heads=2, mamba_d_state=8,
+        num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        mamba_proj_bias=True, tie_word_embeddings=True,
+    )),
+    "zamba2": ("zamba2", dict(
+        **ZAMBA2, num_mem_blocks=1, use_shared_attention_adapter=True, use_mem_rope=True,
+        layers_block_type=["linear_attention", "hybrid"] * 3,
+    )),
+    "zamba2 two blocks": ("zamba2", dict(
+        **ZAMBA2, num_mem_blocks=2, mamba_ngroups=2,
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid", "hybrid"],
+    )),
+    "minimax": ("minimax", dict(
+        **MINIMAX, layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    )),
+    "lfm3": ("lfm3", dict(
+        **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=5, head_dim=16, sliding_window=6,
+    )),
     "recurrent_gemma": ("recurrent_gemma", dict(
         **TOKENS, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=1, lru_width=48, attention_window_size=8,
@@ -186,7 +215,8 @@ def model(name: str) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for path, tensor in made.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
+            # Slopes say nothing that a layer's depth does not say, and the decays follow from them.
+            if tensor.is_floating_point() and not path.endswith(("slope_rate", "_decay")):
                 noise = torch.randn(tensor.shape, generator=generator)
                 tensor.add_(noise * (0.2 if tensor.dim() < 2 or "norm" in path else 0.5 * tensor.shape[-1] ** -0.5))
     return made.eval()

@@ -82,6 +82,9 @@ def read_rope(given: dict[str, Any] | None) -> Variant:
     if not given or given.get("rope_theta") is None:
         return NONE
     kind = given.get("rope_type") or given.get("type") or "default"
+    # Turns pairs across the whole head, and lets the slow ones stand still.
+    name = "proportional" if kind == "proportional" else "rope"
+    kind = "default" if kind == name else kind
     known = SCALINGS.get(kind, {})
     if kind != "default" and not known:
         raise Unlike(f"has the type `{kind}`; with a counterpart: `default`, " + ", ".join(f"`{k}`" for k in SCALINGS))
@@ -90,14 +93,15 @@ def read_rope(given: dict[str, Any] | None) -> Variant:
     scaling = {} if kind == "default" else {"scaling": form(kind, **{
         ours: given[theirs] for ours, theirs in known.items() if given.get(theirs) is not None
     })}
-    return form("rope", theta=given["rope_theta"], fraction=given.get("partial_rotary_factor") or 1, **scaling)
+    return form(name, theta=given["rope_theta"], fraction=given.get("partial_rotary_factor") or 1, **scaling)
 
 
 def write_rope(value: Variant) -> dict[str, Any]:
     if value.name == "none":
         return {"rope_type": "default", "rope_theta": None}
     scaling = value.scaling
-    found = {"rope_type": "default" if scaling.name == "none" else scaling.name, "rope_theta": float(value.theta)}
+    plain = "proportional" if value.name == "proportional" else "default"
+    found = {"rope_type": plain if scaling.name == "none" else scaling.name, "rope_theta": float(value.theta)}
     if value.fraction != 1:
         found["partial_rotary_factor"] = value.fraction
     for ours, theirs in SCALINGS.get(scaling.name, {}).items():

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mambadsl.graph.graph import LayerGraph, Node
 from mambadsl.hf.config import Settings, Unlike, config_class, from_dict
-from mambadsl.hf.family import Family, Recipe, both, families
+from mambadsl.hf.family import Family, Recipe, Row, both, families
 from mambadsl.hf.importer import Imported, import_settings
 from mambadsl.kinds.fields import Field
 from mambadsl.kinds.registry import get
@@ -59,10 +60,10 @@ def export_settings(
     wanted = family or (base.config.model_type if base is not None else None)
     tried = {name: _tried(graph, known[name], base) for name in ([wanted] if wanted else known)}
     for found in tried.values():
-        if not isinstance(found, list):
+        if not isinstance(found, _Misfit):
             return found
-    closest = min(tried, key=lambda name: len(tried[name]))
-    problems = tried[closest]
+    closest = min(tried, key=lambda name: tried[name].distance)
+    problems = tried[closest].problems
     what = f"the family `{closest}`" if wanted else f"any family of Hugging Face's; `{closest}` comes closest"
     notes = [text for text, _ in problems[:LISTED]]
     if len(problems) > LISTED:
@@ -76,10 +77,18 @@ def export_settings(
 _Problems = list[tuple[str, Node | None]]
 
 
-def _tried(graph: LayerGraph, family: Family, base: Settings | None) -> tuple[Settings, Imported] | _Problems:
+@dataclass(frozen=True)
+class _Misfit:
+    """distance: how much would have to change, to tell which family comes closest."""
+
+    problems: _Problems
+    distance: int
+
+
+def _tried(graph: LayerGraph, family: Family, base: Settings | None) -> tuple[Settings, Imported] | _Misfit:
     named, problems = _named(graph, family)
     if problems:
-        return problems
+        return _Misfit(problems, 2 * len(problems))
     try:
         given = {"model_type": family.model_type, "architectures": [family.architecture]}
         if base is not None and base.config.model_type == family.model_type:
@@ -91,13 +100,14 @@ def _tried(graph: LayerGraph, family: Family, base: Settings | None) -> tuple[Se
         settings = from_dict(given | beyond | written)
         found = import_settings(settings, name=graph.name)
     except Unlike as error:
-        return [(str(error), None)]
+        return _Misfit([(str(error), None)], 2 * len(graph.layers))
     except MdlError as error:
-        return [(d.message, None) for d in error.diagnostics]
-    return list(differences(graph, found.graph)) or (settings, found)
+        return _Misfit([(d.message, None) for d in error.diagnostics], 2 * len(graph.layers))
+    problems = list(differences(graph, found.graph))
+    return _Misfit(problems, len(problems)) if problems else (settings, found)
 
 
-def _named(graph: LayerGraph, family: Family) -> tuple[list[tuple[str, ...]], _Problems]:
+def _named(graph: LayerGraph, family: Family) -> tuple[list[Row], _Problems]:
     """The recipes of each layer, or the layers that have none."""
     rows, problems = [], []
     if graph.mtp is not None:
@@ -107,10 +117,8 @@ def _named(graph: LayerGraph, family: Family) -> tuple[list[tuple[str, ...]], _P
         if None in names:
             mixer = node.layer.branches[names.index(None)]
             problems.append((f"{node.path}: `{mixer.kind}` as it is here", node))
-        elif node.shared:
-            problems.append((f"{node.path}: weights that other layers use too", node))
         else:
-            rows.append(tuple(names))
+            rows.append(Row(names, node.owner))
     return rows, problems
 
 
@@ -136,20 +144,27 @@ def _values(layer: LayerSpec, branch: int) -> Values:
     return Values({**mixer.fields, **mixer.branch, **layer.sub})
 
 
-def _written(graph: LayerGraph, family: Family, rows: list[tuple[str, ...]]) -> Mapping[str, Any]:
+def _written(graph: LayerGraph, family: Family, rows: list[Row]) -> Mapping[str, Any]:
     """Their settings; each recipe's are those of the first layer that has it. Raises Unlike."""
     found: dict[str, Any] = {}
     for ours, entry in family.settings.items():
-        found |= both(entry).write(graph.model[ours])
+        _merge(found, both(entry).write(graph.model[ours]))
     fields: dict[str, Values] = {}
     for node, row in zip(graph.layers, rows):
         for i, name in enumerate(row):
             fields.setdefault(name, _values(node.layer, i))
     for name, values in fields.items():
         for ours, entry in _entries(family.recipes[name]):
-            found |= entry.write(values[ours])
+            _merge(found, entry.write(values[ours]))
     found |= family.order(rows)
     return found | (family.derived(fields, graph.model) if family.derived else {})
+
+
+def _merge(found: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Settings that have parts by type of layer come from several recipes."""
+    for name, value in more.items():
+        before = found.get(name)
+        found[name] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
 
 
 def _beyond(token: Any, vocab: int) -> bool:
@@ -169,12 +184,13 @@ def differences(ours: LayerGraph, theirs: LayerGraph) -> Iterator[tuple[str, Nod
         yield f"`{name}` is {a} here, {b} there", None
     if len(ours.layers) != len(theirs.layers):
         yield f"{len(ours.layers)} layers here, {len(theirs.layers)} there", None
+    sharing, others_sharing = _first_uses(ours), _first_uses(theirs)
     for node, other in zip(ours.layers, theirs.layers):
         kinds, others = ([b.kind for b in n.layer.branches] for n in (node, other))
         if kinds != others:
             yield f"{node.path}: {' + '.join(kinds)} here, {' + '.join(others)} there", node
             continue
-        if node.owner.partition(".")[0] != other.owner.partition(".")[0]:
+        if sharing[node.path] != others_sharing[other.path]:
             yield f"{node.path}: weights that other layers use too", node
         tables = [(SUBLAYER_FIELDS, node.layer.sub, other.layer.sub)]
         for mixer, their in zip(node.layer.branches, other.layer.branches):
@@ -183,6 +199,12 @@ def differences(ours: LayerGraph, theirs: LayerGraph) -> Iterator[tuple[str, Nod
         for fields, a, b in tables:
             for name, (x, y) in _unequal(fields, a, b):
                 yield f"{node.path}: `{name}` is {x} here, {y} there", node
+
+
+def _first_uses(graph: LayerGraph) -> dict[str, str]:
+    """For each layer, the first that has the same weights."""
+    first: dict[str, str] = {}
+    return {node.path: first.setdefault(node.owner, node.path) for node in graph.layers}
 
 
 def _unequal(fields: tuple[Field, ...], ours: Values, theirs: Values) -> Iterator[tuple[str, tuple[str, str]]]:

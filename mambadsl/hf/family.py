@@ -8,7 +8,7 @@ read again and compared, so a table that says less than the truth refuses rather
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -78,12 +78,26 @@ class Recipe:
 @dataclass(frozen=True)
 class Layer:
     """One layer of ours. recipes, paths: of its branches, and where their tensors lie. norm, post_norm: the tensors of
-    the norms before and behind it."""
+    the norms before and behind it. owner: whose weights it has, where it shares them (`shared.T.0`). names: of its only
+    branch, what the recipe does not know."""
 
     recipes: tuple[str, ...]
     paths: tuple[str, ...]
     norm: str = ""
     post_norm: str = ""
+    owner: str = ""
+    names: Mapping[str, Place] = field(default_factory=dict)
+
+
+class Row(tuple):
+    """The recipes of a layer's branches, on the way out. owner: whose weights it has."""
+
+    owner: str
+
+    def __new__(cls, recipes: Iterable[str], owner: str) -> Row:
+        row = super().__new__(cls, recipes)
+        row.owner = owner
+        return row
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,7 @@ class Family:
     settings: Mapping[str, Entry]
     recipes: Mapping[str, Recipe]
     layers: Callable[[Settings], Iterator[Layer]]
-    order: Callable[[Sequence[tuple[str, ...]]], Mapping[str, Any]]
+    order: Callable[[Sequence[Row]], Mapping[str, Any]]
     demands: Mapping[str, Any] = field(default_factory=dict)
     embed: str = "model.embed_tokens.weight"
     final: str = "model.norm.weight"

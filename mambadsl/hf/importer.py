@@ -23,7 +23,8 @@ from mambadsl.text.spell import nearest
 
 @dataclass(frozen=True)
 class Imported:
-    """places: our weight's path -> theirs. at: the path of each layer of ours -> theirs (a prefix of tensors).
+    """places: our weight's path -> theirs. at: the path of each layer of ours -> theirs (a prefix of
+    tensors), shared ones apart.
     diagnostics: settings that were not looked at."""
 
     family: Family
@@ -52,10 +53,10 @@ def import_settings(c: Settings, *, name: str) -> Imported:
     nodes = [Node("embed", Role.EMBED, None, "embed")]
     for i, layer in enumerate(laid):
         path = f"stack.{i}"
-        nodes.append(Node(path, Role.LAYER, _joined([specs[r] for r in layer.recipes]), path))
+        nodes.append(Node(path, Role.LAYER, _joined([specs[r] for r in layer.recipes]), layer.owner or path))
     nodes.append(Node("head", Role.HEAD, None, "head"))
     graph = LayerGraph(name, model, tuple(nodes), connect(nodes, model))
-    at = {node.path: layer.paths[0] for node, layer in zip(graph.layers, laid)}
+    at = {node.path: layer.paths[0] for node, layer in zip(graph.layers, laid) if not node.shared}
     return Imported(family, graph, _places(family, graph, laid), at, tuple(c.ignored()))
 
 
@@ -114,10 +115,12 @@ def _places(family: Family, graph: LayerGraph, laid: list[Layer]) -> dict[str, R
     for node, layer in zip(graph.layers, laid, strict=True):
         found[f"{node.owner}.norm.weight"] = rows(layer.norm)
         found[f"{node.owner}.post_norm.weight"] = rows(layer.post_norm)
-        for (_, prefix, mixer), recipe, at in zip(node.branches(), layer.recipes, layer.paths, strict=True):
-            names = family.recipes[recipe].places(mixer.fields)
-            for path in weights:
-                if path.startswith(f"{prefix}."):
-                    name = path.removeprefix(f"{prefix}.")
-                    found[path] = rows(names.get(name, name)).below(at)
+        for (own, prefix, mixer), recipe, at in zip(node.branches(), layer.recipes, layer.paths, strict=True):
+            names = {**family.recipes[recipe].places(mixer.fields), **layer.names}
+            # Of a shared layer, some weights are each use's own.
+            for before in {f"{prefix}.": None, f"{own}.mixer.": None}:
+                for path in weights:
+                    if path.startswith(before):
+                        name = path.removeprefix(before)
+                        found[path] = rows(names.get(name, name)).below(at)
     return {path: found[path] for path in weights}

@@ -39,7 +39,10 @@ class Piece:
 
 
 class Rows:
-    """Pieces that hold a weight of ours together, along its first axis."""
+    """Pieces that hold a weight of ours together, along its first axis. constant: theirs may be missing, for the weight
+    is never anything but what its law of initial values gives."""
+
+    constant = False
 
     def __init__(self, *pieces: Piece | str):
         self.pieces = tuple(Piece(p) if isinstance(p, str) else p for p in pieces)

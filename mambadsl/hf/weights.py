@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mambadsl.build.init import draw
 from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
 from mambadsl.graph.weights import all_weights
 from mambadsl.hf.files import E613, Files
@@ -37,24 +38,27 @@ class Source:
         self.imported, self.files = imported, Files(folder)
         self.weights = all_weights(imported.graph)
         self.renamed: dict[str, str] = {}
+        self.constants: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.skipped: tuple[str, ...] = ()
         self._check()
 
     def read(self, path: str) -> Tensor:
+        if path in self.constants:
+            return draw(self.weights[path], self.imported.graph, path=path, seed=0)
         return self.imported.places[path].read(self._get, self.weights[path])
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Writes them under our names, in the order of their files."""
         order = {file: i for i, file in enumerate(self.files.sizes)}
         first = {path: self._name(next(rows.names())) for path, rows in self.imported.places.items()}
-        paths = sorted(self.weights, key=lambda path: order[self.files.file_of[first[path]]])
+        file_of, dtypes = self.files.file_of, self.files.dtypes
         units = [
             Unit(
-                prod(self.weights[path].shape) * self.files.dtypes[first[path]].itemsize,
+                prod(self.weights[path].shape) * dtypes.get(first[path], torch.float32).itemsize,
                 lambda path=path: [(path, self.read(path))],
             )
-            for path in paths
+            for path in sorted(self.weights, key=lambda path: order.get(file_of.get(first[path]), 0))
         ]
         about = {"format": "pt", "model": self.imported.graph.name}
         most = min(MAX_FILE_BYTES, max(self.files.sizes.values()))
@@ -76,9 +80,14 @@ class Source:
         for name in wanted:
             if name not in there:
                 self._find_renamed(name, wanted)
-        missing = [name for name in wanted if self._name(name) not in there]
+        absent = {name for name in wanted if self._name(name) not in there}
+        self.constants = {
+            path for path, rows in self.imported.places.items() if rows.constant and absent.issuperset(rows.names())
+        }
+        given = {name for path in self.constants for name in self.imported.places[path].names()}
+        missing = [name for name in wanted if name in absent and name not in given]
         used = {self._name(name) for name in wanted}
-        shapes = {name: there[self._name(name)] for name in wanted if name not in missing}
+        shapes = {name: there[self._name(name)] for name in wanted if name not in absent}
         left = [name for name in there if name not in used]
         self.skipped = tuple(name for name in left if self._empty(name))
         unknown = [name for name in left if name not in self.skipped]

@@ -1,13 +1,14 @@
-"""LFM2: gated short convolutions or attention, then an MLP or experts."""
+"""LFM2 and LFM3: gated short convolutions or attention, then an MLP or experts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import apart, norm, pairs, rope, router
+from mambadsl.hf.entries import apart, form, norm, pairs, rope, router
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
 from mambadsl.kinds.values import Values
 
@@ -78,7 +79,46 @@ def moe_order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
 ROUTER = router(
     "sigmoid", also={"renorm_eps": 1e-6}, bias="use_expert_bias", renorm="norm_topk_prob", scale="routed_scaling_factor"
 )
+#: Type of layer -> recipe, path of the mixer.
+LFM3_KINDS = {"conv": ("C", "conv"), "full_attention": ("A", "self_attn"), "sliding_attention": ("W", "self_attn")}
+SANDWICH = dict(residual=fixed(form("sandwich")))
+LFM3_NAMES = {"qkv_proj.weight": tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate"))}
+LFM3_HEADS = SANDWICH | dict(
+    heads="num_attention_heads", kv_heads="num_key_value_heads", head_dim="head_dim", out_gate=fixed("per_head"),
+    qk_norm=norm("norm_eps", "per_head"),
+)
+
+
+def lfm3_layers(c: Settings) -> Iterator[Layer]:
+    for i, kind in enumerate(c.layer_types):
+        at, (recipe, path) = f"model.layers.{i}", LFM3_KINDS[kind]
+        for name, below, norm_ in (recipe, path, "operator_norm"), ("F", "feed_forward", "ffn_norm"):
+            yield Layer((name,), (f"{at}.{below}",), f"{at}.{norm_}.weight", f"{at}.post_{norm_}.weight")
+
+
+def lfm3_order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+    back = {recipe: name for name, (recipe, _) in LFM3_KINDS.items()}
+    mixing, _ = apart(rows, "F")
+    return {"num_hidden_layers": len(mixing), "layer_types": [back[name] for name in mixing]}
+
+
+LFM3 = Family(
+    "lfm3", "Lfm3ForCausalLM", SETTINGS,
+    {
+        "C": replace(MIXERS["C"], fields=MIXERS["C"].fields | SANDWICH),
+        "A": Recipe(
+            "attention", LFM3_HEADS | dict(rope=rope(part="full_attention"), window=fixed(None)), LFM3_NAMES
+        ),
+        "W": Recipe(
+            "attention", LFM3_HEADS | dict(rope=rope(part="sliding_attention"), window="sliding_window"), LFM3_NAMES
+        ),
+        "F": Recipe("mlp", MLP | SANDWICH | dict(d_ff="intermediate_size"), mixers.W123),
+    },
+    lfm3_layers, lfm3_order, final="model.embedding_norm.weight", follows=("num_hidden_layers",),
+    demands={"attention_bias": False, "attention_dropout": 0, "use_sandwich_norm": True, "use_attention_gate": True},
+)
 FAMILIES = (
+    LFM3,
     Family(
         "lfm2", "Lfm2ForCausalLM", SETTINGS,
         MIXERS | {
