@@ -67,7 +67,7 @@ def test_extras_bring_what_parts_import():
     assert brought >= {p.distribution for p in map(registry.package, registry._shipped()) if p.name != "fla"}
     assert extras["kernels"] == {"triton"} and extras["mamba"] == {"mamba-ssm", "causal-conv1d"}
     page = (ROOT / "docs" / "parts.md").read_text()
-    assert all(f"`{name}`" in page for name in extras.keys() - {"torch", "test"})
+    assert all(f"`{name}`" in page for name in extras.keys() - {"torch", "test", "hf"})
 
 
 def test_names_that_do_not_exist():
