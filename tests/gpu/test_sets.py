@@ -30,7 +30,7 @@ DEVICE = "cuda"
 #: Of anything repeated: so many. Depth as it is: `test_full_depth`.
 REPEATS = 2
 #: Those whose rounding errors grow too fast for that: with many routers, they end as noise.
-STEEP = {"qwen3_next_80b_a3b": 1, "kimi_linear_48b_a3b": 1, "ling_3_0_flash": 1}
+STEEP = {"qwen3_next_80b_a3b": 1, "qwen3_5_35b_a3b": 1, "kimi_linear_48b_a3b": 1, "ling_3_0_flash": 1}
 MODELS = distinct(repeats=REPEATS)
 EXPERTS = [name for name in MODELS if any(m.kind == "moe" for n in shrunk(name, repeats=REPEATS).layers.nodes
                                           for m in (n.layer.branches if n.layer else ()))]

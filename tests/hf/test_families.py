@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import hf_tiny
 import pytest
@@ -186,3 +187,10 @@ def test_slopes_that_a_folder_does_not_have(tmp_path):
     assert again.keys() == whole.keys()
     for name, tensor in again.items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_page_names_every_family():
+    page = (Path(__file__).parent.parent.parent / "docs/huggingface.md").read_text()
+    assert all(f"`{name}`" in page for name in names())
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    assert f"({len(names())} families;" in readme
