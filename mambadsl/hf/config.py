@@ -66,10 +66,13 @@ class Unlike(Exception):
 
 
 class Settings:
-    """`settings.hidden_size` reads a value and records that. given: what the file itself says."""
+    """`settings.hidden_size` reads a value and records that. given: what the file itself says. inside: the model_type
+    of a larger model that these are the text model's settings of."""
 
-    def __init__(self, config: Any, *, source: Source | None = None, given: Mapping[str, Any] | None = None):
-        self.config, self.source = config, source
+    def __init__(
+        self, config: Any, *, source: Source | None = None, given: Mapping[str, Any] | None = None, inside: str = ""
+    ):
+        self.config, self.source, self.inside = config, source, inside
         self.given = dict(given if given is not None else config.to_dict())
         self.asked: set[str] = set()
 
@@ -91,6 +94,9 @@ class Settings:
 
     def ignored(self) -> Iterator[Diagnostic]:
         """What nobody asked for, changes something perhaps, and is not as it always is."""
+        if self.inside:
+            message = f"only the text model of the `{self.inside}` is imported"
+            yield Diagnostic(W612, message, self.span("text_config"))
         usual = type(self.config)().to_dict()
         known = {theirs: name for name, theirs in self.config.attribute_map.items()}
         for name, value in self.given.items():
@@ -133,8 +139,13 @@ def from_dict(given: Mapping[str, Any], *, source: Source | None = None) -> Sett
     model_type = given.get("model_type")
     bare = Settings(_Nothing(), source=source, given=given)
     if not isinstance(model_type, str):
-        help = ("files of mamba_ssm's own have none: they have `ssm_cfg`",) if "ssm_cfg" in given else ()
-        raise MdlError([Diagnostic(E610, "the configuration has no `model_type`", bare.span("model_type"), help=help)])
+        if "model_type" not in given and (own := _own(given)) is not None:
+            return Settings(own, source=source, given=given)
+        raise MdlError([Diagnostic(E610, "the configuration has no `model_type`", bare.span("model_type"))])
+    text = given.get("text_config")
+    if isinstance(text, dict) and _is_ours(text.get("model_type")) and not _is_ours(model_type):
+        inner = from_dict(text, source=source)
+        return Settings(inner.config, source=source, given=text, inside=model_type)
     mapping = _classes()
     if model_type not in mapping:
         from mambadsl.hf.family import names
@@ -149,6 +160,20 @@ def from_dict(given: Mapping[str, Any], *, source: Source | None = None) -> Sett
         message = f"transformers does not take the configuration: {' '.join(str(error).split())[:300]}"
         raise MdlError([Diagnostic(E610, message, bare.span("model_type"))]) from None
     return Settings(config, source=source, given=given)
+
+
+def _is_ours(model_type: Any) -> bool:
+    from mambadsl.hf.family import names
+
+    return model_type in names()
+
+
+def _own(given: Mapping[str, Any]) -> Any:
+    """A configuration of a family that is not transformers'."""
+    from mambadsl.hf.family import families
+
+    found = (family.config(given) for family in families().values() if family.config)
+    return next((config for config in found if config is not None), None)
 
 
 def _special(value: dict) -> Any:

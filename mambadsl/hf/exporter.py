@@ -47,6 +47,9 @@ def export_settings(
     (E614).
     """
     known = families()
+    if base is not None and known[base.config.model_type].config:
+        # Of a library that is only read.
+        base = None
     if base is not None and family in (None, base.config.model_type):
         found = import_settings(base, name=graph.name)
         if not list(differences(graph, found.graph)):
@@ -58,7 +61,9 @@ def export_settings(
         help = ((f"did you mean `{near}`?",) if near else ()) + ("families: " + ", ".join(known),)
         raise MdlError([Diagnostic(E614, f"there is no family `{family}`", help=help)])
     wanted = family or (base.config.model_type if base is not None else None)
-    tried = {name: _tried(graph, known[name], base) for name in ([wanted] if wanted else known)}
+    # Of families by name, also what is only read is tried, to say so.
+    candidates = [wanted] if wanted else [name for name, one in known.items() if one.config is None]
+    tried = {name: _tried(graph, known[name], base) for name in candidates}
     for found in tried.values():
         if not isinstance(found, _Misfit):
             return found
@@ -93,8 +98,9 @@ def _tried(graph: LayerGraph, family: Family, base: Settings | None) -> tuple[Se
         given = {"model_type": family.model_type, "architectures": [family.architecture]}
         if base is not None and base.config.model_type == family.model_type:
             given |= base.given
+        written = _written(graph, family, named)
         usual = config_class(family.model_type)().to_dict()
-        written = {name: _typed(v, usual.get(name)) for name, v in _written(graph, family, named).items()}
+        written = {name: _typed(v, usual.get(name)) for name, v in written.items()}
         # The class's own numbers of tokens may lie beyond this vocabulary.
         beyond = {n: None for n in TOKENS if n not in given and _beyond(usual.get(n), graph.model.vocab)}
         settings = from_dict(given | beyond | written)

@@ -109,7 +109,8 @@ class Family:
     derived: settings of theirs that follow from several fields (by recipe, with those around the mixer) and from ours
     of the model. follows: settings that say nothing that others do not say, or nothing that a model computes.
     embed, final, head: tensors. empty: patterns of tensors that hold nothing a model needs. renamed: parts of
-    tensors' names -> what transformers may save them as."""
+    tensors' names -> what transformers may save them as. config: a configuration of values without a model_type, where
+    they are this family's; then transformers has no class for it."""
 
     model_type: str
     architecture: str
@@ -125,6 +126,7 @@ class Family:
     derived: Callable[[Mapping[str, Values], Values], Mapping[str, Any]] | None = None
     follows: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
+    config: Callable[[Mapping[str, Any]], Any] | None = None
 
 
 @cache

@@ -72,16 +72,22 @@ def import_hf(
 
     tensors = Source(imported, folder)
     files = tensors.save(weights)
-    _keep(folder, Path(weights) / KEPT, {"renamed": tensors.renamed, "shapes": tensors.shapes})
+    # The text model of a larger one is exported as one of its own.
+    renamed = {} if imported.inside else tensors.renamed
+    _keep(folder, Path(weights) / KEPT, settings, {"renamed": renamed, "shapes": tensors.shapes})
     return ImportedModel(program, imported, tensors.skipped, files)
 
 
-def _keep(folder: Path, kept: Path, tensors: dict[str, dict]) -> None:
+def _keep(folder: Path, kept: Path, settings: Settings, tensors: dict[str, dict]) -> None:
     kept.mkdir(parents=True, exist_ok=True)
     for old in kept.iterdir():
         if old.is_file():
             old.unlink()
-    shutil.copyfile(folder / "config.json", kept / "config.json")
+    if settings.inside:
+        text = json.dumps(settings.given, indent=2)
+        (kept / "config.json").write_text(text, encoding="utf-8")
+    else:
+        shutil.copyfile(folder / "config.json", kept / "config.json")
     _copy_companions(folder, kept)
     if any(tensors.values()):
         (kept / TENSORS).write_text(json.dumps(tensors, indent=1), encoding="utf-8")

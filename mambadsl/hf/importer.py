@@ -25,13 +25,14 @@ from mambadsl.text.spell import nearest
 class Imported:
     """places: our weight's path -> theirs. at: the path of each layer of ours -> theirs (a prefix of
     tensors), shared ones apart.
-    diagnostics: settings that were not looked at."""
+    diagnostics: settings that were not looked at. inside: it is the text model of a larger one."""
 
     family: Family
     graph: LayerGraph
     places: dict[str, Rows]
     at: dict[str, str]
     diagnostics: tuple[Diagnostic, ...]
+    inside: bool = False
 
 
 def import_settings(c: Settings, *, name: str) -> Imported:
@@ -57,7 +58,7 @@ def import_settings(c: Settings, *, name: str) -> Imported:
     nodes.append(Node("head", Role.HEAD, None, "head"))
     graph = LayerGraph(name, model, tuple(nodes), connect(nodes, model))
     at = {node.path: layer.paths[0] for node, layer in zip(graph.layers, laid) if not node.shared}
-    return Imported(family, graph, _places(family, graph, laid), at, tuple(c.ignored()))
+    return Imported(family, graph, _places(family, graph, laid), at, tuple(c.ignored()), bool(c.inside))
 
 
 def family_of(c: Settings) -> Family:
@@ -108,13 +109,12 @@ def _joined(layers: list[LayerSpec]) -> LayerSpec:
 
 def _places(family: Family, graph: LayerGraph, laid: list[Layer]) -> dict[str, Rows]:
     """Every weight of the graph, and nothing else."""
-    found: dict[str, Rows] = {"embed.weight": rows(family.embed), "final_norm.weight": rows(family.final)}
+    found: dict[str, Rows] = {"embed.weight": rows(family.embed), **_norm("final_norm", family.final)}
     if not graph.tied:
         found["head.weight"] = rows(family.head)
     weights = all_weights(graph)
     for node, layer in zip(graph.layers, laid, strict=True):
-        found[f"{node.owner}.norm.weight"] = rows(layer.norm)
-        found[f"{node.owner}.post_norm.weight"] = rows(layer.post_norm)
+        found |= _norm(f"{node.owner}.norm", layer.norm) | _norm(f"{node.owner}.post_norm", layer.post_norm)
         for (own, prefix, mixer), recipe, at in zip(node.branches(), layer.recipes, layer.paths, strict=True):
             names = {**family.recipes[recipe].places(mixer.fields), **layer.names}
             # Of a shared layer, some weights are each use's own.
@@ -124,3 +124,8 @@ def _places(family: Family, graph: LayerGraph, laid: list[Layer]) -> dict[str, R
                         name = path.removeprefix(before)
                         found[path] = rows(names.get(name, name)).below(at)
     return {path: found[path] for path in weights}
+
+
+def _norm(ours: str, theirs: str) -> dict[str, Rows]:
+    """The scale of a norm, and the shift that some have."""
+    return {f"{ours}.{w}": rows(f"{theirs.removesuffix('.weight')}.{w}") for w in ("weight", "bias")}

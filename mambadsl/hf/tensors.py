@@ -82,7 +82,7 @@ class Rows:
     def _read(self, get: Get, weight: Weight, shape: tuple[int, ...]) -> Tensor:
         import torch
 
-        if len(self.pieces) == 1 and self.pieces[0].groups == 1:
+        if self._alone(weight):
             [piece] = self.pieces
             theirs = get(piece.name)
             return theirs.transpose(-1, -2) if piece.transposed else theirs.reshape(shape)
@@ -97,7 +97,7 @@ class Rows:
     def _write(self, tensor: Tensor, weight: Weight) -> Iterator[tuple[str, Tensor]]:
         import torch
 
-        if len(self.pieces) == 1 and self.pieces[0].groups == 1:
+        if self._alone(weight):
             [piece] = self.pieces
             theirs = tensor.transpose(-1, -2) if piece.transposed else tensor
             yield piece.name, theirs if piece.shape is None else theirs.reshape(piece.shape)
@@ -107,6 +107,11 @@ class Rows:
         for piece, segments in self._held(weight):
             theirs = torch.cat([parts[s].unflatten(0, (piece.groups, -1)) for s in segments], 1).flatten(0, 1)
             yield piece.name, theirs if piece.shape is None else theirs.reshape(piece.shape)
+
+    def _alone(self, weight: Weight) -> bool:
+        """Whether ours is one tensor of theirs, row by row."""
+        piece, *others = self.pieces
+        return not others and piece.groups == 1 and piece.segments in ((), tuple(name for name, _ in weight.segments))
 
     def _held(self, weight: Weight) -> Iterator[tuple[Piece, tuple[str, ...]]]:
         """Each piece with the segments of ours that it holds. Raises ValueError where they are not the weight's."""

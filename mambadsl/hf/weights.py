@@ -28,6 +28,10 @@ LISTED = 12
 #: What any family may have saved: tables of rotations, and indices of their positions.
 EMPTY = "*rotary_emb.inv_freq", "*rope_freqs", "*.position_ids"
 
+#: Where the text model of a larger one lies, and what lies around it.
+INSIDE = {"model.": "model.language_model."}
+AROUND = "model.visual.*", "model.vision*", "model.multi_modal_projector.*", "visual.*"
+
 
 class Source:
     """Weights of ours out of a folder of theirs, checked to fit. skipped: tensors that hold nothing a model needs.
@@ -110,14 +114,16 @@ class Source:
         raise MdlError([Diagnostic(E613, message, notes=tuple(facts))])
 
     def _find_renamed(self, name: str, wanted: Mapping[str, object]) -> None:
-        for ours, theirs in self.imported.family.renamed.items():
+        renamed = {**self.imported.family.renamed, **(INSIDE if self.imported.inside else {})}
+        for ours, theirs in renamed.items():
             other = name.replace(ours, theirs)
             if other in self.files.shapes and other not in wanted:
                 self.renamed[name] = other
 
     def _empty(self, name: str) -> bool:
         family = self.imported.family
-        if any(fnmatchcase(name, pattern) for pattern in (*EMPTY, *family.empty)):
+        around = AROUND if self.imported.inside else ()
+        if any(fnmatchcase(name, pattern) for pattern in (*EMPTY, *family.empty, *around)):
             return True
         # A tied head may have been saved beside the table that it is.
         table = self.files.shapes.get(family.embed)

@@ -38,7 +38,8 @@ def assert_same_bits(found, wanted):
 
 
 def test_every_family_is_here():
-    assert {model_type for model_type, _ in hf_tiny.CONFIGS.values()} == set(names())
+    """mamba_ssm's own checkpoints have tests of their own."""
+    assert {model_type for model_type, _ in hf_tiny.CONFIGS.values()} == set(names()) - {"mamba_ssm"}
 
 
 @pytest.mark.parametrize("name", hf_tiny.CONFIGS)
@@ -194,3 +195,22 @@ def test_the_page_names_every_family():
     assert all(f"`{name}`" in page for name in names())
     readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
     assert f"({len(names())} families;" in readme
+
+
+def test_the_text_model_of_a_larger_one(tmp_path):
+    """Released Qwen3.5 checkpoints: settings in `text_config`, tensors in `model.language_model`, others around."""
+    theirs = hf_tiny.saved("qwen3_5", tmp_path / "theirs")
+    file, config = theirs / "model.safetensors", theirs / "config.json"
+    whole = load_file(file)
+    around = {"model.visual.patch_embed.weight": torch.zeros(3), "mtp.fc.weight": torch.zeros(2)}
+    inside = {name.replace("model.", "model.language_model.", 1): t for name, t in whole.items()}
+    save_file({**inside, **around}, file)
+    text = json.loads(config.read_text())
+    config.write_text(json.dumps({"model_type": "qwen3_5", "text_config": text, "vision_config": {}}))
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    assert set(found.skipped) == set(around)
+    assert "only the text model of the `qwen3_5`" in str(found.imported.diagnostics[0].message)
+    export_hf(found.program, tmp_path / "again", weights=tmp_path / "ours")
+    assert_same_bits(tensors(tmp_path / "again"), whole)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert type(again) is type(hf_tiny.model("qwen3_5"))

@@ -40,7 +40,7 @@ def refused(code, do):
 
 @pytest.mark.parametrize("text, says", [
     ("{", "is not JSON"), ("[1]", "holds no settings"), ("{}", "no `model_type`"),
-    ('{"model_type": 3}', "no `model_type`"), ('{"ssm_cfg": {}}', "mamba_ssm"),
+    ('{"model_type": 3}', "no `model_type`"),
     ('{"model_type": "jambaa"}', "did you mean `jamba`"), ('{"model_type": "llama"}', "no counterpart yet"),
     ('{"model_type": "mamba", "vocab_size": "many"}', "does not take"),
     ('{"model_type": "mamba", "vocab_size": "\\ud800"}', ""), ("\x00", "NUL"), ("[" * 100_000, ""),
