@@ -104,6 +104,20 @@ def test_logits_by_the_protocol(name, tmp_path):
     torch.testing.assert_close(logits, wanted, atol=limit, rtol=0)
 
 
+@pytest.mark.parametrize("name", hf_tiny.CONFIGS)
+def test_decoding_and_chunks_are_the_whole(name, tmp_path):
+    """Token by token after a prompt of 9, and in chunks, against our own full forward pass."""
+    found = import_hf(hf_tiny.saved(name, tmp_path), weights=tmp_path / "ours")
+    ours = load_weights(found.program.build(), tmp_path / "ours").eval()
+    tokens = torch.randint(3, 97, (2, 21), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = ours(tokens)
+        for cuts in [9] + [1] * 12, [9, 12], [1, 7, 13]:
+            state = ours.init_state(2)
+            parts = [ours(chunk, state=state) for chunk in tokens.split(cuts, 1)]
+            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=0)
+
+
 def test_shard_by_shard(tmp_path):
     """Weights of ours come from both sides of their files' borders, and are written as files of no more than theirs."""
     theirs = hf_tiny.saved("qwen3_next", tmp_path / "theirs", max_shard_size="60KB")
