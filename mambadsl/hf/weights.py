@@ -158,8 +158,9 @@ def _written(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in rows.write(files.get(path), weight, shapes):
-        # A tensor of its own: several may be views of one weight.
-        yield renamed.get(name, name), tensor.clone() if tensor._is_view() else tensor
+        # Several may be parts of one weight's memory, which files do not share.
+        part = tensor.untyped_storage().nbytes() > tensor.nbytes
+        yield renamed.get(name, name), tensor.clone() if part else tensor
 
 
 def _listed(what: str, names: list[str], others: Iterable[str]) -> list[str]:
