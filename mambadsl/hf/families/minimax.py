@@ -35,16 +35,14 @@ class Slope(Rows):
     def write(
         self, tensor: Tensor, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}
     ) -> Iterator[tuple[str, Tensor]]:
-        import torch
-
         [(name, slope_H11)] = self._write(tensor, weight)
         before = name.removesuffix("slope_rate")
         yield name, slope_H11
-        place_Q1 = (torch.arange(self.block) + 1)[:, None]
-        yield f"{before}query_decay", torch.exp(-slope_H11 * place_Q1)
-        yield f"{before}key_decay", torch.exp(-slope_H11 * (self.block - place_Q1))
+        place_Q1 = slope_H11.new_tensor(range(1, self.block + 1))[:, None]
+        yield f"{before}query_decay", (-slope_H11 * place_Q1).exp()
+        yield f"{before}key_decay", (-slope_H11 * (self.block - place_Q1)).exp()
         apart_QQ = slope_H11 * (place_Q1 - place_Q1.T)[None, None]
-        yield f"{before}diagonal_decay", torch.exp(torch.where(apart_QQ >= 0, -apart_QQ, float("-inf")))
+        yield f"{before}diagonal_decay", (-apart_QQ).masked_fill(apart_QQ < 0, float("-inf")).exp()
 
 
 def _lightning(f: Values) -> dict[str, Place]:
