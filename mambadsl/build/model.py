@@ -20,17 +20,19 @@ from mambadsl.build.device import device as usable
 from mambadsl.build.failure import located
 from mambadsl.build.fill import fill
 from mambadsl.build.init import initialise
-from mambadsl.build.loss import counted, cross_entropy, next_tokens
+from mambadsl.build.loss import counted, cross_entropy, later, next_tokens, weighted
 from mambadsl.build.machine import machine
 from mambadsl.build.refuse import problems
 from mambadsl.build.stage import Stage, choose
 from mambadsl.build.state import DecodingState, describe
 from mambadsl.build.sublayer import Sublayer, scaled
+from mambadsl.build.tail import Depth, successors
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.module import Holder
 from mambadsl.kinds.norm import Norm
 from mambadsl.kinds.state import Room
+from mambadsl.kinds.tokens import Tokens
 from mambadsl.plan.assign import Assignment, assign
 from mambadsl.text.diagnostic import MdlError
 
@@ -96,17 +98,23 @@ class Model(nn.Module):
                 self.final_norm = Norm(model.norm, model.d_model, **self._rms(), **made)
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
                 self._add_table("embed" if self.graph.tied else "head", **made)
+            case Role.MTP_IN:
+                self._put(node.depth_owner, lambda: Depth(model.norm, model.d_model, **self._rms(), **made))
             case Role.LAYER:
-                *path, leaf = node.owner.split(".")
-                group = self
-                for step in path:
-                    if step not in group._modules:
-                        group.add_module(step, nn.ModuleDict())
-                    group = group._modules[step]
-                if leaf not in group._modules:
-                    filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
-                    sublayer = Sublayer(node, d_model=model.d_model, filled=filled, **self._rms(), **made)
-                    group.add_module(leaf, sublayer)
+                filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
+                how = dict(d_model=model.d_model, filled=filled, **self._rms(), **made)
+                self._put(node.owner, lambda: Sublayer(node, **how))
+
+    def _put(self, path: str, make: Callable[[], nn.Module]) -> None:
+        """A module at this path, unless an earlier use has made it."""
+        *steps, leaf = path.split(".")
+        group = self
+        for step in steps:
+            if step not in group._modules:
+                group.add_module(step, nn.ModuleDict())
+            group = group._modules[step]
+        if leaf not in group._modules:
+            group.add_module(leaf, make())
 
     def _rms(self) -> dict[str, Any]:
         """What computes RMS norms, where a part does."""
@@ -129,6 +137,11 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
 
+    @property
+    def depths(self) -> int:
+        """How many tokens further than the next one the `mtp` tail predicts; 0 without one."""
+        return self.graph.mtp.settings.depths if self.graph.mtp else 0
+
     def tensors(self) -> dict[str, Tensor]:
         """Path -> parameter or buffer, the very tensors of the modules; the keys are those of `weights`."""
         return self.state_dict(keep_vars=True)
@@ -148,22 +161,25 @@ class Model(nn.Module):
         Logits are float32 in any dtype of the weights: losses and sampling want them so, and the multiplier
         and the soft cap are applied after the widening.
         """
-        if len(inputs) != len(self.stage.takes) or not all(isinstance(x, Tensor) for x in inputs):
-            takes, given = ", ".join(self.stage.takes), ", ".join(type(x).__name__ for x in inputs)
-            raise TypeError(f"stage {self.stage.index} takes {takes} (tensors), not {given or 'nothing'}")
+        self._check(inputs)
         if last is not None and last < 1:
             raise ValueError(f"`last` is a number of tokens, at least 1, not {last}")
-        stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)
+        stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)[0]
         if self.stage.gives == ("logits",):
             return stream["logits"] if "logits" in stream else self._logits(stream["h"])
         return tuple(stream[name] for name in self.stage.gives)
 
+    def _check(self, inputs: tuple[Any, ...]) -> None:
+        if len(inputs) != len(self.stage.takes) or not all(isinstance(x, Tensor) for x in inputs):
+            takes, given = ", ".join(self.stage.takes), ", ".join(type(x).__name__ for x in inputs)
+            raise TypeError(f"stage {self.stage.index} takes {takes} (tensors), not {given or 'nothing'}")
+
     def _through(
         self, inputs: tuple[Tensor, ...], *, segments: Tensor | None, valid: Tensor | None,
         positions: Tensor | None, state: DecodingState | None = None, last: int | None = None,
-    ) -> dict[str, Tensor]:
-        """The named tensors after the stage's nodes; "h" is what the head reads, unless a fused step has
-        made "logits" already."""
+    ) -> tuple[dict[str, Tensor], Tokens]:
+        """The named tensors after the stage's nodes up to the head, and what the tokens are; "h" is what the head
+        reads, unless a fused step has made "logits" already."""
         axes = ("batch", "time") if self.stage.takes[0] == "tokens" else ("batch", "time", "d_model")
         if inputs[0].dim() != len(axes):
             wanted = f"{self.stage.takes[0]} [{', '.join(axes)}]"
@@ -175,12 +191,22 @@ class Model(nn.Module):
         stream = dict(zip(self.stage.takes, inputs))
         if "x" in stream and state is not None:
             stream["x"] = stream["x"].clone()
-        for node in self.stage.nodes:
+        for node in self.stage.body:
             with located(node):
                 _RUN[node.role](self, node, stream, tokens, state, last)
         if state is not None:
             state.advance(tokens)
-        return stream
+        return stream, tokens
+
+    def _ahead(self, inputs: tuple[Tensor, ...], **what: Any) -> Iterator[Tensor]:
+        """What the head reads for the next token, and then for each depth of `mtp`, [B, T, D] each."""
+        stream, tokens = self._through(inputs, **what)
+        yield stream["h"]
+        for node in self.stage.tail:
+            with located(node):
+                _RUN[node.role](self, node, stream, tokens, None, None)
+            if node.role is Role.MTP_OUT:
+                yield stream["h"]
 
     def init_state(
         self, batch: int, *, capacity: int | None = None, dtype: torch.dtype | None = None,
@@ -202,6 +228,8 @@ class Model(nn.Module):
         made = dict(dtype=dtype or self.dtype, device=device, room=room, state_dtype=state_dtype)
         layers = {}
         for node, sublayer in self.sublayers():
+            if node.tail:
+                continue
             for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
                 layers[path] = mixer.init_state(batch, **made)
         return DecodingState(layers, torch.zeros(batch, dtype=torch.int64, device=device), room=room)
@@ -212,29 +240,67 @@ class Model(nn.Module):
             if node.role is Role.LAYER:
                 yield node, self.get_submodule(node.owner)
 
+    def drafts(
+        self, *inputs: Tensor, segments: Tensor | None = None, valid: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Logits of the next token, as `forward` gives them, and from each depth of `mtp` those of the token one
+        further on: 1 + depths tensors [B, T, V], float32. Of a whole model, or of a pipeline's last stage.
+
+        Depth k reads the k tokens after each token: logits where they are not there, or of another document, mean
+        nothing. Inputs and keywords are as in `forward`.
+        """
+        if self.stage.gives != ("logits",):
+            raise ValueError("drafts come from a whole model, or from a pipeline's last stage")
+        self._check(inputs)
+        return tuple(map(self._logits, self._ahead(inputs, segments=segments, valid=valid, positions=positions)))
+
     def loss(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, segments: Tensor | None = None,
         valid: Tensor | None = None, positions: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross entropy of the tokens that count, a float32 scalar, for a whole model.
+        """Mean cross entropy of the tokens that count, a float32 scalar, for a whole model; with an `mtp` tail, and
+        `loss_weight` times the mean of its depths' losses.
 
         targets_BT: the id to predict at each token, negative where nothing counts; default: each token's
         successor in its own document. The keywords are as in `forward`.
         """
         if self.stage.count > 1:
-            last = "give the last stage's logits to `mambadsl.build.loss.cross_entropy`"
+            last = "give the last stage's logits to `mambadsl.build.loss`: `cross_entropy`, or `objective` with `mtp`"
             raise ValueError(f"the loss is of a whole model; of a pipeline, {last}")
-        padding = dict(segments=segments, valid=valid)
+        loss_weight = self.graph.mtp.settings.loss_weight if self.graph.mtp else 0
+        what = dict(segments=segments, valid=valid, positions=positions)
+        losses = self._losses(tokens_BT, targets_BT, depths=self.depths if loss_weight else 0, **what)
+        return weighted(tuple(losses), loss_weight=loss_weight)
+
+    def losses(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, segments: Tensor | None = None,
+        valid: Tensor | None = None, positions: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Mean cross entropy of the next token, and of the token that each depth of `mtp` predicts: 1 + depths scalars.
+        Arguments as in `loss`."""
+        what = dict(segments=segments, valid=valid, positions=positions)
+        return tuple(self._losses(tokens_BT, targets_BT, depths=self.depths, **what))
+
+    def _losses(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None, *, depths: int, positions: Tensor | None,
+        **padding: Tensor | None,
+    ) -> Iterator[Tensor]:
         if targets_BT is None:
             targets_BT = next_tokens(tokens_BT, **padding)
+        hidden = self._ahead((tokens_BT,), positions=positions, **padding)
+        # The targets first: where they end, no further depth is run.
+        for what, h_BTD in zip(later(targets_BT, depths=depths, **padding), hidden):
+            yield self._loss(h_BTD, what, **padding)
+
+    def _loss(self, h_BTD: Tensor, targets_BT: Tensor, **padding: Tensor | None) -> Tensor:
         if "loss" not in self.frame:
-            return cross_entropy(self(tokens_BT, positions=positions, **padding), targets_BT, **padding)
-        targets_BT = counted(targets_BT, like=tokens_BT, **padding)
-        h_BTD = self._through((tokens_BT,), positions=positions, **padding)["h"]
-        model, node = self.graph.model, self.stage.nodes[-1]
-        with located(node):
+            return cross_entropy(self._logits(h_BTD), targets_BT, **padding)
+        model = self.graph.model
+        with located(self.stage.body[-1]):
             return self.frame["loss"](
-                h_BTD, self._head_weight(), targets_BT, multiplier=model.logits_multiplier, softcap=model.logits_softcap
+                h_BTD, self._head_weight(), counted(targets_BT, like=h_BTD, **padding),
+                multiplier=model.logits_multiplier, softcap=model.logits_softcap,
             )
 
     def extra_repr(self) -> str:
@@ -285,6 +351,16 @@ class Model(nn.Module):
             return
         stream["h"] = self.final_norm(x_BLD, dtype=self._head_weight().dtype)
 
+    def _join(self, node, stream, tokens, state, last) -> None:
+        # Each depth reads one token further on than the one before it.
+        stream["next"] = successors(stream.get("next", stream["x0"]), tokens)
+        x_BTD = self.get_submodule(node.depth_owner).join(stream["next"], stream["h"])
+        stream["x"] = x_BTD.to(stream["x0"].dtype)
+
+    def _end(self, node, stream, tokens, state, last) -> None:
+        norm = self.get_submodule(node.depth_owner).final_norm
+        stream["h"] = norm(stream["x"], dtype=self._head_weight().dtype)
+
     def _head_weight(self) -> Tensor:
         return (self.embed if self.graph.tied else self.head).weight
 
@@ -298,6 +374,7 @@ class Model(nn.Module):
 
 #: How a node of each role changes the stream of named tensors.
 _RUN: dict[Role, Callable[..., None]] = {
-    Role.EMBED: Model._embed, Role.LAYER: Model._layer, Role.HEAD: Model._head,
+    Role.EMBED: Model._embed, Role.LAYER: Model._layer, Role.HEAD: Model._head, Role.MTP_IN: Model._join,
+    Role.MTP_OUT: Model._end,
 }
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mambadsl.graph.graph import LayerGraph, Node
+from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
 from mambadsl.text.spell import nearest
 
@@ -20,7 +20,8 @@ E904 = declare(
     "the stages are not the model",
     """
     Stages hold every node of the graph once, in order, each at least one. A layer left out or run twice would
-    train without any error and give a different model, so this is checked before anything is built.
+    train without any error and give a different model, so this is checked before anything is built. The `mtp` tail
+    stays with the head.
     """,
 )
 
@@ -28,7 +29,8 @@ E904 = declare(
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Stage `index` (from 0) of `count`. takes, gives: names of the tensors in and out, in order: `tokens`
-    [B, T], `x` the stream and `x0` the first embedding [B, T, d_model], `logits` [B, T, vocab]."""
+    [B, T], `x` the stream and `x0` the first embedding [B, T, d_model], `logits` [B, T, vocab]. The nodes of `mtp`
+    are in the last stage, with the head."""
 
     index: int
     count: int
@@ -39,6 +41,16 @@ class Stage:
     @property
     def paths(self) -> tuple[str, ...]:
         return tuple(node.path for node in self.nodes)
+
+    @property
+    def body(self) -> tuple[Node, ...]:
+        """The nodes up to the head."""
+        return tuple(node for node in self.nodes if not node.tail)
+
+    @property
+    def tail(self) -> tuple[Node, ...]:
+        """The nodes of `mtp`."""
+        return tuple(node for node in self.nodes if node.tail)
 
     @property
     def keeps_embedding(self) -> bool:
@@ -91,7 +103,7 @@ def _crossing(later: Sequence[Sequence[Node]]) -> tuple[str, ...]:
 
 
 def _reads_embedding(node: Node) -> bool:
-    return node.layer is not None and node.layer.sub.input == "with_embedding"
+    return node.role is Role.MTP_IN or node.layer is not None and node.layer.sub.input == "with_embedding"
 
 
 def _problems(graph: LayerGraph, paths: Sequence[Sequence[str]]):
@@ -110,6 +122,11 @@ def _problems(graph: LayerGraph, paths: Sequence[Sequence[str]]):
     if missing := [path for path in known if path not in set(given)]:
         names = ", ".join(f"`{path}`" for path in missing[:8]) + (", ..." if len(missing) > 8 else "")
         yield Diagnostic(E904, f"no stage has {names}", graph.by_path[missing[0]].span)
+    for k, part in enumerate(paths):
+        alone = next((graph.by_path[path] for path in part if path.startswith("mtp.") and path in graph.by_path), None)
+        if alone is not None and "head" not in part:
+            message = f"`{alone.path}` of the `mtp` tail is in stage {k} without the head, whose weights it reads"
+            yield Diagnostic(E904, message, alone.span, help=("the tail is in the last stage, after `head`",))
     if sorted(given) == sorted(known) and given != list(known):
         k = next(k for k, (a, b) in enumerate(zip(given, known)) if a != b)
         message = f"`{given[k]}` comes where `{known[k]}` should: layers run in the model's order"

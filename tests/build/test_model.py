@@ -379,8 +379,8 @@ def test_what_is_not_built_is_said():
 
     adapted, = refused("M T M T", "layer T = A(adapter=lora(rank=2))")
     assert adapted.code.id == "E901" and "stack.1" in adapted.message and adapted.span.line > 1
-    tail, = refused("M", "mtp(depths=2) { A }")
-    assert tail.code.id == "E901" and "mtp" in tail.message and tail.span is not None
+    tail, = refused("M", "shared T = A mtp { T(adapter=lora(rank=2)) }")
+    assert tail.code.id == "E901" and "mtp.0.0" in tail.message and tail.span is not None
     fitting, = refused("V", "layer V = A(input=with_embedding, residual=normed)")
     assert fitting.code.id == "E906"
     if not torch.cuda.is_available():
