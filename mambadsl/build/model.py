@@ -26,7 +26,7 @@ from mambadsl.build.refuse import problems
 from mambadsl.build.stage import Stage, choose
 from mambadsl.build.state import DecodingState, describe
 from mambadsl.build.sublayer import Sublayer, scaled
-from mambadsl.build.tail import Depth, successors
+from mambadsl.build.tail import Ahead, Depth
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.module import Holder
@@ -70,8 +70,8 @@ def build(
     return model
 
 
-class Model(nn.Module):
-    """A language model, or one stage of it.
+class Model(Ahead, nn.Module):
+    """A language model, or one stage of it. What its `mtp` tail does is in `Ahead`.
 
     graph, stage: what it was built from. weights: path -> Weight of everything in it. assignment: which part fills
     each slot, and why.
@@ -137,11 +137,6 @@ class Model(nn.Module):
     def device(self) -> torch.device:
         return next(iter(self.tensors().values())).device
 
-    @property
-    def depths(self) -> int:
-        """How many tokens further than the next one the `mtp` tail predicts; 0 without one."""
-        return self.graph.mtp.settings.depths if self.graph.mtp else 0
-
     def tensors(self) -> dict[str, Tensor]:
         """Path -> parameter or buffer, the very tensors of the modules; the keys are those of `weights`."""
         return self.state_dict(keep_vars=True)
@@ -166,7 +161,7 @@ class Model(nn.Module):
             raise ValueError(f"`last` is a number of tokens, at least 1, not {last}")
         stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)[0]
         if self.stage.gives == ("logits",):
-            return stream["logits"] if "logits" in stream else self._logits(stream["h"])
+            return stream["logits"] if "logits" in stream else self.logits(stream["h"])
         return tuple(stream[name] for name in self.stage.gives)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
@@ -198,21 +193,11 @@ class Model(nn.Module):
             state.advance(tokens)
         return stream, tokens
 
-    def _ahead(self, inputs: tuple[Tensor, ...], **what: Any) -> Iterator[Tensor]:
-        """What the head reads for the next token, and then for each depth of `mtp`, [B, T, D] each."""
-        stream, tokens = self._through(inputs, **what)
-        yield stream["h"]
-        for node in self.stage.tail:
-            with located(node):
-                _RUN[node.role](self, node, stream, tokens, None, None)
-            if node.role is Role.MTP_OUT:
-                yield stream["h"]
-
     def init_state(
         self, batch: int, *, capacity: int | None = None, dtype: torch.dtype | None = None,
-        state_dtype: torch.dtype = torch.float32, device: Any = None,
+        state_dtype: torch.dtype = torch.float32, device: Any = None, depth: int | None = None,
     ) -> DecodingState:
-        """The decoding state of `batch` rows before their first token.
+        """The decoding state of `batch` rows before their first token; depth: that of one depth of `mtp`, for `ahead`.
 
         capacity: tokens that a row can have, padding included; all memory is taken at once, tensors are written in
         place, rows are one document each, and one token at a time goes through fused steps where parts have them.
@@ -228,7 +213,7 @@ class Model(nn.Module):
         made = dict(dtype=dtype or self.dtype, device=device, room=room, state_dtype=state_dtype)
         layers = {}
         for node, sublayer in self.sublayers():
-            if node.tail:
+            if node.depth != depth:
                 continue
             for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
                 layers[path] = mixer.init_state(batch, **made)
@@ -239,21 +224,6 @@ class Model(nn.Module):
         for node in self.stage.nodes:
             if node.role is Role.LAYER:
                 yield node, self.get_submodule(node.owner)
-
-    def drafts(
-        self, *inputs: Tensor, segments: Tensor | None = None, valid: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Logits of the next token, as `forward` gives them, and from each depth of `mtp` those of the token one
-        further on: 1 + depths tensors [B, T, V], float32. Of a whole model, or of a pipeline's last stage.
-
-        Depth k reads the k tokens after each token: logits where they are not there, or of another document, mean
-        nothing. Inputs and keywords are as in `forward`.
-        """
-        if self.stage.gives != ("logits",):
-            raise ValueError("drafts come from a whole model, or from a pipeline's last stage")
-        self._check(inputs)
-        return tuple(map(self._logits, self._ahead(inputs, segments=segments, valid=valid, positions=positions)))
 
     def loss(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, segments: Tensor | None = None,
@@ -295,7 +265,7 @@ class Model(nn.Module):
 
     def _loss(self, h_BTD: Tensor, targets_BT: Tensor, **padding: Tensor | None) -> Tensor:
         if "loss" not in self.frame:
-            return cross_entropy(self._logits(h_BTD), targets_BT, **padding)
+            return cross_entropy(self.logits(h_BTD), targets_BT, **padding)
         model = self.graph.model
         with located(self.stage.body[-1]):
             return self.frame["loss"](
@@ -351,20 +321,11 @@ class Model(nn.Module):
             return
         stream["h"] = self.final_norm(x_BLD, dtype=self._head_weight().dtype)
 
-    def _join(self, node, stream, tokens, state, last) -> None:
-        # Each depth reads one token further on than the one before it.
-        stream["next"] = successors(stream.get("next", stream["x0"]), tokens)
-        x_BTD = self.get_submodule(node.depth_owner).join(stream["next"], stream["h"])
-        stream["x"] = x_BTD.to(stream["x0"].dtype)
-
-    def _end(self, node, stream, tokens, state, last) -> None:
-        norm = self.get_submodule(node.depth_owner).final_norm
-        stream["h"] = norm(stream["x"], dtype=self._head_weight().dtype)
-
     def _head_weight(self) -> Tensor:
         return (self.embed if self.graph.tied else self.head).weight
 
-    def _logits(self, h_BLD: Tensor) -> Tensor:
+    def logits(self, h_BLD: Tensor) -> Tensor:
+        """Logits [B, L, V], float32, of what `hidden` or `ahead` gave."""
         model = self.graph.model
         logits_BLV = scaled(F.linear(h_BLD, self._head_weight()).float(), model.logits_multiplier)
         if model.logits_softcap is not None:
@@ -374,7 +335,6 @@ class Model(nn.Module):
 
 #: How a node of each role changes the stream of named tensors.
 _RUN: dict[Role, Callable[..., None]] = {
-    Role.EMBED: Model._embed, Role.LAYER: Model._layer, Role.HEAD: Model._head, Role.MTP_IN: Model._join,
-    Role.MTP_OUT: Model._end,
+    Role.EMBED: Model._embed, Role.LAYER: Model._layer, Role.HEAD: Model._head,
 }
 

@@ -74,6 +74,11 @@ class Node:
         return self.path.startswith("mtp.")
 
     @property
+    def depth(self) -> int | None:
+        """Which depth of `mtp` it belongs to, from 0."""
+        return int(self.path.split(".")[1]) if self.tail else None
+
+    @property
     def depth_owner(self) -> str:
         """What the weights of the depth's ends are named by: `mtp.0`, for every depth where all share them."""
         return self.owner.rpartition(".")[0]

@@ -205,7 +205,7 @@ def frames_of(graph: LayerGraph, node: Node) -> tuple[Frame, ...]:
     if not node.tail:
         return node.trail
     depths = graph.mtp.settings.depths if graph.mtp else 1
-    return (Frame("mtp", int(node.path.split(".")[1]), depths), *node.trail)
+    return (Frame("mtp", node.depth, depths), *node.trail)
 
 
 def _shared(node: Node) -> bool:
