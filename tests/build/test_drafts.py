@@ -96,6 +96,23 @@ def test_the_loss_adds_the_mean_of_the_depths():
     torch.testing.assert_close(objective((logits, *drafts), next_tokens(tokens), loss_weight=0.3), wanted)
 
 
+def test_a_part_for_the_loss_does_every_depth():
+    """It reads what the head reads, and the targets that count."""
+    model, tokens, calls = made(STACK, more=SHARED), ids(2, 9), []
+    segments = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1, -1]] * 2)
+
+    def loss(h_BTD, weight_VD, targets_BT, *, multiplier, softcap):
+        calls.append(targets_BT)
+        logits = (h_BTD @ weight_VD.T).flatten(0, 1)
+        total = F.cross_entropy(logits, targets_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+        return total / (targets_BT != IGNORE).sum().clamp_min(1)
+
+    wanted = model.loss(tokens, segments=segments)
+    model.frame = {**model.frame, "loss": loss}
+    torch.testing.assert_close(model.loss(tokens, segments=segments), wanted)
+    assert [(t != IGNORE).sum().item() for t in calls] == [10, 6, 2, 0]
+
+
 def test_given_targets_go_along():
     """Where no target counts, none counts for the depths that would predict it from earlier tokens."""
     model, tokens = made(STACK, more=TAIL), ids(1, 8)
