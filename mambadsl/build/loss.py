@@ -1,6 +1,11 @@
-"""Cross entropy of the next token: what counts, and the mean over it. Letters: B batch, T time, V vocab."""
+"""Cross entropy of the next token, and of those after it: what counts, and the mean over it.
+
+Letters: B batch, T time, V vocab.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,3 +56,31 @@ def cross_entropy(
         found = f"there is {targets_BT.max().item()}"
         raise ValueError(f"targets must be less than {vocab} (vocab = {vocab}); {found}") from None
     return total / (targets_BT != IGNORE).sum().clamp_min(1)
+
+
+def objective(
+    logits: Sequence[Tensor], targets_BT: Tensor, *, loss_weight: float, segments: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """What a model with an `mtp` tail is trained on, from the logits [B, T, V] that `Model.drafts` gives: cross entropy
+    of the targets, and of the later ones that each depth predicts."""
+    padding = dict(segments=segments, valid=valid)
+    targets = later(targets_BT, depths=len(logits) - 1, **padding)
+    losses = [cross_entropy(one, what, **padding) for one, what in zip(logits, targets)]
+    return weighted(losses, loss_weight=loss_weight)
+
+
+def later(
+    targets_BT: Tensor, *, depths: int, segments: Tensor | None = None, valid: Tensor | None = None
+) -> list[Tensor]:
+    """The targets, and for each depth those one token further on in the same document."""
+    found = [targets_BT]
+    for _ in range(depths):
+        found.append(next_tokens(found[-1], segments=segments, valid=valid))
+    return found
+
+
+def weighted(losses: Sequence[Tensor], *, loss_weight: float) -> Tensor:
+    """The first loss, and `loss_weight` times the mean of the others."""
+    first, *others = losses
+    return first + loss_weight * torch.stack(others).mean() if others else first

@@ -20,17 +20,19 @@ from mambadsl.build.device import device as usable
 from mambadsl.build.failure import located
 from mambadsl.build.fill import fill
 from mambadsl.build.init import initialise
-from mambadsl.build.loss import counted, cross_entropy, next_tokens
+from mambadsl.build.loss import counted, cross_entropy, later, next_tokens, weighted
 from mambadsl.build.machine import machine
 from mambadsl.build.refuse import problems
 from mambadsl.build.stage import Stage, choose
 from mambadsl.build.state import DecodingState, describe
 from mambadsl.build.sublayer import Sublayer, scaled
+from mambadsl.build.tail import Ahead, Depth
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.module import Holder
 from mambadsl.kinds.norm import Norm
 from mambadsl.kinds.state import Room
+from mambadsl.kinds.tokens import Tokens
 from mambadsl.plan.assign import Assignment, assign
 from mambadsl.text.diagnostic import MdlError
 
@@ -68,8 +70,8 @@ def build(
     return model
 
 
-class Model(nn.Module):
-    """A language model, or one stage of it.
+class Model(Ahead, nn.Module):
+    """A language model, or one stage of it. What its `mtp` tail does is in `Ahead`.
 
     graph, stage: what it was built from. weights: path -> Weight of everything in it. assignment: which part fills
     each slot, and why.
@@ -96,6 +98,8 @@ class Model(nn.Module):
                 self.final_norm = Norm(model.norm, model.d_model, **self._rms(), **made)
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
                 self._add_table("embed" if self.graph.tied else "head", **made)
+            case Role.MTP_IN:
+                self._placed(node.depth_owner, lambda: Depth(model.norm, model.d_model, **self._rms(), **made))
             case Role.LAYER:
                 filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
                 how = dict(d_model=model.d_model, filled=filled, **self._rms(), **made)
@@ -155,22 +159,25 @@ class Model(nn.Module):
         Logits are float32 in any dtype of the weights: losses and sampling want them so, and the multiplier
         and the soft cap are applied after the widening.
         """
+        self._check(inputs)
+        if last is not None and last < 1:
+            raise ValueError(f"`last` is a number of tokens, at least 1, not {last}")
+        stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)[0]
+        if self.stage.gives == ("logits",):
+            return stream["logits"] if "logits" in stream else self.logits(stream["h"])
+        return tuple(stream[name] for name in self.stage.gives)
+
+    def _check(self, inputs: tuple[Any, ...]) -> None:
         if len(inputs) != len(self.stage.takes) or not all(isinstance(x, Tensor) for x in inputs):
             takes, given = ", ".join(self.stage.takes), ", ".join(type(x).__name__ for x in inputs)
             raise TypeError(f"stage {self.stage.index} takes {takes} (tensors), not {given or 'nothing'}")
-        if last is not None and last < 1:
-            raise ValueError(f"`last` is a number of tokens, at least 1, not {last}")
-        stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)
-        if self.stage.gives == ("logits",):
-            return stream["logits"] if "logits" in stream else self._logits(stream["h"])
-        return tuple(stream[name] for name in self.stage.gives)
 
     def _through(
         self, inputs: tuple[Tensor, ...], *, segments: Tensor | None, valid: Tensor | None,
         positions: Tensor | None, state: DecodingState | None = None, last: int | None = None,
-    ) -> dict[str, Tensor]:
-        """The named tensors after the stage's nodes; "h" is what the head reads, unless a fused step has
-        made "logits" already."""
+    ) -> tuple[dict[str, Tensor], Tokens]:
+        """The named tensors after the stage's nodes up to the head, and what the tokens are; "h" is what the head
+        reads, unless a fused step has made "logits" already."""
         axes = ("batch", "time") if self.stage.takes[0] == "tokens" else ("batch", "time", "d_model")
         if inputs[0].dim() != len(axes):
             wanted = f"{self.stage.takes[0]} [{', '.join(axes)}]"
@@ -182,18 +189,18 @@ class Model(nn.Module):
         stream = dict(zip(self.stage.takes, inputs))
         if "x" in stream and state is not None:
             stream["x"] = stream["x"].clone()
-        for node in self.stage.nodes:
+        for node in self.stage.body:
             with located(node):
                 _RUN[node.role](self, node, stream, tokens, state, last)
         if state is not None:
             state.advance(tokens)
-        return stream
+        return stream, tokens
 
     def init_state(
         self, batch: int, *, capacity: int | None = None, dtype: torch.dtype | None = None,
-        state_dtype: torch.dtype = torch.float32, device: Any = None,
+        state_dtype: torch.dtype = torch.float32, device: Any = None, depth: int | None = None,
     ) -> DecodingState:
-        """The decoding state of `batch` rows before their first token.
+        """The decoding state of `batch` rows before their first token; depth: that of one depth of `mtp`, for `ahead`.
 
         capacity: tokens that a row can have, padding included; all memory is taken at once, tensors are written in
         place, rows are one document each, and one token at a time goes through fused steps where parts have them.
@@ -209,6 +216,8 @@ class Model(nn.Module):
         made = dict(dtype=dtype or self.dtype, device=device, room=room, state_dtype=state_dtype)
         layers = {}
         for node, sublayer in self.sublayers():
+            if node.depth != depth:
+                continue
             for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
                 layers[path] = mixer.init_state(batch, **made)
         return DecodingState(layers, torch.zeros(batch, dtype=torch.int64, device=device), room=room)
@@ -223,25 +232,48 @@ class Model(nn.Module):
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, segments: Tensor | None = None,
         valid: Tensor | None = None, positions: Tensor | None = None,
     ) -> Tensor:
-        """Mean cross entropy of the tokens that count, a float32 scalar, for a whole model.
+        """Mean cross entropy of the tokens that count, a float32 scalar, for a whole model; with an `mtp` tail, and
+        `loss_weight` times the mean of its depths' losses.
 
         targets_BT: the id to predict at each token, negative where nothing counts; default: each token's
         successor in its own document. The keywords are as in `forward`.
         """
         if self.stage.count > 1:
-            last = "give the last stage's logits to `mambadsl.build.loss.cross_entropy`"
+            last = "give the last stage's logits to `mambadsl.build.loss`: `cross_entropy`, or `objective` with `mtp`"
             raise ValueError(f"the loss is of a whole model; of a pipeline, {last}")
-        padding = dict(segments=segments, valid=valid)
+        loss_weight = self.graph.mtp.settings.loss_weight if self.graph.mtp else 0
+        what = dict(segments=segments, valid=valid, positions=positions)
+        losses = self._losses(tokens_BT, targets_BT, depths=self.depths if loss_weight else 0, **what)
+        return weighted(tuple(losses), loss_weight=loss_weight)
+
+    def losses(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, segments: Tensor | None = None,
+        valid: Tensor | None = None, positions: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Mean cross entropy of the next token, and of the token that each depth of `mtp` predicts: 1 + depths scalars.
+        Arguments as in `loss`."""
+        what = dict(segments=segments, valid=valid, positions=positions)
+        return tuple(self._losses(tokens_BT, targets_BT, depths=self.depths, **what))
+
+    def _losses(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None, *, depths: int, positions: Tensor | None,
+        **padding: Tensor | None,
+    ) -> Iterator[Tensor]:
         if targets_BT is None:
             targets_BT = next_tokens(tokens_BT, **padding)
+        hidden = self._ahead((tokens_BT,), positions=positions, **padding)
+        # The targets first: where they end, no further depth is run.
+        for what, h_BTD in zip(later(targets_BT, depths=depths, **padding), hidden):
+            yield self._loss(h_BTD, what, **padding)
+
+    def _loss(self, h_BTD: Tensor, targets_BT: Tensor, **padding: Tensor | None) -> Tensor:
         if "loss" not in self.frame:
-            return cross_entropy(self(tokens_BT, positions=positions, **padding), targets_BT, **padding)
-        targets_BT = counted(targets_BT, like=tokens_BT, **padding)
-        h_BTD = self._through((tokens_BT,), positions=positions, **padding)["h"]
-        model, node = self.graph.model, self.stage.nodes[-1]
-        with located(node):
+            return cross_entropy(self.logits(h_BTD), targets_BT, **padding)
+        model = self.graph.model
+        with located(self.stage.body[-1]):
             return self.frame["loss"](
-                h_BTD, self._head_weight(), targets_BT, multiplier=model.logits_multiplier, softcap=model.logits_softcap
+                h_BTD, self._head_weight(), counted(targets_BT, like=h_BTD, **padding),
+                multiplier=model.logits_multiplier, softcap=model.logits_softcap,
             )
 
     def extra_repr(self) -> str:
@@ -296,7 +328,8 @@ class Model(nn.Module):
     def _head_weight(self) -> Tensor:
         return (self.embed if self.graph.tied else self.head).weight
 
-    def _logits(self, h_BLD: Tensor) -> Tensor:
+    def logits(self, h_BLD: Tensor) -> Tensor:
+        """Logits [B, L, V], float32, of what `hidden` or `ahead` gave."""
         model = self.graph.model
         logits_BLV = scaled(F.linear(h_BLD, self._head_weight()).float(), model.logits_multiplier)
         if model.logits_softcap is not None:

@@ -15,9 +15,9 @@ E901 = declare(
     "E901",
     "not built yet",
     """
-    The language knows this, checks it, counts and plans it, but no torch module exists for it yet: the
-    multi-token-prediction tail (`mtp`), and adapters of projections that are inside of something wider (those of
-    experts, x_proj and dt_proj of Mamba-1). Everything around it can be built: take it out, or keep it and use
+    The language knows this, checks it, counts and plans it, but no torch module exists for it yet: adapters of
+    projections that are inside of something wider (those of experts, x_proj and dt_proj of Mamba-1). Everything
+    around it can be built: take it out, or keep it and use
     `check`, `plan` and `summary`.
     """,
 )
@@ -37,19 +37,11 @@ def problems(graph: LayerGraph) -> list[Diagnostic]:
 
 
 def _missing(graph: LayerGraph) -> Iterator[Diagnostic]:
-    mtp = [n for n in graph.nodes if n.path.startswith("mtp.")]
-    if mtp or graph.mtp:
-        span = graph.mtp.span if graph.mtp else mtp[0].span
-        path = mtp[0].path if mtp else "mtp"
-        help = ("build the model without its `mtp` block; its checkpoint keeps the same names",)
-        message = f"the multi-token-prediction tail (`{path}`) is not built yet"
-        yield Diagnostic(E901, message, span, help=help)
     # A definition used many times is one problem.
     seen: set = set()
     for node in graph.nodes:
         for path, _, mixer in node.branches():
-            inside = _inside(graph, node, mixer)
-            if not inside or path.startswith("mtp."):
+            if not (inside := _inside(graph, node, mixer)):
                 continue
             origin = mixer.origins.get("adapter")
             span = (origin.span if origin else None) or mixer.span or node.span

@@ -20,7 +20,8 @@ E904 = declare(
     "the stages are not the model",
     """
     Stages hold every node of the graph once, in order, each at least one. A layer left out or run twice would
-    train without any error and give a different model, so this is checked before anything is built.
+    train without any error and give a different model, so this is checked before anything is built. The `mtp` tail
+    stays with the head.
     """,
 )
 
@@ -29,7 +30,8 @@ E904 = declare(
 class Stage:
     """Stage `index` (from 0) of `count`. takes, gives: names of the tensors in and out, in order: `tokens`
     [B, T], `x` the stream, `x0` the first embedding and `t` what the last layer gave aside [B, T, d_model], `logits`
-    [B, T, vocab]. keeps_embedding: the first embedding is read here or later."""
+    [B, T, vocab]. keeps_embedding: the first embedding is read here or later. The nodes of `mtp` are in the last stage,
+    with the head."""
 
     index: int
     count: int
@@ -41,6 +43,16 @@ class Stage:
     @property
     def paths(self) -> tuple[str, ...]:
         return tuple(node.path for node in self.nodes)
+
+    @property
+    def body(self) -> tuple[Node, ...]:
+        """The nodes up to the head."""
+        return tuple(node for node in self.nodes if not node.tail)
+
+    @property
+    def tail(self) -> tuple[Node, ...]:
+        """The nodes of `mtp`."""
+        return tuple(node for node in self.nodes if node.tail)
 
 
 def whole(graph: LayerGraph) -> Stage:
@@ -86,7 +98,7 @@ def choose(graph: LayerGraph, *, plan: Any = None, stage: int | None = None) -> 
 def _crossing(graph: LayerGraph, later: Sequence[Sequence[Node]]) -> tuple[str, ...]:
     """What the first of the later stages takes: the stream, and what else was made before and is read there."""
     reads = [graph.reads[node.path] for part in later for node in part]
-    carried = {"x0": any("x0" in names for names in reads), "t": "t" in reads[0]}
+    carried = {"x0": any(names & {"x0", "next"} for names in reads), "t": "t" in reads[0]}
     return ("x", *(name for name, needed in carried.items() if needed))
 
 
@@ -106,6 +118,11 @@ def _problems(graph: LayerGraph, paths: Sequence[Sequence[str]]):
     if missing := [path for path in known if path not in set(given)]:
         names = ", ".join(f"`{path}`" for path in missing[:8]) + (", ..." if len(missing) > 8 else "")
         yield Diagnostic(E904, f"no stage has {names}", graph.by_path[missing[0]].span)
+    for k, part in enumerate(paths):
+        alone = next((graph.by_path[path] for path in part if path.startswith("mtp.") and path in graph.by_path), None)
+        if alone is not None and "head" not in part:
+            message = f"`{alone.path}` of the `mtp` tail is in stage {k} without the head, whose weights it reads"
+            yield Diagnostic(E904, message, alone.span, help=("the tail is in the last stage, after `head`",))
     if sorted(given) == sorted(known) and given != list(known):
         k = next(k for k, (a, b) in enumerate(zip(given, known)) if a != b)
         message = f"`{given[k]}` comes where `{known[k]}` should: layers run in the model's order"

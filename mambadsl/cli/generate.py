@@ -36,6 +36,9 @@ from mambadsl.cli.types import COUNT, Numbers
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="N", help="Of the draws, and of random weights.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End here: text, or with --tokens ids (1,2); repeatable.")
 @click.option(
+    "--drafts", type=click.IntRange(min=0), default=0, metavar="N", help="Tokens that the `mtp` tail drafts at a time."
+)
+@click.option(
     "--weights", type=click.Path(path_type=Path), metavar="DIR", help="A checkpoint (default: random weights)."
 )
 @click.option("--dtype", type=click.Choice(("fp32", "bf16")), default="fp32", show_default=True)

@@ -78,7 +78,7 @@ def layers_from_networkx(g: Any) -> LayerGraph:
         renamed[key] = path
         nodes.append(_node(path, key, g.nodes[key], roles[key], model))
     ends = [_node(str(key), key, g.nodes[key], roles[key], model) for key in tail]
-    ordered = (*nodes[:-1], *ends, nodes[-1])
+    ordered = (*nodes, *ends)
     name = g.graph.get("name") or "a_model"
     if not (isinstance(name, str) and is_name(name)):
         raise _refuse(f"`{name}` is no name for a model", help=f"for instance `{name_of(str(name))}`")

@@ -25,8 +25,8 @@ class Role(StrEnum):
     EMBED = "embed"  #: token ids -> x
     LAYER = "layer"  #: one residual sublayer
     HEAD = "head"  #: final norm and logits
-    MTP_IN = "mtp_in"  #: norms and joins hidden state and next token's embedding
-    MTP_OUT = "mtp_out"  #: final norm of one depth, and the model's head again
+    MTP_IN = "mtp_in"  #: norms and joins the next token's embedding and the hidden state
+    MTP_OUT = "mtp_out"  #: final norm of one depth, and the logits by the head's weights
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,21 @@ class Node:
         return Dims(d_model, input_width(self.layer.sub, d_model))
 
     @property
+    def tail(self) -> bool:
+        """It belongs to `mtp`."""
+        return self.path.startswith("mtp.")
+
+    @property
+    def depth(self) -> int | None:
+        """Which depth of `mtp` it belongs to, from 0."""
+        return int(self.path.split(".")[1]) if self.tail else None
+
+    @property
+    def depth_owner(self) -> str:
+        """What the weights of the depth's ends are named by: `mtp.0`, for every depth where all share them."""
+        return self.owner.rpartition(".")[0]
+
+    @property
     def shared(self) -> bool:
         return self.owner != self.path
 
@@ -82,7 +97,8 @@ class Node:
 @dataclass(frozen=True)
 class Edge:
     """tensor: "x" the residual stream, "x0" the first embedding carried past it, "t" what the layer before gave aside
-    of it, "h" the hidden state that MTP reads, "tokens" the ids. width: elements per token."""
+    of it, "h" the hidden state after a final norm, which the next depth of `mtp` reads, "next" the embedding of the
+    next token, for the same. width: elements per token."""
 
     source: str
     target: str

@@ -82,8 +82,8 @@ def loads(text: str, *, name: str = "graph.json") -> LayerGraph:
         raise MdlError([Diagnostic(E062, message)])
     try:
         graph = from_data(data)
-        ends = [node.role for node in (graph.nodes[0], graph.nodes[-1])]
-        if ends != [Role.EMBED, Role.HEAD] or graph.edges != connect(graph.nodes, graph.model):
+        body = [node.role for node in graph.nodes if not node.tail]
+        if (body[0], body[-1]) != (Role.EMBED, Role.HEAD) or graph.edges != connect(graph.nodes, graph.model):
             raise ValueError("nodes and edges do not fit")
     except MdlError as error:
         notes = tuple(d.message for d in error.diagnostics)

@@ -22,7 +22,7 @@ def unroll(spec: ModelSpec) -> LayerGraph:
     if walk.problems:
         raise MdlError(walk.problems)
     embed = Node("embed", Role.EMBED, None, "embed", walk.leading is not None, cut_span=walk.leading)
-    nodes = [embed, *walk.nodes, *_mtp(spec), Node("head", Role.HEAD, None, "head")]
+    nodes = [embed, *walk.nodes, Node("head", Role.HEAD, None, "head"), *_mtp(spec)]
     return LayerGraph(
         spec.name, spec.settings, tuple(nodes), connect(nodes, spec.settings), spec.mtp, spec.parts,
         spec.expects, spec.file,
@@ -66,7 +66,7 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
         if node.path.startswith("stack."):
             read(node)
     edges.append(Edge(last, "head", "x", d))
-    hidden = last
+    hidden = "head"
     for node in nodes:
         match node.role:
             case Role.MTP_IN:
@@ -75,8 +75,8 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
                 last, beside = node.path, None
             case Role.MTP_OUT:
                 edges.append(Edge(last, node.path, "x", d))
-                hidden = last
-            case Role.LAYER if node.path.startswith("mtp."):
+                hidden = node.path
+            case Role.LAYER if node.tail:
                 read(node)
     return tuple(edges)
 

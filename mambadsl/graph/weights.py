@@ -28,10 +28,10 @@ def node_weights(graph: LayerGraph, node: Node) -> Iterator[tuple[str, Weight]]:
             yield ("embed.weight" if graph.tied else "head.weight"), _table("head.weight", model)
         case Role.MTP_IN:
             for name in ("enorm", "hnorm"):
-                yield from _prefixed(_mtp_owner(graph, node), norm_weights(name, model.norm, d))
-            yield from _prefixed(_mtp_owner(graph, node), linear("eh_proj", d, 2 * d))
+                yield from _prefixed(node.depth_owner, norm_weights(name, model.norm, d))
+            yield from _prefixed(node.depth_owner, linear("eh_proj", d, 2 * d))
         case Role.MTP_OUT:
-            yield from _prefixed(_mtp_owner(graph, node), norm_weights("final_norm", model.norm, d))
+            yield from _prefixed(node.depth_owner, norm_weights("final_norm", model.norm, d))
         case Role.LAYER:
             yield from _prefixed(node.owner, sublayer_weights(node.layer.sub, d))
             dims = node.dims(d)
@@ -55,11 +55,6 @@ def all_weights(graph: LayerGraph) -> dict[str, Weight]:
 def _prefixed(prefix: str, weights: tuple[Weight, ...]) -> Iterator[tuple[str, Weight]]:
     for w in weights:
         yield (f"{prefix}.{w.name}" if prefix else w.name), w
-
-
-def _mtp_owner(graph: LayerGraph, node: Node) -> str:
-    depth = "0" if graph.mtp and graph.mtp.settings.weights == "shared" else node.path.split(".")[1]
-    return f"mtp.{depth}"
 
 
 def _table(name: str, model) -> Weight:

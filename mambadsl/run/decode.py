@@ -228,10 +228,12 @@ class Decoder:
 
 
 def obstacles(model: Model) -> list[str]:
-    """Why a step of the model cannot be captured: functions of layers that wait for the device."""
+    """Why a step of the model cannot be captured: functions of layers that wait for the device. The `mtp` tail is not
+    in it."""
     found = [
         f"`{node.layer.label}`: {mixer.kind.name}.{slot} waits for the device"
         for node, sublayer in model.sublayers()
+        if not node.tail
         for mixer in sublayer.mixer_modules()
         for slot, function in mixer.parts.items()
         if getattr(function, "waits", False)

@@ -1,15 +1,17 @@
 """Text generation: prompts of token ids in, token ids out, with the model's decoding state.
 
 The prompts are read in one pass, then one token a step; on a GPU with parts for decoding, through a
-`Decoder`. Prompts of unequal length are padded on the left; padding reaches nothing. Refuses (ValueError) empty
-prompts, ids outside the vocabulary, a pipeline stage, a model without values; and (TypeError) text where ids
-should be.
+`Decoder`; or, where drafts are asked for, through `speculate`. Prompts of unequal length are padded on the left;
+padding reaches nothing. Refuses (ValueError) empty prompts, ids outside the vocabulary, a pipeline stage, a model
+without values, drafts that the tail does not make; and (TypeError) text where ids should be.
 Letters: B batch, T time, V vocab.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from mambadsl.build.state import DecodingState
 from mambadsl.run.decode import Decoder
 from mambadsl.run.prompts import check_count, check_model, padded, read_prompts
 from mambadsl.run.sample import Sampling, sample
+from mambadsl.run.speculate import check_drafts, speculate
 from mambadsl.run.stop import Generated, Step, Stop, Stops, Writing, gather, stops_of, without_stops
 
 #: Part sets whose models decode with a `Decoder` whatever their layers are.
@@ -29,14 +32,15 @@ DECODING_SETS = ("inference", "auto")
 def generate(
     model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0,
     top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Stop = (),
-    stream: Callable[[Step], None] | None = None,
+    stream: Callable[[Step], None] | None = None, drafts: int = 0,
 ) -> list[Generated]:
     """What the model writes after each prompt, at most `max_tokens` ids.
 
     stop: ids, or sequences of ids, that end a row; they are not part of its result. seed: of the draws; row i
-    draws the same whatever the other rows are. stream: called with each `Step` as it comes.
+    draws the same whatever the other rows are. stream: called with each `Step` as it comes. drafts: how many tokens the
+    `mtp` tail drafts for each that the model writes, up to its depths; for temperature 0, one prompt after the other.
     """
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop)
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop, drafts=drafts)
     lines = steps(model, prompts, max_tokens=max_tokens, **sampling)
     return gather(lines, rows=len(prompts), stops=stops_of(stop), stream=stream)
 
@@ -50,7 +54,7 @@ def stream(model: Model, prompt: Sequence[int], *, max_tokens: int, **sampling) 
 
 def steps(
     model: Model, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.0,
-    top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Stop = (),
+    top_k: int | None = None, top_p: float | None = None, seed: int = 0, stop: Stop = (), drafts: int = 0,
 ) -> Iterator[Step]:
     """Every new token of every prompt, as it comes. Arguments as `generate`, checked at once."""
     sampling = Sampling(temperature, top_k, top_p)
@@ -60,6 +64,11 @@ def steps(
     read = read_prompts(prompts, vocab=model.graph.model.vocab)
     if not read or not max_tokens:
         return iter(())
+    if drafts:
+        check_drafts(model, drafts)
+        if temperature:
+            raise ValueError(f"drafts are held to the likeliest tokens: temperature must be 0, not {temperature}")
+        return _speculate(model, read, max_tokens, drafts, stops)
     write = _decode if has_decoder(model) else _write
     return write(model, read, max_tokens, sampling, seed, stops)
 
@@ -79,6 +88,22 @@ def _decode(
     with Decoder(model, batch=len(prompts), capacity=capacity, **how) as decoder:
         decoder.prefill(prompts, seed=seed)
         yield from decoder.steps(max_tokens, stop=stops)
+
+
+def _speculate(
+    model: Model, prompts: list[list[int]], max_tokens: int, drafts: int, stops: Stops
+) -> Iterator[Step]:
+    training = model.training
+    model.eval()
+    try:
+        for row, prompt in enumerate(prompts):
+            writing = Writing(1, max_tokens=max_tokens, stops=stops)
+            found = chain.from_iterable(speculate(model, prompt, max_tokens=max_tokens, drafts=drafts))
+            while writing.running:
+                for step in writing.take(lambda _: next(found)):
+                    yield replace(step, row=row)
+    finally:
+        model.train(training)
 
 
 def _write(

@@ -63,7 +63,7 @@ Item: TypeAlias = "Leaf | Group"
 
 
 def fold(graph: LayerGraph, *, tag: Tag | None = None) -> tuple[Item, ...]:
-    """The whole model: embed, stack, `mtp` as a group of its depths, head."""
+    """The whole model: embed, stack, head, `mtp` as a group of its depths."""
     tag = tag or (lambda node: None)
     return _plain(_fold([_Placed(node, frames_of(graph, node), tag(node)) for node in graph.nodes], 0))
 
@@ -202,10 +202,10 @@ def _plain(found: Iterable[_Folded]) -> tuple[Item, ...]:
 
 def frames_of(graph: LayerGraph, node: Node) -> tuple[Frame, ...]:
     """Its trail; in the tail, inside a frame for the depth."""
-    if not node.path.startswith("mtp."):
+    if not node.tail:
         return node.trail
     depths = graph.mtp.settings.depths if graph.mtp else 1
-    return (Frame("mtp", int(node.path.split(".")[1]), depths), *node.trail)
+    return (Frame("mtp", node.depth, depths), *node.trail)
 
 
 def _shared(node: Node) -> bool:

@@ -50,6 +50,7 @@ MTP_FIELDS: tuple[Field, ...] = (
         "weights", OneOf("own", "shared"), "own",
         "own: each depth has its weights; shared: all use the same",
     ),
+    Field("loss_weight", Real(0), 0.1, "what the mean of the depths' losses is added to the loss with", inert=True),
 )
 
 

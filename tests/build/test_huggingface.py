@@ -8,7 +8,7 @@ configuration says, and Bamba rotates half of each head unless told otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -32,7 +32,8 @@ class Family:
     """config: of `<name>Config`. text: the same model in our language. layers: for each of our layers,
     (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes. after: prefix
     of the norm behind a layer, beside the one before it. apart: takes their weights that hold several of ours in an
-    order of their own, and gives them one by one."""
+    order of their own, and gives them one by one. tail: the number of their layer that holds the first depth of
+    `mtp`."""
 
     name: str
     config: dict
@@ -45,6 +46,7 @@ class Family:
     tied: bool = field(default=False)
     after: str = ""
     apart: Callable[[dict], dict] = lambda weights: weights
+    tail: int = 0
 
     def program(self) -> str:
         tied = "true" if self.tied else "false"
@@ -667,6 +669,10 @@ NAMES: dict[str, list[list[str]]] = {
 }
 
 
+#: The ends of a depth of `mtp`: our name -> theirs.
+TAIL = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "final_norm": "post_norm"}
+
+
 def theirs(family: Family):
     torch.manual_seed(0)
     given = {**COMMON, **family.config}
@@ -675,7 +681,11 @@ def theirs(family: Family):
     model = getattr(transformers, f"{family.name}ForCausalLM")(config).eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
-    generator = torch.Generator().manual_seed(0)
+    return randomised(model)
+
+
+def randomised(model, *, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             noise = torch.randn(tensor.shape, generator=generator)
@@ -722,6 +732,9 @@ def moved(family: Family, graph, weights: dict) -> dict:
                 names = next(names for names in choices if all(n in weights for n in names))
                 value = torch.cat([take(n) for n in names])
                 found[path] = value.squeeze(1) if name == "conv.weight" else value
+    for k in range(model.depths):
+        for ours, theirs in TAIL.items():
+            found[f"mtp.{k}.{ours}.weight"] = take(f"{family.base}.{family.tail + k}.{theirs}.weight")
     left = set(weights) - used
     assert not left, left
     return found
@@ -752,3 +765,42 @@ def test_logits_are_those_of_hugging_face(name):
         logits = ours.eval()(tokens)
     assert wanted.std() > 0.1, "a model whose logits say something"
     torch.testing.assert_close(logits, wanted, atol=LIMIT, rtol=0)
+
+
+def test_drafts_are_those_of_hugging_face():
+    """Two depths of Ling's tail: their `MtpModel` runs one at a time, on the tokens that come later."""
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    one, depths = FAMILIES["bailing_hybrid"], 2
+    kinds = dict(mtp_layer_types=["full_attention"] * depths, mtp_mlp_layer_types=["sparse"] * depths)
+    family = replace(
+        one, text=one.text + f"mtp(depths={depths}) {{ L E }}", tail=4,
+        config={**one.config, **kinds, "num_mtp_layers": depths},
+        layers=pairs(["self_attn"] * (4 + depths), "post_attention_layernorm", ".mlp"),
+    )
+    main = theirs(family)
+    tail = MtpModel(main, depths).eval()
+    tail.set_experts_implementation("eager")
+    randomised(tail.layers, seed=1)
+    weights = main.state_dict()
+    for name, value in tail.layers.state_dict().items():
+        k, _, rest = name.partition(".")
+        weights[f"model.layers.{4 + int(k)}.{rest.removeprefix('mtp_block.')}"] = value
+    graph = unroll(resolve(read(from_text(family.program(), name="ling.mdl"))))
+    ours = build(graph)
+    ours.load_state_dict(moved(family, graph, family.apart(weights)), strict=True)
+    T = 21
+    tokens = torch.randint(3, 61, (2, T), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(T).expand(2, -1)
+    cache = MtpCache(config=main.config.get_mtp_config())
+    with torch.no_grad():
+        given = main(input_ids=tokens, position_ids=positions, use_cache=False, output_hidden_states=True)
+        logits, *drafts = ours.eval().drafts(tokens)
+        torch.testing.assert_close(logits, given.logits, atol=LIMIT, rtol=0)
+        h = given.hidden_states[-1]
+        for k, draft in enumerate(drafts):
+            h = tail.forward_layer(k, h[:, : T - 1 - k], positions[:, 1 + k :], cache, input_ids=tokens[:, 1 + k :])
+            wanted = main.lm_head(h)
+            assert wanted.std() > 0.1
+            torch.testing.assert_close(draft[:, : T - 1 - k], wanted, atol=LIMIT, rtol=0)

@@ -395,8 +395,8 @@ def test_what_is_not_built_is_said():
     adapted, = refused("M T M T", "layer T = R(adapter=lora(rank=2))")
     assert adapted.code.id == "E901" and "`x_proj` and `dt_proj` in layer `stack.1`" in adapted.message
     assert adapted.span.line > 1
-    tail, = refused("M", "mtp(depths=2) { A }")
-    assert tail.code.id == "E901" and "mtp" in tail.message and tail.span is not None
+    tail, = refused("M", "layer T = R(adapter=lora(rank=2)) mtp { T }")
+    assert tail.code.id == "E901" and "mtp.0.0" in tail.message and tail.span is not None
     fitting, = refused("V", "layer V = A(input=with_embedding, residual=normed)")
     assert fitting.code.id == "E906"
     if not torch.cuda.is_available():

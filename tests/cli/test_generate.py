@@ -42,6 +42,16 @@ def test_the_seed_decides_and_a_stop_ends():
     assert stopped["tokens"] == [] and stopped["ended"] == "stop"
 
 
+def test_drafts_change_nothing(tmp_path):
+    file = tmp_path / "ahead.mdl"
+    file.write_text("model m { vocab = 256\n d_model = 32 }\nlayer F = mlp(d_ff=64)\nstack { F } mtp(depths=2) { F }\n")
+    args = ["generate", str(file), "--tokens", "1,2", "--max-tokens", "6"]
+    plain, drafted, many = (CliRunner().invoke(cli, [*args, "--drafts", n]) for n in "029")
+    assert plain.exit_code == drafted.exit_code == 0 and plain.stdout == drafted.stdout
+    assert many.exit_code == 2 and "from 0 to 2" in many.stderr
+    assert "no `mtp` tail" in call("--tokens", "1", "--drafts", "1").stderr
+
+
 def test_weights_of_a_checkpoint(tmp_path):
     from mambadsl import load
     from mambadsl.build.checkpoint import save_weights

@@ -26,9 +26,10 @@ def _assert_same_grads(a, b):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_training_is_the_same_with_and_without(compile):
+@pytest.mark.parametrize("tail", ["", "mtp(depths=2, weights=shared) { M A }"], ids=["", "mtp"])
+def test_training_is_the_same_with_and_without(tail, compile):
     """Five steps of two equal models: a graph that missed a weight's update would drift."""
-    plain, captured = made(STACK, device="cuda").train(), made(STACK, device="cuda").train()
+    plain, captured = (made(STACK, device="cuda", more=tail).train() for _ in range(2))
     held = captured.loss(_tokens(0))
     runs = TrainStep(plain), TrainStep(captured, compile=compile, graph=True)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) for model in (plain, captured)]

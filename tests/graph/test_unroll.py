@@ -48,6 +48,7 @@ def test_paths_and_roles():
         "stack.2",
         "stack.3",
         "stack.4",
+        "head",
         "mtp.0.in",
         "mtp.0.0",
         "mtp.0.1",
@@ -56,15 +57,14 @@ def test_paths_and_roles():
         "mtp.1.0",
         "mtp.1.1",
         "mtp.1.out",
-        "head",
     ]
     assert [n.role for n in g.nodes if n.role is not Role.LAYER] == [
         Role.EMBED,
-        Role.MTP_IN,
-        Role.MTP_OUT,
-        Role.MTP_IN,
-        Role.MTP_OUT,
         Role.HEAD,
+        Role.MTP_IN,
+        Role.MTP_OUT,
+        Role.MTP_IN,
+        Role.MTP_OUT,
     ]
     assert all(n.owner == n.path for n in g.nodes)
     assert [n.path for n in g.layers] == [f"stack.{i}" for i in range(5)]
@@ -161,13 +161,13 @@ def test_edges_of_the_tail():
     g = graph("model m { d_model = 8 } stack { M } mtp(depths=2) { A(input=with_embedding) F }")
     tail = {(e.source, e.target, e.tensor) for e in g.edges if e.target.startswith("mtp.")}
     assert tail == {
-        ("stack.0", "mtp.0.in", "h"),
+        ("head", "mtp.0.in", "h"),
         ("embed", "mtp.0.in", "next"),
         ("mtp.0.in", "mtp.0.0", "x"),
         ("embed", "mtp.0.0", "x0"),
         ("mtp.0.0", "mtp.0.1", "x"),
         ("mtp.0.1", "mtp.0.out", "x"),
-        ("mtp.0.1", "mtp.1.in", "h"),
+        ("mtp.0.out", "mtp.1.in", "h"),
         ("embed", "mtp.1.in", "next"),
         ("mtp.1.in", "mtp.1.0", "x"),
         ("embed", "mtp.1.0", "x0"),

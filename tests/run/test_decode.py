@@ -237,6 +237,7 @@ def test_the_ends_of_a_step_go_through_their_slots():
 
 
 def test_what_cannot_be_captured_is_said(model):
+    assert obstacles(made("M", more="mtp { E }")) == []
     assert obstacles(model) == [] and obstacles(made("M E E")) == ["`E`: moe.experts waits for the device"]
     with pytest.raises(ValueError, match="CUDA device"):
         Decoder(model, batch=1, capacity=4, graph=True)

@@ -87,8 +87,8 @@ def test_named_blocks_and_shared_layers():
         ("M S", 3),
         ("M T", 2),
         ("S", 1),
-        ("mtp", 2),
         ("head", 1),
+        ("mtp", 2),
     ]
     owners = {leaf.label: leaf.shared for leaf in leaves(items) if leaf.shared}
     assert owners["T"] == "shared.T"
