@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mambadsl.adapt.files import E613, Files
+from mambadsl.adapt.tensors import Rows
 from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
 from mambadsl.graph.weights import all_weights
-from mambadsl.hf.files import E613, Files
 from mambadsl.hf.importer import Imported
-from mambadsl.hf.tensors import Rows
 from mambadsl.kinds.kind import Weight
 from mambadsl.text.diagnostic import Diagnostic, MdlError
 from mambadsl.text.spell import nearest
