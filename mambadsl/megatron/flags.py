@@ -81,7 +81,12 @@ def _often(value: Any) -> int | tuple[int, ...]:
 
 def _unfold(text: str) -> str:
     """One round of `[0]*3` -> [0,0,0], `[0]+[1]` -> [0,1], `([0])` -> [0]."""
-    text = re.sub(r"\[([01,]+)\]\*([0-9]{1,4})(?![0-9])", lambda m: f"[{','.join([m[1]] * int(m[2]))}]", text)
+    def repeated(m: re.Match) -> str:
+        if len(m[1]) * int(m[2]) > MAX_ROW:
+            raise ValueError("a row that long")
+        return f"[{','.join([m[1]] * int(m[2]))}]"
+
+    text = re.sub(r"\[([01,]+)\]\*([0-9]{1,4})(?![0-9])", repeated, text)
     return re.sub(r"\((\[[01,]+\])\)", r"\1", re.sub(r"\](?!\*)\+(\[[01,]+\])(?!\*)", lambda m: "," + m[1][1:], text))
 
 
@@ -132,7 +137,8 @@ FLAGS: dict[str, Flag] = {
     "rotary_base": _real(10000), "rotary_percent": _real(1), "rotary_seq_len_interpolation_factor": _real(),
     "no_rope_freq": _row(), "rope_type": _text(), "rotary_scaling_factor": _real(1), "mscale": _real(1),
     "mscale_all_dim": _real(0), "yarn_beta_fast": _real(), "yarn_beta_slow": _real(),
-    "yarn_original_max_position_embeddings": _whole(), "yarn_correction_range_round_to_int": _flag(True),
+    "yarn_original_max_position_embeddings": _whole(),
+    "yarn_correction_range_round_to_int": _flag(True, off="--no-yarn-correction-range-round-to-int"),
     "multi_latent_attention": _flag(), "q_lora_rank": _whole(), "kv_lora_rank": _whole(32), "qk_head_dim": _whole(128),
     "qk_pos_emb_head_dim": _whole(64), "v_head_dim": _whole(128),
     "ffn_hidden_size": _whole(), "swiglu": _flag(), "squared_relu": _flag(), "quick_geglu": _flag(),
@@ -160,20 +166,20 @@ ALIASES = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor", "max_sequence_length": "seq_length",
 }
 #: Arguments that change nothing that a trained model computes: data, training, devices, precision, output.
-NEUTRAL = (
-    "*train*", "*eval*", "*test*", "valid*", "lr", "lr_*", "min_lr", "*adam*", "*sgd*", "*muon*", "optimizer*",
-    "*decay*", "clip_grad", "*grad*", "*loss*", "*batch*", "*save*", "*load*", "*ckpt*", "*checkpoint*", "*log*",
-    "*tensorboard*", "*wandb*", "*data*", "split", "*tokenizer*", "*tiktoken*", "vocab_file", "merge_file",
-    "*parallel*", "*overlap*", "*comm*", "*recompute*", "*offload*", "*fp8*", "*fp4*", "bf16", "fp16", "*_dtype",
-    "*seed*", "*attention_mask*", "*position_ids*", "eod*", "*fusion*", "*fused*", "*inference*", "*cuda_graph*",
-    "attention_backend", "*flash_attn*", "init_method*", "*perform_initialization*", "*timing*",
-    "*profile*", "exit_*", "*nccl*", "distributed_*", "*dist_*", "use_mcore_models", "is_hybrid_model", "use_cpu_*",
-    "model_provider", "moe_aux_*", "moe_z_*", "moe_router_load_balancing_type", "moe_router_bias_update_rate",
-    "moe_token_dispatcher_type", "moe_grouped_gemm", "moe_permute*", "moe_enable_deepep", "moe_router_dtype",
-    "moe_expert_capacity_factor", "moe_pad*", "moe_per_layer*", "moe_layer_*", "qk_clip*", "*rerun*", "*straggler*",
-    "num_workers", "*deterministic*", "use_te*", "transformer_impl", "*mem_eff_path", "*manual_gc*", "finetune",
-    "no_masked_softmax_fusion", "apply_query_key_layer_scaling", "attention_softmax_in_fp32", "*timeout*", "mock_*",
-    "*persist_layer_norm*", "*sequence_packing*", "rl_*", "*prompt*", "num_dataset*", "te_*", "cache_mla_latents",
+NEUTRAL = tuple(
+    """
+    *train* *eval* *test* valid* lr lr_* min_lr *adam* *sgd* *muon* optimizer* *decay* clip_grad *grad* *loss*
+    *batch* *save* *load* *ckpt* *checkpoint* *log* *tensorboard* *wandb* *data* split *tokenizer* *tiktoken*
+    vocab_file merge_file *parallel* *overlap* *comm* *recompute* *offload* *fp8* *fp4* bf16 fp16 *_dtype *seed*
+    *attention_mask* *position_ids* eod* *fusion* *fused* *inference* *cuda_graph* attention_backend *flash_attn*
+    init_method* *perform_initialization* *timing* *profile* exit_* *nccl* distributed_* *dist_* use_mcore_models
+    is_hybrid_model use_cpu_* model_provider moe_aux_* moe_z_* moe_router_load_balancing_type
+    moe_router_bias_update_rate moe_token_dispatcher_type moe_grouped_gemm moe_permute* moe_enable_deepep
+    moe_router_dtype moe_expert_capacity_factor moe_pad* moe_per_layer* moe_layer_* qk_clip* *rerun* *straggler*
+    num_workers *deterministic* use_te* *mem_eff_path *manual_gc* finetune nproc_* nnodes node_rank master_* rdzv_*
+    no_masked_softmax_fusion apply_query_key_layer_scaling attention_softmax_in_fp32 *timeout* mock_*
+    *persist_layer_norm* *sequence_packing* rl_* *prompt* num_dataset* te_* cache_mla_latents
+    """.split()
 )
 
 

@@ -246,7 +246,7 @@ LATENT = Recipe(
         ),
         scale=always(
             None, "add_bias_linear", lambda c: not (c.add_bias_linear or c.add_qkv_bias),
-            "must be off where there are layers `+`: they have no biases",
+            "is not as layers `+` need it: they have no biases", {"add_bias_linear": False},
         ),
     ),
     lambda f: {
@@ -313,7 +313,7 @@ def _write_router(value: Variant) -> dict[str, Any]:
 
 def _without_bias(c: Arguments) -> int:
     if c.add_bias_linear:
-        raise Unlike("must be off where there are layers `E`: experts have no biases")
+        raise Unlike("is not as layers `E` need it: experts have no biases")
     return c.moe_shared_expert_intermediate_size or 0
 
 

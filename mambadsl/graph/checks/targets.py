@@ -44,7 +44,7 @@ TARGETS = {
     "hf": Target("Hugging Face transformers", norm_before_gate=False),
     "megatron": Target(
         "Megatron-LM hybrid models",
-        kinds=("mamba2", "attention", "mlp", "moe"), sums=False, shared=False, one_size=True,
+        kinds=("mamba2", "attention", "mlp", "moe", "gated_delta_net", "mla"), sums=False, shared=False, one_size=True,
         mamba_kernels=True, copies_groups=True, pads_vocab=128, norm_before_gate=False,
         conv_without_bias=False, cuts_evenly=True, masks_padding=False,
     ),
