@@ -48,8 +48,8 @@ INSTEAD = {
 class Missing(Unlike):
     """An argument without a default is not given."""
 
-    def __init__(self, name: str):
-        super().__init__("is needed and not given")
+    def __init__(self, name: str, more: str = ""):
+        super().__init__(f"is needed and not given{more}")
         self.name = name
 
 
@@ -142,7 +142,8 @@ def from_flags(source: Source | str) -> Arguments:
         end = words[at - 1].end()
         span = Span(source, start, end)
         try:
-            values = [_filled(value, variables) for value in values]
+            if plain(name) in spellings():
+                values = [_filled(value, variables) for value in values]
         except ValueError as error:
             problems.append(Diagnostic(E621, f"`{name}`: {error}", span))
             continue

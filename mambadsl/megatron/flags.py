@@ -59,7 +59,8 @@ def _word(value: Any) -> str:
 
 
 def _words(value: Any) -> tuple[str, ...]:
-    return tuple(value.split() if isinstance(value, str) else map(_word, value))
+    """`a b`, `[a b]`, [a, b]."""
+    return tuple(value.strip("[]").replace(",", " ").split() if isinstance(value, str) else map(_word, value))
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -179,6 +180,8 @@ NEUTRAL = tuple(
     num_workers *deterministic* use_te* *mem_eff_path *manual_gc* finetune nproc_* nnodes node_rank master_* rdzv_*
     no_masked_softmax_fusion apply_query_key_layer_scaling attention_softmax_in_fp32 *timeout* mock_*
     *persist_layer_norm* *sequence_packing* rl_* *prompt* num_dataset* te_* cache_mla_latents
+    temperature top_k top_p num_tokens_* max_tokens_* output_path incoming_* no_record_* *_decode *_prefill export_*
+    *optim* ddp_* *gloo* sft
     """.split()
 )
 

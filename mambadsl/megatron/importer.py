@@ -17,7 +17,7 @@ from mambadsl.graph.unroll import unroll
 from mambadsl.graph.weights import all_weights
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.values import Values
-from mambadsl.megatron.arguments import E621, Arguments
+from mambadsl.megatron.arguments import E621, W622, Arguments
 from mambadsl.megatron.layers import LAYERS
 from mambadsl.megatron.pattern import E620, LETTERS, Pattern, from_ratios, read_pattern, stages
 from mambadsl.megatron.settings import DEMANDS, SETTINGS, SHARED, spec
@@ -78,7 +78,7 @@ def import_model(pattern: Pattern, c: Arguments | None = None, *, name: str) -> 
     counts = stages(pattern, ranks, **ends)
     mtp = MtpSpec(_tail_settings(pattern, c), tuple(tail)) if pattern.depths else None
     graph = unroll(ModelSpec(name, model, tuple(_cut(stack, counts, pattern)), mtp))
-    ignored = tuple(c.ignored()) if c is not None else ()
+    ignored = (*_overruled(c, pattern), *c.ignored()) if c is not None else ()
     return Imported(pattern, c, graph, counts, places(graph, pattern), ignored)
 
 
@@ -153,17 +153,20 @@ def _demanded(c: Arguments, pattern: Pattern) -> Iterator[Diagnostic]:
         yield _unlike(c, "spec", str(error))
     if "*" not in pattern.layers and c.position_embedding_type not in ("none", "rope"):
         yield _unlike(c, "position_embedding_type", f"is `{c.position_embedding_type}`; `none` has a counterpart")
-    for name, counted, what in (
-        ("num_layers", len(pattern.layers), "layers"), ("mtp_num_layers", pattern.depths, "predicted tokens"),
-    ):
-        if getattr(c, name) is not None and getattr(c, name) != counted:
-            says = f"is {getattr(c, name)}, and the pattern has {counted} {what}: Megatron goes by that"
-            yield _unlike(c, name, says)
     other = pattern_of(c)
     if other is not None and (other.layers, other.mtp, other.depths) != (pattern.layers, pattern.mtp, pattern.depths):
         yield _unlike(c, "hybrid_layer_pattern", f"is another pattern than `{pattern.source.text}`")
     if c.form == "flags" and c.num_query_groups is not None and not c.group_query_attention:
         yield _unlike(c, "num_query_groups", "says nothing without `--group-query-attention`: Megatron ignores it")
+
+
+def _overruled(c: Arguments, pattern: Pattern) -> Iterator[Diagnostic]:
+    """Numbers that the pattern says otherwise."""
+    counts = {"num_layers": (len(pattern.layers), "layers"), "mtp_num_layers": (pattern.depths, "predicted tokens")}
+    for name, (counted, what) in counts.items():
+        if (given := getattr(c, name)) is not None and given != counted:
+            message = f"{c.shown(name)} is {given}, and the pattern has {counted} {what}: Megatron goes by that"
+            yield Diagnostic(W622, message, c.span(name))
 
 
 def _tail_settings(pattern: Pattern, c: Arguments | None) -> Values:

@@ -1,7 +1,7 @@
 """Megatron's layers by their letters: which arguments are which fields, and where their tensors lie.
 
 Read in both directions, as all tables of `adapt`. A tensor's name is below its layer. Layouts are those of one tensor
-rank; `cut.py` says how ranks share them.
+rank; `weights.py` says how ranks share them.
 """
 
 from __future__ import annotations

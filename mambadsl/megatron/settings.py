@@ -7,7 +7,7 @@ from typing import Any
 
 from mambadsl.adapt.table import Both, Entry, Unlike, key, words
 from mambadsl.kinds.values import Values, Variant
-from mambadsl.megatron.arguments import Arguments
+from mambadsl.megatron.arguments import Arguments, Missing
 from mambadsl.megatron.layers import needed
 
 #: Specs whose layers are those of `layers.py`.
@@ -39,7 +39,9 @@ def _vocab(c: Arguments) -> int:
     if c.padded_vocab_size is not None:
         return c.padded_vocab_size
     multiple = c.make_vocab_size_divisible_by * c.tensor_model_parallel_size
-    return -(-c.needed("vocab_size") // multiple) * multiple
+    if c.vocab_size is None:
+        raise Missing("vocab_size", ": without it Megatron asks the tokenizer")
+    return -(-c.vocab_size // multiple) * multiple
 
 
 SETTINGS: dict[str, Entry] = {

@@ -123,6 +123,13 @@ def test_what_cannot_be_read(text, says):
     assert says in str(caught.value) and caught.value.diagnostics[0].code.id == "E621"
 
 
+def test_what_is_not_needed_may_be_unset():
+    """A script's variables count where they say what model it is."""
+    found = from_flags("--hidden-size 8 --global-batch-size $B")
+    assert found.hidden_size == 8 and found.unknown["global_batch_size"].value == "$B"
+    assert from_mapping({"spec": "[a.b hybrid_stack_spec]"}).spec == ("a.b", "hybrid_stack_spec")
+
+
 def test_hostile_files(tmp_path):
     for name, text in (
         ("a.json", "{" * 50_000), ("a.yaml", "a: [" * 5_000), ("a.json", "[1]"), ("b.yaml", "a: b: c"),
@@ -177,6 +184,15 @@ def test_windows_and_rotations_by_layer():
     assert "a token sees none after it" in refused("*", "--window-size 127,127")
 
 
+def test_numbers_that_the_pattern_says_otherwise():
+    flags = from_flags(f"{SMALL} --num-layers 3 --mtp-num-layers 1 --swiglu")
+    texts = [d.message for d in import_model(read_pattern("M/-/-"), flags, name="small").diagnostics]
+    assert texts == [
+        "`--num-layers` is 3, and the pattern has 1 layers: Megatron goes by that",
+        "`--mtp-num-layers` is 1, and the pattern has 2 predicted tokens: Megatron goes by that",
+    ]
+
+
 def test_grouped_queries_must_be_asked_for():
     assert fields("*", "--group-query-attention --num-query-groups 2").kv_heads == 2
     assert fields("*").kv_heads == 4
@@ -184,7 +200,7 @@ def test_grouped_queries_must_be_asked_for():
 
 
 @pytest.mark.parametrize("pattern, flags, says", [
-    ("M", "--use-mup", "`--use-mup` scales by widths"), ("M", "--num-layers 3", "is 3, and the pattern has 1 layers"),
+    ("M", "--use-mup", "`--use-mup` scales by widths"),
     ("M", "--spec a gated_delta_product_stack_spec", "is `gated_delta_product_stack_spec`"),
     ("*", "--rotary-interleaved", "turns neighbouring channels"), ("-", "--quick-geglu", "has no counterpart"),
     ("*", "--use-rope-scaling", "is left out by hybrid models"), ("MD", "", "`D`, DeepSeek sparse attention"),
