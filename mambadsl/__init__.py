@@ -29,6 +29,8 @@ _HOMES = {
     "load_compiled": "mambadsl.run.compiled",
     "import_hf": "mambadsl.hf.folder",
     "export_hf": "mambadsl.hf.folder",
+    "import_megatron": "mambadsl.megatron.folder",
+    "export_megatron": "mambadsl.megatron.folder",
     "load_parts": "mambadsl.parts.plugins",
     "TrainStep": "mambadsl.run.step",
     "Decoder": "mambadsl.run.decode",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from mambadsl.cli import output
 from mambadsl.cli.command import command
 from mambadsl.cli.source import Given, takes_model
+from mambadsl.cli.types import COUNT
 
 
 @command(
@@ -16,25 +18,42 @@ from mambadsl.cli.source import Given, takes_model
     examples=(
         "mambadsl export hf models/lfm2_350m.mdl -o build/lfm2_350m",
         "mambadsl export hf models/nemotron_h_8b.mdl -o build/nemotron_h_8b --family nemotron_h",
+        "mambadsl export megatron models/nemotron_h_8b.mdl",
+        "mambadsl export megatron models/nemotron_h_8b.mdl --tp 4 -o build/nemotron_h_8b.args",
     ),
 )
-@click.argument("form", metavar="FORM", type=click.Choice(("hf",)))
+@click.argument("form", metavar="FORM", type=click.Choice(("hf", "megatron")))
 @takes_model
-@click.option(
-    "-o", "--output", "target", type=click.Path(path_type=Path), metavar="FOLDER", required=True, help="Write it here."
-)
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), metavar="PATH", help="Write it here.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="A checkpoint of the model.")
-@click.option("--family", metavar="NAME", help="The model_type to export as (default: one that fits).")
+@click.option("--family", metavar="NAME", help="hf: the model_type to export as (default: one that fits).")
+@click.option("--tp", type=COUNT, metavar="N", help="megatron: tensor ranks (default: 1).")
 def run(
-    model: Given, form: str, target: Path, weights: Path | None, family: str | None, as_json: bool
+    model: Given, form: str, target: Path | None, weights: Path | None, family: str | None, tp: int | None,
+    as_json: bool,
 ) -> None:
-    """Make a folder that Hugging Face's transformers loads.
+    """Make what another library loads.
 
-    As the family that computes what the model computes; if there is none, the layers that stand in the way are
-    named. Without --weights, config.json alone is written.
+    FORM hf: a folder for Hugging Face's transformers, as the family that computes what the model computes. Without
+    --weights, config.json alone is written.
+
+    FORM megatron: the pattern and arguments of Megatron's hybrid model, one flag a line, to a file or to standard
+    output; with --weights, a folder with these and a checkpoint, cut for --tp tensor ranks and the model's stages.
+
+    If there is no such model, the layers that stand in the way are named.
     """
+    _FORMS[form](model, target, weights=weights, family=family, tp=tp, as_json=as_json)
+
+
+def _hf(
+    model: Given, target: Path | None, *, weights: Path | None, family: str | None, tp: int | None, as_json: bool
+) -> None:
     from mambadsl.hf.folder import export_hf
 
+    if tp is not None:
+        raise click.UsageError("--tp goes with megatron")
+    if target is None:
+        raise click.UsageError("-o FOLDER says where the folder goes")
     found = export_hf(model.program(), target, weights=weights, family=family)
     written = [str(path) for path in found.files]
     if as_json:
@@ -45,3 +64,30 @@ def run(
         output.note("no --weights: the configuration alone was written")
     for path in written:
         output.text(f"wrote {path}")
+
+
+def _megatron(
+    model: Given, target: Path | None, *, weights: Path | None, family: str | None, tp: int | None, as_json: bool
+) -> None:
+    from mambadsl.megatron.folder import export_megatron
+
+    if family is not None:
+        raise click.UsageError("--family goes with hf")
+    if weights is not None and target is None:
+        raise click.UsageError("-o FOLDER says where the checkpoint goes")
+    found = export_megatron(model.program(), target, weights=weights, tp=tp or 1)
+    files: list[Any] = list(found.files)
+    if target is not None and weights is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        output.write(target, found.text)
+        files = [target]
+    if as_json:
+        output.json(text=found.text, files=[str(path) for path in files])
+        return
+    if not files:
+        output.text(found.text)
+    for path in files:
+        output.note(f"wrote {path}")
+
+
+_FORMS = {"hf": _hf, "megatron": _megatron}

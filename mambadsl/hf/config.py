@@ -61,10 +61,6 @@ NEUTRAL = frozenset(
 )
 
 
-class Unlike(Exception):
-    """A value without a counterpart; the text completes "`hidden_act` ..."."""
-
-
 class Settings:
     """`settings.hidden_size` reads a value and records that. given: what the file itself says. inside: the model_type
     of a larger model that these are the text model's settings of."""

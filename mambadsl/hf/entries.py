@@ -7,7 +7,8 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mambadsl.hf.config import Settings, Unlike
+from mambadsl.adapt.table import Unlike
+from mambadsl.hf.config import Settings
 from mambadsl.hf.family import Both, Layer, key, words
 from mambadsl.kinds.values import NONE, Values, Variant
 

@@ -6,21 +6,19 @@ to what changes nothing that a trained model computes, does the family fit. Othe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mambadsl.adapt.same import differences
+from mambadsl.adapt.table import Unlike
 from mambadsl.graph.graph import LayerGraph, Node
-from mambadsl.hf.config import Settings, Unlike, config_class, from_dict
+from mambadsl.hf.config import Settings, config_class, from_dict
 from mambadsl.hf.family import Family, Recipe, Row, both, families
 from mambadsl.hf.importer import Imported, import_settings
-from mambadsl.kinds.fields import Field
-from mambadsl.kinds.registry import get
-from mambadsl.kinds.sublayer import BRANCH_FIELDS, SUBLAYER_FIELDS
 from mambadsl.kinds.values import Values
 from mambadsl.spec import make
-from mambadsl.spec.model import MODEL_FIELDS, LayerSpec, Mixer
+from mambadsl.spec.model import LayerSpec, Mixer
 from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
 
 E614 = declare(
@@ -182,48 +180,3 @@ def _typed(value: Any, usual: Any) -> Any:
     if isinstance(usual, list) and isinstance(value, list) and usual:
         return [_typed(v, usual[0]) for v in value]
     return float(value) if isinstance(usual, float) and isinstance(value, int) else value
-
-
-def differences(ours: LayerGraph, theirs: LayerGraph) -> Iterator[tuple[str, Node | None]]:
-    """What a family computes otherwise: a sentence, and the layer."""
-    for name, (a, b) in _unequal(MODEL_FIELDS, ours.model, theirs.model):
-        yield f"`{name}` is {a} here, {b} there", None
-    if len(ours.layers) != len(theirs.layers):
-        yield f"{len(ours.layers)} layers here, {len(theirs.layers)} there", None
-    sharing, others_sharing = _first_uses(ours), _first_uses(theirs)
-    for node, other in zip(ours.layers, theirs.layers):
-        kinds, others = ([b.kind for b in n.layer.branches] for n in (node, other))
-        if kinds != others:
-            yield f"{node.path}: {' + '.join(kinds)} here, {' + '.join(others)} there", node
-            continue
-        if sharing[node.path] != others_sharing[other.path]:
-            yield f"{node.path}: weights that other layers use too", node
-        tables = [(SUBLAYER_FIELDS, node.layer.sub, other.layer.sub)]
-        for mixer, their in zip(node.layer.branches, other.layer.branches):
-            tables.append((get(mixer.kind).fields, mixer.fields, their.fields))
-            tables.append((BRANCH_FIELDS, mixer.branch, their.branch))
-        for fields, a, b in tables:
-            for name, (x, y) in _unequal(fields, a, b):
-                yield f"{node.path}: `{name}` is {x} here, {y} there", node
-
-
-def _first_uses(graph: LayerGraph) -> dict[str, str]:
-    """For each layer, the first that has the same weights."""
-    first: dict[str, str] = {}
-    return {node.path: first.setdefault(node.owner, node.path) for node in graph.layers}
-
-
-def _unequal(fields: tuple[Field, ...], ours: Values, theirs: Values) -> Iterator[tuple[str, tuple[str, str]]]:
-    for f in fields:
-        a, b = ours[f.name], theirs[f.name]
-        if not f.inert and not _equal(a, b):
-            yield f.name, (f.type.text(a, full=False), f.type.text(b, full=False))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Numbers up to the last bits: the same multiplier may be written with one digit less."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-12)
-    return a == b

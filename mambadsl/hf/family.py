@@ -13,66 +13,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from mambadsl.hf.config import Settings, Unlike
-from mambadsl.hf.tensors import Place
+from mambadsl.adapt.table import Both, Entry, Recipe, both, fixed, key, words
+from mambadsl.adapt.tensors import Place
+from mambadsl.hf.config import Settings
 from mambadsl.kinds.values import Values
 
-
-@dataclass(frozen=True)
-class Both:
-    """A value both ways. keys: their settings; read: of a configuration, may raise Unlike; write: their settings for a
-    value of ours."""
-
-    keys: tuple[str, ...]
-    read: Callable[[Settings], Any]
-    write: Callable[[Any], Mapping[str, Any]]
-    #: Always this; what tells recipes of one kind apart.
-    always: bool = False
-
-
-#: An entry of a table: the name of their setting, or both ways.
-Entry: TypeAlias = "str | Both"
-
-
-def key(name: str, read: Callable[[Any], Any] = lambda v: v, write: Callable[[Any], Any] = lambda v: v) -> Both:
-    """One setting of theirs, converted."""
-    return Both((name,), lambda c: read(getattr(c, name)), lambda value: {name: write(value)})
-
-
-def words(name: str, table: Mapping[str, Any]) -> Both:
-    """A word of theirs for a value of ours."""
-    back = {ours: theirs for theirs, ours in reversed(table.items())}
-
-    def read(value: Any) -> Any:
-        if value not in table:
-            raise Unlike(f"is `{value}`; with a counterpart: " + ", ".join(f"`{known}`" for known in table))
-        return table[value]
-
-    return key(name, read, lambda value: back.get(value, value))
-
-
-def fixed(value: Any) -> Both:
-    """Theirs is always so."""
-    return Both((), lambda c: value, lambda value: {}, always=True)
-
-
-def both(entry: Entry) -> Both:
-    return key(entry) if isinstance(entry, str) else entry
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A mixer of theirs. fields: our field (of the kind, the branch or the sublayer) -> theirs. names: our weight ->
-    theirs, below the mixer's path, where the names differ; may depend on the fields."""
-
-    kind: str
-    fields: Mapping[str, Entry]
-    names: Mapping[str, Place] | Callable[[Values], Mapping[str, Place]] = field(default_factory=dict)
-
-    def places(self, fields: Values) -> Mapping[str, Place]:
-        return self.names(fields) if callable(self.names) else self.names
+#: What a family's file is written with.
+__all__ = ["Both", "Family", "Layer", "Recipe", "both", "families", "fixed", "key", "names", "words"]
 
 
 @dataclass(frozen=True)

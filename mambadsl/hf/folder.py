@@ -136,9 +136,9 @@ def export_hf(
 def _export_weights(
     imported: Imported, weights: Path, folder: Path, tensors: dict[str, dict]
 ) -> tuple[tuple[Path, ...], Any]:
+    from mambadsl.adapt.files import Files
     from mambadsl.build.shards import MAX_FILE_BYTES, save_shards
     from mambadsl.graph.weights import all_weights
-    from mambadsl.hf.files import Files
     from mambadsl.hf.weights import export_units
 
     files = Files(weights)

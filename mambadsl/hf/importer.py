@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mambadsl.adapt.table import Unlike
+from mambadsl.adapt.tensors import Rows, rows
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.unroll import connect
 from mambadsl.graph.weights import all_weights
-from mambadsl.hf.config import E610, E611, Settings, Unlike
+from mambadsl.hf.config import E610, E611, Settings
 from mambadsl.hf.family import Both, Family, Layer, both, families
-from mambadsl.hf.tensors import Rows, rows
 from mambadsl.spec import make
 from mambadsl.spec.model import LayerSpec
 from mambadsl.text.diagnostic import Diagnostic, MdlError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mambadsl.hf.tensors import Experts, Piece, Place, Rows
+from mambadsl.adapt.tensors import Experts, Piece, Place, Rows
 from mambadsl.kinds.values import Values
 
 QKV = {f"qkv_proj.{w}": (f"q_proj.{w}", f"k_proj.{w}", f"v_proj.{w}") for w in ("weight", "bias")}

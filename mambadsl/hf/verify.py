@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambadsl.adapt.same import differences
 from mambadsl.build.checkpoint import load_weights
 from mambadsl.build.model import Model, build
 from mambadsl.compile import Program
 from mambadsl.hf.config import E610, read
-from mambadsl.hf.exporter import E614, differences
+from mambadsl.hf.exporter import E614
 from mambadsl.hf.importer import Imported, import_settings
 from mambadsl.hf.weights import Source
 from mambadsl.text.diagnostic import Diagnostic, MdlError

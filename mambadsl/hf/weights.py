@@ -5,7 +5,7 @@ In memory is never more than the file that is being written, and the tensors of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
@@ -14,17 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mambadsl.adapt.files import E613, LISTED, Files, listed
+from mambadsl.adapt.tensors import Rows
 from mambadsl.build.init import draw
 from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
 from mambadsl.graph.weights import all_weights
-from mambadsl.hf.files import E613, Files
 from mambadsl.hf.importer import Imported
-from mambadsl.hf.tensors import Rows
 from mambadsl.kinds.kind import Weight
 from mambadsl.text.diagnostic import Diagnostic, MdlError
-from mambadsl.text.spell import nearest
 
-LISTED = 12
 #: What any family may have saved: tables of rotations, and indices of their positions.
 EMPTY = "*rotary_emb.inv_freq", "*rope_freqs", "*.position_ids"
 
@@ -103,7 +101,7 @@ class Source:
         self.shapes = {self._name(n): shape for n, shape in shapes.items() if shape != wanted[n]}
         if not (missing or unknown or bent):
             return
-        facts = [*_listed("missing", missing, unknown), *_listed("nobody takes", unknown, missing)]
+        facts = [*listed("missing", missing, unknown), *listed("nobody takes", unknown, missing)]
         facts += [
             f"shape of `{self._name(name)}`: {list(there[self._name(name)])} in the folder, "
             f"{list(wanted[name])} by the configuration" for name in bent[:LISTED]
@@ -142,7 +140,7 @@ def export_units(
     unknown = [path for path in files.shapes if path not in weights]
     bent = [path for path in weights if path not in missing and files.shapes[path] != weights[path].shape]
     if missing or unknown or bent:
-        facts = [*_listed("missing", missing, unknown), *_listed("unknown", unknown, missing)]
+        facts = [*listed("missing", missing, unknown), *listed("unknown", unknown, missing)]
         facts += [
             f"shape of `{p}`: {list(files.shapes[p])} in the folder, {list(weights[p].shape)} in the model"
             for p in bent[:LISTED]
@@ -161,11 +159,3 @@ def _written(
         # Several may be parts of one weight's memory, which files do not share.
         part = tensor.untyped_storage().nbytes() > tensor.nbytes
         yield renamed.get(name, name), tensor.clone() if part else tensor
-
-
-def _listed(what: str, names: list[str], others: Iterable[str]) -> list[str]:
-    facts = []
-    for name in names[:LISTED]:
-        near = nearest(name, others)
-        facts.append(f"{what}: `{name}`" + (f", nearest: `{near}`" if near else ""))
-    return facts + ([f"{what}: and {len(names) - LISTED} more"] if len(names) > LISTED else [])

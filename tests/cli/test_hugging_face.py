@@ -71,11 +71,11 @@ def test_json_of_an_import():
 
 @pytest.mark.parametrize("args, says, code", [
     (("import", "hf"), "Missing argument", 2),
-    (("import", "hff", "x"), "'hff' is not 'hf'", 2),
+    (("import", "hff", "x"), "'hff' is not one of", 2),
     (("import", "hf", "nowhere"), "there is no file `nowhere`", 1),
     (("import", "hf", CONFIG, "--name", "Two Words"), "is no name for a model; `two_words` is", 2),
     (("import", "hf", CONFIG, "--weights", "ours"), "there are no tensors", 1),
-    (("export", "hf", SHIPPED), "Missing option '-o'", 2),
+    (("export", "hf", SHIPPED), "-o FOLDER says where", 2),
     (("export", "hf", SHIPPED, "-o", "out", "--family", "qwen"), "there is no family `qwen`", 1),
     (("export", "hf", SHIPPED, "-o", "out", "--family", "jamba"), "`gated_delta_net` as it is here", 1),
     (("export", "hf", SHIPPED, "-o", "out", "--weights", "nowhere"), "there is no folder `nowhere`", 1),

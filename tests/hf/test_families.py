@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import mambadsl
+from mambadsl.adapt.same import differences
 from mambadsl.build.checkpoint import load_weights
 from mambadsl.hf.config import from_dict
-from mambadsl.hf.exporter import differences, export_settings
+from mambadsl.hf.exporter import export_settings
 from mambadsl.hf.family import names
 from mambadsl.hf.folder import export_hf, import_hf
 from mambadsl.hf.importer import import_settings

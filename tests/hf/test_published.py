@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 from public_configs import CONFIGS, config
 
+from mambadsl.adapt.same import differences
 from mambadsl.compile import load
 from mambadsl.files import MODELS
 from mambadsl.hf.config import Settings
-from mambadsl.hf.exporter import differences, export_settings
+from mambadsl.hf.exporter import export_settings
 from mambadsl.hf.importer import import_settings
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.sublayer import BRANCH_FIELDS, SUBLAYER_FIELDS

@@ -34,8 +34,7 @@ def check(subject: Subject) -> Iterator[Problem]:
                 E601, f"`{subject.facts.target}` has no layer of kind `{kind}`",
                 help=(f"there are {listed(tool.kinds)}",),
             )
-        elif tool.one_size and site.f != first.setdefault(kind, site).f:
-            fields = tuple(name for name in site.f if site.f[name] != first[kind].f[name])
+        elif tool.one_size and (fields := _unlike(site, first.setdefault(kind, site), tool.varied)):
             yield site.problem(
                 E601, f"`{subject.facts.target}` has one size for all layers of kind `{kind}`", fields,
                 label=f"{listed(f'`{name}`' for name in fields)} not as in other layers",
@@ -51,3 +50,8 @@ def check(subject: Subject) -> Iterator[Problem]:
         message, place = f"`{subject.facts.target}` has no shared layers", subject.declaration(shared[0])
         help = ("`layer` instead of `shared` gives every use weights of its own",)
         yield Problem(Diagnostic(E601, message, place, "shared", help=help), tuple(shared))
+
+
+def _unlike(site: Site, first: Site, varied: tuple[str, ...]) -> tuple[str, ...]:
+    """Fields in which two layers of a kind differ, and may not."""
+    return tuple(name for name in site.f if site.f[name] != first.f[name] and name not in varied)

@@ -10,7 +10,8 @@ class Target:
     """What a tool can do with a model; the defaults are a tool without limits.
 
     kinds: the kinds it knows (empty: all). sums, shared: it has layers in parallel, layers with one set of
-    weights. one_size: all layers of a kind have the same fields. one_chunk: one scan chunk for all layers.
+    weights. one_size: all layers of a kind have the same fields, but those in `varied`, which some may do without.
+    one_chunk: one scan chunk for all layers.
     mamba_kernels: it runs mamba-ssm's and causal-conv1d's kernels, whatever the machine offers.
     copies_kv: more devices than kv_heads share copies of them. copies_one_group: B and C of a single
     group are copied to every device. copies_groups: groups are copied under context parallelism.
@@ -26,6 +27,7 @@ class Target:
     sums: bool = True
     shared: bool = True
     one_size: bool = False
+    varied: tuple[str, ...] = ()
     one_chunk: bool = False
     mamba_kernels: bool = False
     copies_kv: bool = False
@@ -44,8 +46,8 @@ TARGETS = {
     "hf": Target("Hugging Face transformers", norm_before_gate=False),
     "megatron": Target(
         "Megatron-LM hybrid models",
-        kinds=("mamba2", "attention", "mlp", "moe"), sums=False, shared=False, one_size=True,
-        mamba_kernels=True, copies_groups=True, pads_vocab=128, norm_before_gate=False,
+        kinds=("mamba2", "attention", "mlp", "moe", "gated_delta_net", "mla"), sums=False, shared=False, one_size=True,
+        varied=("window", "rope"), mamba_kernels=True, copies_groups=True, pads_vocab=128, norm_before_gate=False,
         conv_without_bias=False, cuts_evenly=True, masks_padding=False,
     ),
     "vllm": Target(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mambadsl.adapt.table import Unlike
 from mambadsl.hf import mixers
-from mambadsl.hf.config import Settings, Unlike
+from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, apart, dt_limit, form, norm, pairs, read_rope, rope, write_rope
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key
 from mambadsl.kinds.values import NONE, Values, Variant

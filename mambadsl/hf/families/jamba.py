@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mambadsl.adapt.table import Unlike
 from mambadsl.hf import mixers
-from mambadsl.hf.config import Settings, Unlike
+from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, apart, form, norm, pairs
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
 from mambadsl.kinds.values import Values

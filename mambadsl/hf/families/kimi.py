@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mambadsl.adapt.table import Unlike
+from mambadsl.adapt.tensors import Cut, Piece, Place, Rows
 from mambadsl.hf import mixers
-from mambadsl.hf.config import Settings, Unlike
+from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, apart, form, norm, pairs, router
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key
-from mambadsl.hf.tensors import Cut, Piece, Place, Rows
 from mambadsl.kinds.values import NONE, Values, Variant
 
 SETTINGS = dict(

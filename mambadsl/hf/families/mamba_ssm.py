@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
+from mambadsl.adapt.table import Unlike
+from mambadsl.adapt.tensors import Piece, Rows
 from mambadsl.hf import mixers
-from mambadsl.hf.config import Settings, Unlike
+from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import form
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key
-from mambadsl.hf.tensors import Piece, Rows
 from mambadsl.kinds.values import NONE, Variant
 
 EPS = 1e-5

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, apart, form, norm, pairs, read_rope, router, write_rope
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
-from mambadsl.hf.tensors import Piece, Place, Rows
 from mambadsl.kinds.kind import Weight
 from mambadsl.kinds.values import Values, Variant
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mambadsl.adapt.table import Unlike
+from mambadsl.adapt.tensors import Cut, Piece, Place
 from mambadsl.hf import mixers
-from mambadsl.hf.config import Settings, Unlike
+from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, form, norm, rope
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
-from mambadsl.hf.tensors import Cut, Piece, Place
 from mambadsl.kinds.values import Values
 
 FEED = dict(act=act(), gated=fixed(True), d_ff="intermediate_size")

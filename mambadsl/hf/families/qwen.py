@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, apart, norm, pairs, rope, router
 from mambadsl.hf.family import Family, Layer, Recipe, fixed
-from mambadsl.hf.tensors import Piece, Place, Rows
 from mambadsl.kinds.values import Values
 
 KINDS = {"linear_attention": ("D", "linear_attn"), "full_attention": ("A", "self_attn")}

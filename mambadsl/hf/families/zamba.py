@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+from mambadsl.adapt.table import Unlike
+from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf import mixers
-from mambadsl.hf.config import Settings, Unlike
+from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, form, norm, read_rope, write_rope
 from mambadsl.hf.family import Both, Family, Layer, Recipe, Row, fixed
-from mambadsl.hf.tensors import Piece, Place, Rows
 from mambadsl.kinds.values import NONE, Values, Variant
 
 SETTINGS = dict(

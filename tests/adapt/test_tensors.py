@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mambadsl.hf.tensors import Cut, Experts, Piece, Rows, rows
+from mambadsl.adapt.tensors import Cut, Experts, Piece, Rows, rows
 from mambadsl.kinds.kind import Weight
 
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
@@ -80,3 +80,12 @@ def test_tables_that_do_not_cover_the_weight():
     for table in Rows("x", "y"), Rows("x", "y", "z", "more"), Rows(Piece("x", ("a", "b")), Piece("y", ("b", "c"))):
         with pytest.raises(ValueError, match="segments"):
             dict(table.shapes(weight))
+
+
+def test_one_tensor_in_another_order():
+    weight = Weight("qkv", (6, 1), segments=(("q", 3), ("k", 2), ("gate", 1)))
+    table = Rows(Piece("mixed", ("gate", "q", "k")))
+    ours = torch.arange(6.0)[:, None]
+    written = dict(table.write(ours, weight))
+    assert written["mixed"].flatten().tolist() == [5, 0, 1, 2, 3, 4]
+    assert torch.equal(table.read(written.__getitem__, weight), ours)

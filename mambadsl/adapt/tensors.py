@@ -47,6 +47,11 @@ class Rows:
     def __init__(self, *pieces: Piece | str):
         self.pieces = tuple(Piece(p) if isinstance(p, str) else p for p in pieces)
 
+    def _whole(self, weight: Weight) -> bool:
+        """Whether ours is one tensor of theirs, row by row."""
+        piece, *others = self.pieces
+        return not others and piece.groups == 1 and piece.segments in ((), tuple(name for name, _ in weight.segments))
+
     def names(self) -> Iterator[str]:
         yield from (piece.name for piece in self.pieces)
 
@@ -73,7 +78,7 @@ class Rows:
 
     def _shapes(self, weight: Weight, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         sizes = dict(weight.segments)
-        for piece, segments in self._held(weight):
+        for piece, segments in self.held(weight):
             rows = sum(sizes[s] for s in segments) if len(self.pieces) > 1 or piece.segments else shape[0]
             own = (*shape[:-2], shape[-1], shape[-2]) if piece.transposed else (rows, *shape[1:])
             known = prod(n for n in piece.shape or () if n > 0)
@@ -82,12 +87,12 @@ class Rows:
     def _read(self, get: Get, weight: Weight, shape: tuple[int, ...]) -> Tensor:
         import torch
 
-        if self._alone(weight):
+        if self._whole(weight):
             [piece] = self.pieces
             theirs = get(piece.name)
             return theirs.transpose(-1, -2) if piece.transposed else theirs.reshape(shape)
         sizes, found = dict(weight.segments), {}
-        for piece, segments in self._held(weight):
+        for piece, segments in self.held(weight):
             rows = [sizes[s] for s in segments]
             theirs = get(piece.name).reshape(piece.groups, sum(rows) // piece.groups, *shape[1:])
             parts = theirs.split([n // piece.groups for n in rows], 1)
@@ -97,23 +102,18 @@ class Rows:
     def _write(self, tensor: Tensor, weight: Weight) -> Iterator[tuple[str, Tensor]]:
         import torch
 
-        if self._alone(weight):
+        if self._whole(weight):
             [piece] = self.pieces
             theirs = tensor.transpose(-1, -2) if piece.transposed else tensor
             yield piece.name, theirs if piece.shape is None else theirs.reshape(piece.shape)
             return
         sizes = dict(weight.segments)
         parts = dict(zip(sizes, tensor.split(list(sizes.values()))))
-        for piece, segments in self._held(weight):
+        for piece, segments in self.held(weight):
             theirs = torch.cat([parts[s].unflatten(0, (piece.groups, -1)) for s in segments], 1).flatten(0, 1)
             yield piece.name, theirs if piece.shape is None else theirs.reshape(piece.shape)
 
-    def _alone(self, weight: Weight) -> bool:
-        """Whether ours is one tensor of theirs, row by row."""
-        piece, *others = self.pieces
-        return not others and piece.groups == 1 and piece.segments in ((), tuple(name for name, _ in weight.segments))
-
-    def _held(self, weight: Weight) -> Iterator[tuple[Piece, tuple[str, ...]]]:
+    def held(self, weight: Weight) -> Iterator[tuple[Piece, tuple[str, ...]]]:
         """Each piece with the segments of ours that it holds. Raises ValueError where they are not the weight's."""
         names = [name for name, _ in weight.segments]
         left, found = list(names), []

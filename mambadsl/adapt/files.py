@@ -8,7 +8,7 @@ code in them runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
+from mambadsl.text.spell import nearest
 
 E613 = declare(
     "E613",
@@ -27,6 +28,9 @@ E613 = declare(
     configuration does not speak of.
     """,
 )
+
+#: Tensors that are told.
+LISTED = 12
 
 
 class Files:
@@ -116,6 +120,15 @@ def _open(file: Path) -> Any:
 
 def refuse(message: str, *, notes: list[str] = ()) -> MdlError:
     return MdlError([Diagnostic(E613, message, notes=tuple(notes[:12]))])
+
+
+def listed(what: str, names: list[str], others: Iterable[str]) -> list[str]:
+    """The first of them, each with what it may be instead."""
+    facts = []
+    for name in names[:LISTED]:
+        near = nearest(name, others)
+        facts.append(f"{what}: `{name}`" + (f", nearest: `{near}`" if near else ""))
+    return facts + ([f"{what}: and {len(names) - LISTED} more"] if len(names) > LISTED else [])
 
 
 #: safetensors' names.

@@ -1,0 +1,1 @@
+"""Megatron-Core's hybrid models: patterns, arguments and checkpoints, in and out."""
