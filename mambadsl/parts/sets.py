@@ -38,6 +38,7 @@ _FUSED: Order = {
     "gated_delta_net.conv": _CONV,
     "kimi_delta.conv": _CONV,
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
+    "kimi_delta.gate_norm": ("triton.gate_norm",),
     "mamba1.scan": ("mamba_ssm.selective_scan",),
     "attention.core": ("torch.attention",),
     "mla.core": ("torch.attention",),
