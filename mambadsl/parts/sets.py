@@ -37,6 +37,8 @@ _FUSED: Order = {
     "rg_lru.conv": ("triton.plain_conv",),
     "gated_delta_net.conv": _CONV,
     "kimi_delta.conv": _CONV,
+    "gated_delta_net.scan": ("fla.gated_delta_rule", REFERENCE),
+    "kimi_delta.scan": ("fla.kimi_delta_rule", REFERENCE),
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
     "kimi_delta.gate_norm": ("triton.gate_norm",),
     "mamba1.scan": ("mamba_ssm.selective_scan",),
