@@ -70,7 +70,7 @@ SETS: dict[str, PartSet] = {
     s.name: s
     for s in (
         PartSet("reference", "any machine; pure torch; the truth"),
-        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's scan for Mamba-1", _FUSED),
+        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's and fla's for other scans", _FUSED),
         PartSet("te", "Transformer Engine linears, norms and attention; the rest as `fused`", _TE),
         PartSet("inference", "decoding: static caches, step kernels, one CUDA graph a step", _INFERENCE),
         PartSet("auto", "for this machine, the fastest that each slot accepts", _INFERENCE, lenient=True),

@@ -8,7 +8,7 @@ from mambadsl.parts.part import Package, Part
 PACKAGE = Package(
     name="fla",
     doc="fla-org/flash-linear-attention: Triton kernels of linear attention",
-    modules=("fla", "triton", "einops"),
+    modules=("fla", "triton"),
     install="pip install fla-core",
     distribution="fla-core",
     tested="0.6.0",
