@@ -37,8 +37,11 @@ _FUSED: Order = {
     "rg_lru.conv": ("triton.plain_conv",),
     "gated_delta_net.conv": _CONV,
     "kimi_delta.conv": _CONV,
+    "gated_delta_net.scan": ("fla.gated_delta_rule", REFERENCE),
+    "kimi_delta.scan": ("fla.kimi_delta_rule", REFERENCE),
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
     "lightning.scan": ("triton.scan", "mamba_ssm.scan"),
+    "kimi_delta.gate_norm": ("triton.gate_norm",),
     "mamba1.scan": ("mamba_ssm.selective_scan",),
     "attention.core": ("torch.attention",),
     "mla.core": ("torch.attention",),
@@ -68,7 +71,7 @@ SETS: dict[str, PartSet] = {
     s.name: s
     for s in (
         PartSet("reference", "any machine; pure torch; the truth"),
-        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's scan for Mamba-1", _FUSED),
+        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's and fla's for other scans", _FUSED),
         PartSet("te", "Transformer Engine linears, norms and attention; the rest as `fused`", _TE),
         PartSet("inference", "decoding: static caches, step kernels, one CUDA graph a step", _INFERENCE),
         PartSet("auto", "for this machine, the fastest that each slot accepts", _INFERENCE, lenient=True),

@@ -27,15 +27,20 @@ for family in "falcon_h1 or samba" "granite or bamba or tiny" "nemotron or jamba
   "lfm or olmo or qwen or gemma or minimax" "kimi or ling" zamba; do
   start "compiled ${family%% *}" $sets -k "compiled and ($family)"
 done
-ops=tests/gpu/test_mamba2_ops.py conv=tests/gpu/test_triton_conv.py
+ops=tests/gpu/test_mamba2_ops.py conv=tests/gpu/test_triton_conv.py fla=tests/gpu/test_fla_parts.py
 start "ops scan" $ops -k "triton and test_scan"
 start "ops core" $ops -k "triton and test_core"
 start "ops rest" $ops -k "triton and not (test_scan or test_core)"
 start "ops mamba_ssm" $ops -k mamba_ssm
 start "conv shapes" $conv -k test_any_shape
 start "conv rest" $conv -k "not test_any_shape"
+for rule in gated kimi; do
+  start "fla $rule bfloat16" $fla -k "$rule and test_scan and bfloat16"
+  start "fla $rule rest" $fla -k "$rule and not (test_scan and bfloat16)"
+done
+start "fla conv" $fla -k "not gated and not kimi"
 for file in tests/gpu/test_*.py; do
-  case $file in $sets | $ops | $conv) ;; *) start "$(basename "$file" .py)" "$file" ;; esac
+  case $file in $sets | $ops | $conv | $fla) ;; *) start "$(basename "$file" .py)" "$file" ;; esac
 done
 failed=0
 for pid in "${pids[@]}"; do wait "$pid" || failed=1; done

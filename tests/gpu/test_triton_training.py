@@ -47,9 +47,13 @@ def held_to(mine, definition, inputs, *, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["after_gate", "before_gate", "none"])
-@pytest.mark.parametrize("I, groups", [(4096, 1), (4096, 8), (768, 3), (5376, 1), (8192, 1), (16384, 1), (100, 5)])
-def test_gate_norm(I, groups, order, dtype):
+@pytest.mark.parametrize(
+    "order, gate", [("after_gate", "silu"), ("before_gate", "silu"), ("none", "silu"), ("before_gate", "sigmoid")]
+)
+@pytest.mark.parametrize(
+    "I, groups", [(4096, 1), (4096, 8), (4096, 32), (768, 3), (5376, 1), (8192, 1), (16384, 1), (100, 5)]
+)
+def test_gate_norm(I, groups, order, gate, dtype):
     from mambadsl.kinds.mamba2.module import gate_norm
     from mambadsl.parts.triton.gate_norm import make_gate_norm
 
@@ -57,7 +61,7 @@ def test_gate_norm(I, groups, order, dtype):
         def run(wide, y, weight):
             z = wide[..., 8:8 + I]
             # Order none has no weight: a sum of it keeps the gradient's list whole.
-            out = f(y, z, None if order == "none" else weight, order=order, groups=groups, eps=1e-5)
+            out = f(y, z, None if order == "none" else weight, order=order, groups=groups, eps=1e-5, gate=gate)
             return out if order != "none" else out + 0 * weight
         return run
 

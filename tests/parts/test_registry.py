@@ -63,11 +63,10 @@ def test_extras_bring_what_parts_import():
         for name, all_wanted in project["optional-dependencies"].items()
     }
     brought = set().union(*extras.values())
-    # fla.conv is a last choice: a command to paste is enough.
-    assert brought >= {p.distribution for p in map(registry.package, registry._shipped()) if p.name != "fla"}
+    assert brought >= {p.distribution for p in map(registry.package, registry._shipped())}
     assert extras["kernels"] == {"triton"} and extras["mamba"] == {"mamba-ssm", "causal-conv1d"}
     page = (ROOT / "docs" / "parts.md").read_text()
-    assert all(f"`{name}`" in page for name in extras.keys() - {"torch", "test", "hf"})
+    assert all(f"`{name}`" in page for name in extras.keys() - {"torch", "hf", "test"})
 
 
 def test_names_that_do_not_exist():

@@ -31,7 +31,10 @@ else:
         "gated_delta_net": (
             dict(heads=4, key_heads=2, key_dim=5, value_dim=6, chunk=4), dict(conv=make_conv, gate_norm=make_gate_norm),
         ),
-        "kimi_delta": (dict(heads=3, key_dim=5, value_dim=6, decay_rank=4, chunk=4), dict(conv=make_conv)),
+        "kimi_delta": (
+            dict(heads=3, key_dim=5, value_dim=6, decay_rank=4, chunk=4),
+            dict(conv=make_conv, gate_norm=make_gate_norm),
+        ),
         "mamba1": (dict(d_inner=24, d_state=4, chunk=4), dict(conv=make_conv)),
     }
 

@@ -26,6 +26,7 @@ else:
     from mambadsl.parts.triton.limits import WIDEST_NORM
     from mambadsl.parts.triton.sums import column_sums
 
+    GATES = ("silu", "sigmoid")
     ORDERS = ("after_gate", "before_gate", "none")
     few = settings(max_examples=12, deadline=None)
     compiled = pytest.mark.parametrize("wrap", [
@@ -59,25 +60,27 @@ else:
         @few
         @given(
             batch=st.integers(1, 3), time=st.integers(1, 5), groups=st.integers(1, 4), width=st.integers(1, 40),
-            order=st.sampled_from(ORDERS), before=st.integers(0, 9), after=st.integers(0, 9),
+            order=st.sampled_from(ORDERS), gate=st.sampled_from(GATES), before=st.integers(0, 9),
+            after=st.integers(0, 9),
         )
-        def test_equals_the_slot(self, batch, time, groups, width, order, before, after):
+        def test_equals_the_slot(self, batch, time, groups, width, order, gate, before, after):
             I = groups * width
             wide, y, weight = torch.randn(batch, time, before + I + after), torch.randn(batch, time, I), torch.randn(I)
 
             def call(f):
                 def run(wide, y, weight):
                     z = wide[..., before:before + I]
-                    return f(y, z, None if order == "none" else weight, order=order, groups=groups, eps=1e-5)
+                    norm = None if order == "none" else weight
+                    return f(y, z, norm, order=order, groups=groups, eps=1e-5, gate=gate)
                 return run
 
             same(call(self.mine), call(module.gate_norm), (wide, y, weight), rtol=1e-4, atol=1e-5)
 
         @compiled
-        @pytest.mark.parametrize("order", ORDERS)
-        def test_compiles_whole(self, order, wrap):
+        @pytest.mark.parametrize("order, gate", [*((order, "silu") for order in ORDERS), ("before_gate", "sigmoid")])
+        def test_compiles_whole(self, order, gate, wrap):
             def call(f):
-                return lambda y, z, w: f(y, z, w, order=order, groups=2, eps=1e-6) * 2
+                return lambda y, z, w: f(y, z, w, order=order, groups=2, eps=1e-6, gate=gate) * 2
 
             inputs = torch.randn(2, 3, 32), torch.randn(2, 3, 32), torch.randn(32)
             if order == "none":

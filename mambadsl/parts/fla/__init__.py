@@ -1,1 +1,1 @@
-"""flash-linear-attention's Triton kernels: the short convolution of recurrent layers without a CUDA compiler."""
+"""flash-linear-attention's Triton kernels: the delta rules, and a short convolution without a CUDA compiler."""

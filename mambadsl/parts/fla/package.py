@@ -1,19 +1,29 @@
-"""flash-linear-attention: a Triton convolution, for machines where nothing can be compiled with nvcc."""
+"""flash-linear-attention: the scans of the delta rules in Triton, and a convolution of any number of taps."""
 
 from __future__ import annotations
 
-from mambadsl.parts.fla.accepts import conv
+from mambadsl.parts.fla.accepts import conv, delta_rule
 from mambadsl.parts.part import Package, Part
 
 PACKAGE = Package(
     name="fla",
     doc="fla-org/flash-linear-attention: Triton kernels of linear attention",
     modules=("fla", "triton"),
-    install="pip install flash-linear-attention",
-    distribution="flash-linear-attention",
+    install="pip install fla-core",
+    distribution="fla-core",
     tested="0.6.0",
     source="https://github.com/fla-org/flash-linear-attention",
     parts=(
+        Part(
+            "fla.gated_delta_rule", ("gated_delta_net.scan",),
+            "the gated delta rule in chunks of 64 tokens, one token after the other in decoding",
+            "mambadsl.parts.fla.delta_rule:make_gated_delta_rule", delta_rule,
+        ),
+        Part(
+            "fla.kimi_delta_rule", ("kimi_delta.scan",),
+            "the delta rule with a decay per channel in chunks of 64 tokens, one token after the other in decoding",
+            "mambadsl.parts.fla.delta_rule:make_kimi_delta_rule", delta_rule,
+        ),
         Part(
             "fla.conv", ("mamba2.conv", "mamba1.conv", "gated_delta_net.conv", "kimi_delta.conv"),
             "the convolution with silu in Triton; packed documents and states by the pure-torch one",

@@ -1,7 +1,7 @@
-"""The gate silu(z) and the grouped RMS norm in one pass, forward and backward, in Triton.
+"""The gate, silu or sigmoid of z, and the grouped RMS norm in one pass, forward and backward, in Triton.
 
-In: tensors on a GPU as the slot `mamba2.gate_norm` has them; out: its results. What is computed is written
-in `kinds/mamba2/module.py`; float32 inside, whatever the dtypes. Refuses (ValueError) groups wider than
+In: tensors on a GPU as the slots `gate_norm` have them; out: their results. What is computed is written
+in `kinds/gate_norm.py`; float32 inside, whatever the dtypes. Refuses (ValueError) groups wider than
 WIDEST_NORM channels. `make_gate_norm` gives the slot's function; the two functions on rows are for other parts.
 
 Letters: B batch, T time, I channels, R rows (B * T), G groups, P programs of the backward kernel.
@@ -35,7 +35,8 @@ BACKWARD = {
 @triton.jit
 def _gate_norm_forward(
     y_ptr, z_ptr, weight_ptr, out_ptr, rstd_ptr, R, y_stride, z_stride, out_stride, eps,
-    ORDER: tl.constexpr, I: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ORDER: tl.constexpr, GATE: tl.constexpr, I: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     group = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -45,7 +46,9 @@ def _gate_norm_forward(
     mask = (row < R)[:, None] & inside[None, :]
     y = tl.load(y_ptr + row[:, None] * y_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + row[:, None] * z_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    gate = z * tl.sigmoid(z)
+    gate = tl.sigmoid(z)
+    if GATE == "silu":
+        gate = z * gate
     if ORDER != "before_gate":
         y = y * gate
     if ORDER != "none":
@@ -62,8 +65,8 @@ def _gate_norm_forward(
 def _gate_norm_backward(
     dout_ptr, y_ptr, z_ptr, weight_ptr, rstd_ptr, dy_ptr, dz_ptr, dweight_ptr, R,
     dout_stride, y_stride, z_stride, dy_stride, dz_stride,
-    ORDER: tl.constexpr, I: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    ORDER: tl.constexpr, GATE: tl.constexpr, I: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):
     group = tl.program_id(1)
     column = tl.arange(0, BLOCK)
@@ -77,9 +80,11 @@ def _gate_norm_backward(
         dout = tl.load(dout_ptr + row[:, None] * dout_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + row[:, None] * y_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
         z = tl.load(z_ptr + row[:, None] * z_stride + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(z)
-        gate = z * sigmoid
-        dgate = sigmoid * (1.0 + z * (1.0 - sigmoid))
+        gate = tl.sigmoid(z)
+        dgate = gate * (1.0 - gate)
+        if GATE == "silu":
+            dgate = gate + z * dgate
+            gate = z * gate
         if ORDER == "none":
             dy = dout * gate
             dz = dout * y * dgate
@@ -108,7 +113,7 @@ def _gate_norm_backward(
 
 def gate_norm_forward(
     y_RI: Tensor, z_RI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float,
-    out: Tensor | None = None, launch: Launch | None = None,
+    gate: str = "silu", out: Tensor | None = None, launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [R, I] in the dtype of y, rstd [R, G] float32; [R, 0] for order none).
 
@@ -124,14 +129,15 @@ def gate_norm_forward(
         with torch.cuda.device_of(y_RI):
             _gate_norm_forward[triton.cdiv(R, launch.rows), pieces](
                 y_RI, z_RI, weight_I, out, rstd_RG, R, y_RI.stride(0), z_RI.stride(0), out.stride(0), eps,
-                ORDER=order, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, num_warps=launch.warps,
+                ORDER=order, GATE=gate, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, num_warps=launch.warps,
             )
     return out, rstd_RG
 
 
 def gate_norm_backward(
     dout_RI: Tensor, y_RI: Tensor, z_RI: Tensor, weight_I: Tensor | None, rstd_RG: Tensor, *, order: str,
-    groups: int, eps: float, dy: Tensor | None = None, dz: Tensor | None = None, launch: Launch | None = None,
+    groups: int, eps: float, gate: str = "silu", dy: Tensor | None = None, dz: Tensor | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dy, dz, dweight_I in the weight's dtype; None for order none), from what the forward had and its rstd.
 
@@ -151,7 +157,7 @@ def gate_norm_backward(
             _gate_norm_backward[P, pieces](
                 dout_RI, y_RI, z_RI, weight_I, rstd_RG, dy, dz, dweight_PI, R,
                 dout_RI.stride(0), y_RI.stride(0), z_RI.stride(0), dy.stride(0), dz.stride(0),
-                ORDER=order, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, STAGES=launch.stages,
+                ORDER=order, GATE=gate, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, STAGES=launch.stages,
                 num_warps=launch.warps, maxnreg=launch.registers,
             )
     return dy, dz, None if dweight_PI is None else column_sums(dweight_PI, weight_I.dtype)
@@ -180,29 +186,29 @@ def _check(*tensors: Tensor) -> None:
 
 @torch.library.custom_op("mambadsl::gate_norm", mutates_args=())
 def _op(
-    y_RI: Tensor, z_RI: Tensor, weight_I: Optional[Tensor], order: str, groups: int, eps: float
+    y_RI: Tensor, z_RI: Tensor, weight_I: Optional[Tensor], order: str, groups: int, eps: float, gate: str
 ) -> tuple[Tensor, Tensor]:
-    return gate_norm_forward(y_RI, z_RI, weight_I, order=order, groups=groups, eps=eps)
+    return gate_norm_forward(y_RI, z_RI, weight_I, order=order, groups=groups, eps=eps, gate=gate)
 
 
 @_op.register_fake
-def _(y_RI, z_RI, weight_I, order, groups, eps):
+def _(y_RI, z_RI, weight_I, order, groups, eps, gate):
     return y_RI.new_empty(y_RI.shape), y_RI.new_empty(y_RI.shape[0], _rstds(order, groups), dtype=torch.float32)
 
 
 @torch.library.custom_op("mambadsl::gate_norm_backward", mutates_args=())
 def _backward_op(
     dout_RI: Tensor, y_RI: Tensor, z_RI: Tensor, weight_I: Optional[Tensor], rstd_RG: Tensor, order: str, groups: int,
-    eps: float,
+    eps: float, gate: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dy_RI, dz_RI, dweight_I = gate_norm_backward(
-        dout_RI, y_RI, z_RI, weight_I, rstd_RG, order=order, groups=groups, eps=eps
+        dout_RI, y_RI, z_RI, weight_I, rstd_RG, order=order, groups=groups, eps=eps, gate=gate
     )
     return dy_RI, dz_RI, y_RI.new_empty(0) if weight_I is None else dweight_I
 
 
 @_backward_op.register_fake
-def _(dout_RI, y_RI, z_RI, weight_I, rstd_RG, order, groups, eps):
+def _(dout_RI, y_RI, z_RI, weight_I, rstd_RG, order, groups, eps, gate):
     dweight_I = y_RI.new_empty(0) if weight_I is None else weight_I.new_empty(weight_I.shape)
     return y_RI.new_empty(y_RI.shape), z_RI.new_empty(z_RI.shape), dweight_I
 
@@ -217,7 +223,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout_RI, _):
     y_RI, z_RI, weight_I, rstd_RG = ctx.saved_tensors
     dy_RI, dz_RI, dweight_I = _backward_op(dense_rows(dout_RI), y_RI, z_RI, weight_I, rstd_RG, *ctx.settings)
-    return dy_RI, dz_RI, None if weight_I is None else dweight_I, None, None, None
+    return dy_RI, dz_RI, None if weight_I is None else dweight_I, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_save)
@@ -228,13 +234,14 @@ def _rstds(order: str, groups: int) -> int:
 
 
 def make_gate_norm() -> Callable[..., Tensor]:
-    """The function of the slot `mamba2.gate_norm`, as an opaque op with a gradient."""
+    """The function of the slots `gate_norm`, as an opaque op with a gradient."""
 
     def gate_norm(
-        y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float
+        y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float,
+        gate: str = "silu",
     ) -> Tensor:
         weight_I = None if order == "none" else weight_I
-        out_RI, _ = _op(dense_rows(y_BTI), dense_rows(z_BTI), weight_I, order, groups, eps)
+        out_RI, _ = _op(dense_rows(y_BTI), dense_rows(z_BTI), weight_I, order, groups, eps, gate)
         return out_RI.view(y_BTI.shape)
 
     return gate_norm

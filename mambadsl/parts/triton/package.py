@@ -42,6 +42,7 @@ def core(request: Request) -> Iterator[str]:
 NORMED = {
     "mamba2": lambda f: 0 if f.gated_norm == "none" else f.heads * f.head_dim // f.norm_groups,
     "gated_delta_net": lambda f: f.value_dim,
+    "kimi_delta": lambda f: f.value_dim,
 }
 
 
@@ -96,7 +97,7 @@ PACKAGE = Package(
             "mambadsl.parts.triton.scan:make_scan", scan, (CHUNK,), capability=HOPPER,
         ),
         Part(
-            "triton.gate_norm", ("mamba2.gate_norm", "gated_delta_net.gate_norm"),
+            "triton.gate_norm", ("mamba2.gate_norm", "gated_delta_net.gate_norm", "kimi_delta.gate_norm"),
             "gate and grouped RMS norm in one pass",
             "mambadsl.parts.triton.gate_norm:make_gate_norm", gate_norm,
         ),
