@@ -46,3 +46,9 @@ def running_sums(a_BcQH: Tensor, document_BcQ: Tensor | None) -> Tensor:
         a_BcQH = a_BcQH + F.pad(a_BcQH[:, :, :-span] * same_BcQ[..., None], (0, 0, span, 0))
         span *= 2
     return a_BcQH
+
+
+def decay(log_decay: Tensor) -> Tensor:
+    """exp of a difference of running sums. Between tokens that see each other it is at most 0, but for rounding, which
+    a gradient passes; between others it may be anything, counts 0, and must not overflow."""
+    return log_decay.clamp_max(1).exp()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mambadsl.kinds.chunks import LOWEST_LOG_DECAY, in_chunks, masks, running_sums
+from mambadsl.kinds.chunks import LOWEST_LOG_DECAY, decay, in_chunks, masks, running_sums
 from mambadsl.kinds.rows import starts
 
 #: (q_BcHQE, k_BcHQE, sums of log decays up to each token BcHQX, which tokens a token sees) -> products [B, c, H, Q, Q]
@@ -49,7 +49,7 @@ def delta_rule(
 
     score_BcHQQ, system_BcHQQ = pairs(q_BcHQE, k_BcHQE, sums_BcHQX, sees_BcQQ[:, :, None])
     from_start_BcHQX = sums_BcHQX.exp()
-    to_end_BcHQX = (sums_BcHQX[..., -1:, :] - sums_BcHQX).clamp_max(0).exp()
+    to_end_BcHQX = decay(sums_BcHQX[..., -1:, :] - sums_BcHQX)
     if document_BcQ is not None:
         from_start_BcHQX = from_start_BcHQX * whole_BcQ[:, :, None, :, None]
         to_end_BcHQX = to_end_BcHQX * last_BcQ[:, :, None, :, None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambadsl.kinds.chunks import LONGEST_CHUNK, LOWEST_LOG_DECAY, in_chunks, masks, running_sums
+from mambadsl.kinds.chunks import LONGEST_CHUNK, LOWEST_LOG_DECAY, decay, in_chunks, masks, running_sums
 from mambadsl.kinds.rows import starts
 
 
@@ -43,12 +43,12 @@ def ssd(
     # Inside a chunk: y_i = sum over j <= i of (C_i . B_j) exp(log decay from j to i) dt_j x_j. Where j > i
     # the exponent would be positive: there it is clamped and the score is 0, and so is the gradient.
     score_BcGQQ = (C_BcGQN @ B_BcGQN.transpose(-1, -2)) * sees_BcQQ[:, :, None]
-    decay_BcHQQ = (log_decay_BcHQ[..., :, None] - log_decay_BcHQ[..., None, :]).clamp_max(0).exp()
+    decay_BcHQQ = decay(log_decay_BcHQ[..., :, None] - log_decay_BcHQ[..., None, :])
     weight_BcHQQ = (score_BcGQQ[:, :, :, None] * decay_BcHQQ.unflatten(2, (G, R))).flatten(2, 3)
     y_BcQHP = (weight_BcHQQ @ x_BcQHP.transpose(2, 3)).transpose(2, 3)
 
     # What each chunk adds to the state at its end; heads of a group are columns of one product.
-    to_end_BcHQ = (total_BcH1 - log_decay_BcHQ).clamp_max(0).exp()
+    to_end_BcHQ = decay(total_BcH1 - log_decay_BcHQ)
     to_end_BcHQ = to_end_BcHQ if last_BcQ is None else to_end_BcHQ * last_BcQ[:, :, None]
     late_BcQHP = x_BcQHP * to_end_BcHQ.transpose(2, 3)[..., None]
     late_BcGQK = late_BcQHP.unflatten(3, (G, R)).flatten(4).transpose(2, 3)

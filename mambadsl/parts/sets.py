@@ -37,8 +37,6 @@ _FUSED: Order = {
     "rg_lru.conv": ("triton.plain_conv",),
     "gated_delta_net.conv": _CONV,
     "kimi_delta.conv": _CONV,
-    "gated_delta_net.scan": ("fla.gated_delta_rule", REFERENCE),
-    "kimi_delta.scan": ("fla.kimi_delta_rule", REFERENCE),
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
     "lightning.scan": ("triton.scan", "mamba_ssm.scan"),
     "kimi_delta.gate_norm": ("triton.gate_norm",),
@@ -57,7 +55,12 @@ _TE: Order = {
     "model.norm": ("te.rms_norm", "triton.rms_norm"),
 }
 _STEP = ("triton.step",)
-_INFERENCE: Order = {
+#: Not for training yet: they refuse gradients of packed rows.
+_DELTA: Order = {
+    "gated_delta_net.scan": ("fla.gated_delta_rule", REFERENCE),
+    "kimi_delta.scan": ("fla.kimi_delta_rule", REFERENCE),
+}
+_STEPS: Order = {
     **_FUSED,
     "mamba2.step": _STEP,
     "attention.step": _STEP,
@@ -66,14 +69,15 @@ _INFERENCE: Order = {
     "model.head_step": ("triton.head",),
     "model.next_token": ("triton.next_token",),
 }
+_INFERENCE: Order = {**_STEPS, **_DELTA}
 
 SETS: dict[str, PartSet] = {
     s.name: s
     for s in (
         PartSet("reference", "any machine; pure torch; the truth"),
-        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's and fla's for other scans", _FUSED),
+        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's for Mamba-1", _FUSED),
         PartSet("te", "Transformer Engine linears, norms and attention; the rest as `fused`", _TE),
         PartSet("inference", "decoding: static caches, step kernels, one CUDA graph a step", _INFERENCE),
-        PartSet("auto", "for this machine, the fastest that each slot accepts", _INFERENCE, lenient=True),
+        PartSet("auto", "for this machine, the fastest that each slot accepts", _STEPS, lenient=True),
     )
 }

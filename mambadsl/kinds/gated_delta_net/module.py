@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambadsl.kinds.chunks import LONGEST_CHUNK
+from mambadsl.kinds.chunks import LONGEST_CHUNK, decay
 from mambadsl.kinds.conv import causal_conv
 from mambadsl.kinds.delta_rule import delta_rule, unit
 from mambadsl.kinds.gate_norm import gate_norm
@@ -41,7 +41,7 @@ def gated_delta_rule(
 
 def _pairs(q_BcHQE: Tensor, k_BcHQE: Tensor, sums_BcHQ1: Tensor, sees_Bc1QQ: Tensor) -> tuple[Tensor, Tensor]:
     """As `delta_rule.Pairs`. Where j > i the exponent would be positive: there it is clamped and the pair counts 0."""
-    decay_BcHQQ = (sums_BcHQ1 - sums_BcHQ1.transpose(-1, -2)).clamp_max(0).exp() * sees_Bc1QQ
+    decay_BcHQQ = decay(sums_BcHQ1 - sums_BcHQ1.transpose(-1, -2)) * sees_Bc1QQ
     keys_BcHEQ = k_BcHQE.transpose(-1, -2)
     return (q_BcHQE @ keys_BcHEQ) * decay_BcHQQ, (k_BcHQE @ keys_BcHEQ) * decay_BcHQQ
 

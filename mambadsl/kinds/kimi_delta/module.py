@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambadsl.kinds.chunks import LONGEST_CHUNK
+from mambadsl.kinds.chunks import LONGEST_CHUNK, decay
 from mambadsl.kinds.conv import causal_conv
 from mambadsl.kinds.delta_rule import delta_rule, unit
 from mambadsl.kinds.gate_norm import gate_norm
@@ -53,8 +53,8 @@ def _pairs(q_BcHQE: Tensor, k_BcHQE: Tensor, sums_BcHQE: Tensor, sees_Bc1QQ: Ten
         early_sums, late_sums = _halves(sums_BcHQE, span)
         boundary = early_sums[..., -1:, :]
         # Of other documents the exponents may be positive: their pairs count 0.
-        writes = early_k * (boundary - early_sums).clamp_max(0).exp()
-        across_2BcHNSS = (late_reads * (late_sums - boundary).clamp_max(0).exp()) @ writes.transpose(-1, -2)
+        writes = early_k * decay(boundary - early_sums)
+        across_2BcHNSS = (late_reads * decay(late_sums - boundary)) @ writes.transpose(-1, -2)
         early, late = found.unflatten(-3, (-1, 2)).unbind(-3)
         found = torch.cat(
             (torch.cat((early, torch.zeros_like(early)), -1), torch.cat((across_2BcHNSS, late), -1)), -2

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambadsl.kinds.chunks import LONGEST_CHUNK, LOWEST_LOG_DECAY, in_chunks, masks, running_sums
+from mambadsl.kinds.chunks import LONGEST_CHUNK, LOWEST_LOG_DECAY, decay, in_chunks, masks, running_sums
 from mambadsl.kinds.gate_norm import gate_norm
 from mambadsl.kinds.mamba3.kind import KIND, in_segments
 from mambadsl.kinds.module import KindModule
@@ -59,13 +59,13 @@ def trapezoidal_scan(
     x_BcHXP, k_BcHXN, q_BcHXN = of_heads(x_BTHRP), of_heads(k_BTHRN), of_heads(q_BTHRN)
 
     # Where j > i the exponent would be positive: there it is clamped and the pair counts 0.
-    decay_BcHQQ = (log_decay_BcHQ[..., :, None] - log_decay_BcHQ[..., None, :]).clamp_max(0).exp()
+    decay_BcHQQ = decay(log_decay_BcHQ[..., :, None] - log_decay_BcHQ[..., None, :])
     both_BcHQ = now_BcHQ + later_BcHQ
     weight_BcHQQ = (decay_BcHQQ * sees_BcQQ[:, :, None] * both_BcHQ[..., None, :]).tril(-1) + now_BcHQ.diag_embed()
     weight_BcHXX = weight_BcHQQ.repeat_interleave(R, -1).repeat_interleave(R, -2)
     y_BcHXP = ((q_BcHXN @ k_BcHXN.transpose(-1, -2)) * weight_BcHXX) @ x_BcHXP
 
-    to_end_BcHQ = both_BcHQ * (log_decay_BcHQ[..., -1:] - log_decay_BcHQ).clamp_max(0).exp()
+    to_end_BcHQ = both_BcHQ * decay(log_decay_BcHQ[..., -1:] - log_decay_BcHQ)
     from_start_BcHQ = log_decay_BcHQ.exp()
     if document_BcQ is not None:
         from_start_BcHQ, to_end_BcHQ = from_start_BcHQ * whole_BcQ[:, :, None], to_end_BcHQ * last_BcQ[:, :, None]
