@@ -62,8 +62,10 @@ def arguments(init: Init, graph: LayerGraph, *, path: str) -> dict[str, float]:
     return args
 
 
-def _normal(shape, generator: Generator, *, std: float) -> Tensor:
-    return torch.empty(shape).normal_(0, std, generator=generator)
+def _normal(shape, generator: Generator, *, std: float, idle: int = 0) -> Tensor:
+    drawn = torch.empty(shape).normal_(0, std, generator=generator)
+    drawn[len(drawn) - idle :] = 0
+    return drawn
 
 
 def _uniform(shape, generator: Generator, *, bound: float) -> Tensor:
@@ -72,6 +74,11 @@ def _uniform(shape, generator: Generator, *, bound: float) -> Tensor:
 
 def _const(shape, generator: Generator, *, value: float) -> Tensor:
     return torch.full(shape, float(value))
+
+
+def _ramp(shape, generator: Generator, *, low: float, high: float) -> Tensor:
+    """Evenly from low to high."""
+    return torch.linspace(low, high, *shape)
 
 
 def _a_uniform(shape, generator: Generator, *, low: float, high: float) -> Tensor:
@@ -117,6 +124,7 @@ LAWS: dict[str, Callable[..., Tensor]] = {
     "zeros": lambda shape, generator: torch.zeros(shape),
     "ones": lambda shape, generator: torch.ones(shape),
     "const": _const,
+    "ramp": _ramp,
     "a_uniform": _a_uniform,
     "a_arange": _a_arange,
     "dt_bias": _dt_bias,

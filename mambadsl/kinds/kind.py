@@ -29,7 +29,8 @@ class Dims:
 class Init:
     """A law for initial values. law is one of the names in `build/init.py`:
 
-    normal(std=None: the model's init_std) · uniform(bound) · zeros · ones · const(value)
+    normal(std=None: the model's init_std, idle=0: so many last rows are zeros) · uniform(bound) · zeros · ones ·
+    const(value) · ramp(low, high): evenly from one to the other
     a_uniform(low, high): log of U(low, high) · a_arange(): log(1..d_state) in each row
     dt_bias(low, high, floor): inverse softplus of exp(U(log low, log high)), at least floor
     radius(low, high): exp(-softplus(it)) squared is U(low^2, high^2)
