@@ -54,12 +54,12 @@ shared Aside = [Side G(residual=aside)]
 #: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried, layers aside of the stream,
 #: adapters.
 EVERYTHING = (
-    "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Turning Many Sunk Apart Gated "
+    "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Exponential Turning Many Sunk Apart Gated "
     "Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Tuned Tuned"
 )
 #: The cached kinds.
 MIXERS = (
-    "R M L G A H S M N S Conv Delta Unit Fixed Turning Many Sunk Apart Gated Kimi Ling Latent Turned "
+    "R M L G A H S M N S Conv Delta Unit Fixed Exponential Turning Many Sunk Apart Gated Kimi Ling Latent Turned "
     "Aside Proj M Heads Aside M Low Tuned Tuned"
 )
 

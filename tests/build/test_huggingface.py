@@ -525,6 +525,20 @@ FAMILIES = {
         pairs(["self_attn"] * 4, "post_attention_layernorm", ".mlp"), final="model.norm", model=EPS,
         apart=minimax_apart,
     ),
+    "xlstm": Family(
+        "xLSTM",
+        dict(
+            num_hidden_layers=2, num_heads=4, qk_dim_factor=2.0, v_dim_factor=4.0, chunk_size=8, gate_soft_cap=5.0,
+            norm_eps=1e-5,
+        ),
+        """
+        layer X = mlstm(heads=4, key_dim=16, value_dim=32, chunk=4, gate_softcap=5, norm_eps=1e-5)
+        layer F = mlp(d_ff=128, gated=true)
+        stack { [X F]*2 }
+        """,
+        each(2, ("norm_mlstm", "mlstm_layer"), ("norm_ffn", "ffn")), embed="backbone.embeddings",
+        final="backbone.out_norm", base="backbone.blocks", model=f"{EPS}\n logits_softcap = 30",
+    ),
     "recurrent_gemma": Family(
         "RecurrentGemma",
         dict(
@@ -607,8 +621,11 @@ NAMES: dict[str, list[list[str]]] = {
         ["q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"],
         ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
     ],
-    "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
-    "down_proj.weight": [["w2.weight"]],
+    "gate_up_proj.weight": [
+        ["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"],
+        ["proj_up_gate.weight", "proj_up.weight"],
+    ],
+    "down_proj.weight": [["w2.weight"], ["proj_down.weight"]],
     "o_proj.weight": [["out_proj.weight"]],
     "out_proj.weight": [["o_proj.weight"], ["linear_out.weight"], ["weight"]],
     "x_proj.weight": [["x_proj_weight"]],
@@ -626,6 +643,9 @@ NAMES: dict[str, list[list[str]]] = {
     "out_proj.bias": [["linear_out.bias"]],
     "gate_up_proj.bias": [["gate_proj.bias", "up_proj.bias"]],
     "slope": [["slope_rate"]],
+    "input_bias": [["igate_preact.bias"]],
+    "forget_bias": [["fgate_preact.bias"]],
+    "head_norm.weight": [["multihead_norm.weight"]],
     "a_param": [["rg_lru.recurrent_param"]],
     "input_gate.weight": [["rg_lru.input_gate_weight"]],
     "input_gate.bias": [["rg_lru.input_gate_bias"]],
@@ -633,6 +653,7 @@ NAMES: dict[str, list[list[str]]] = {
     "decay_gate.bias": [["rg_lru.recurrent_gate_bias"]],
     "in_proj.weight": [
         ["linear_x.weight", "linear_y.weight"],
+        [*(f"{name}.weight" for name in "qkv"), *(f"{gate}gate_preact.weight" for gate in "oif")],
         [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "g_a_proj", "b_proj", "forget_gate.f_a_proj")],
         [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "forget_gate.f_proj")],
         ["q_proj.weight", "kv_a_proj_with_mqa.weight", "g_proj.weight"],
