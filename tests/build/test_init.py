@@ -53,6 +53,12 @@ def test_uniform_and_constants():
     assert (values(Init.of("const", value=2.5), 7) == 2.5).all()
 
 
+def test_ramps_and_idle_rows():
+    torch.testing.assert_close(values(Init.of("ramp", low=3, high=6), 4), torch.tensor([3.0, 4, 5, 6]))
+    drawn = values(Init.of("normal", std=0.5, idle=3), 9, 400)
+    assert not drawn[6:].any() and drawn[:6].std().item() == pytest.approx(0.5, rel=0.1)
+
+
 def test_a_log_of_both_mambas():
     a = values(Init.of("a_uniform", low=1, high=16), 20_000).exp()
     assert a.min() >= 1 - 1e-5 and a.max() <= 16 + 1e-4
@@ -127,6 +133,7 @@ def test_values_depend_on_seed_and_path_only():
 #: Beside norms, what does not decay.
 SMALL = (
     "A_log", "D", "dt_bias", "a_param", "bias", "b_bias", "c_bias", "rank_x", "rank_z", "rank_out", "sinks", "lambda",
+    "input_bias", "forget_bias",
 )
 
 

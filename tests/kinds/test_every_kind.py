@@ -50,6 +50,8 @@ BASE: dict[str, dict[str, Any]] = {
     "mamba3": dict(heads=4, head_dim=6, groups=2, d_state=8, chunk=4),
     "mlp": dict(d_ff=20),
     "mlstm": dict(heads=3, key_dim=4, value_dim=6, chunk=4),
+    "wkv4": dict(d_inner=12, chunk=4),
+    "channel_mix": dict(d_ff=20),
     "rg_lru": dict(d_inner=12, blocks=3, chunk=4),
     "mla": dict(heads=3, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7, q_rank=9),
     "moe": dict(experts=6, top_k=2, d_ff=12, shared_d_ff=10),
