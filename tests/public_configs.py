@@ -235,6 +235,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         **{f"{of}_alpha_factor": 3.5565588200778455 for of in ("linear_attn", "full_attn", "mlp")},
     )),
     "xlstm_7b": ("xLSTM", {}),
+    "rwkv_4_7b": ("Rwkv", {}),
     "recurrent_gemma_2b": ("RecurrentGemma", dict(intermediate_size=15360, num_key_value_heads=1)),
     "recurrent_gemma_9b": ("RecurrentGemma", dict(
         hidden_size=4096, intermediate_size=24576, num_hidden_layers=38, num_attention_heads=16,

@@ -30,16 +30,18 @@ LIMIT = 5e-5
 @dataclass(frozen=True)
 class Family:
     """config: of `<name>Config`. text: the same model in our language. layers: for each of our layers,
-    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes. after: prefix
-    of the norm behind a layer, beside the one before it. apart: takes their weights that hold several of ours in an
-    order of their own, and gives them one by one."""
+    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, embed_norm, final, base, head: their
+    prefixes. after: prefix of the norm behind a layer, beside the one before it. apart: takes their weights that
+    hold several of ours in an order of their own, and gives them one by one."""
 
     name: str
     config: dict
     text: str
     layers: list[tuple[str | None, ...]]
     embed: str = "model.embed_tokens"
+    embed_norm: str = ""
     final: str = "model.final_layernorm"
+    head: str = "lm_head"
     base: str = "model.layers"
     model: str = ""
     tied: bool = field(default=False)
@@ -120,6 +122,22 @@ def griffin_apart(weights: dict) -> dict:
             found[name] = w.transpose(1, 2)
         else:
             found[name] = w.flatten() if name.endswith("gate_bias") else w
+    return found
+
+
+def rwkv_apart(weights: dict) -> dict:
+    """Shares of the token shift have axes to spare; both mixers have a key, a value and a receptance."""
+    ours = {"attention": dict(key="k_proj", value="v_proj", output="out_proj"),
+            "feed_forward": dict(key="up_proj", value="down_proj")}
+    found = {}
+    for name, w in weights.items():
+        *path, leaf = name.split(".")
+        mixer = ours.get(path[-2]) if len(path) > 1 else None
+        if mixer:
+            path[-1] = {**mixer, "receptance": "r_proj"}[path[-1]]
+        if leaf.startswith("time_mix_"):
+            leaf = f"mix_{leaf.removeprefix('time_mix_')[0]}"
+        found[".".join((*path, leaf))] = w.flatten() if leaf.startswith("mix_") else w
     return found
 
 
@@ -539,6 +557,18 @@ FAMILIES = {
         each(2, ("norm_mlstm", "mlstm_layer"), ("norm_ffn", "ffn")), embed="backbone.embeddings",
         final="backbone.out_norm", base="backbone.blocks", model=f"{EPS}\n logits_softcap = 30",
     ),
+    "rwkv": Family(
+        "Rwkv",
+        dict(num_hidden_layers=3, attention_hidden_size=48, intermediate_size=80, rescale_every=0),
+        """
+        layer W = wkv4(d_inner=48, chunk=4)
+        layer C = channel_mix(d_ff=80)
+        stack { [W C]*3 }
+        """,
+        each(3, ("ln1", "attention"), ("ln2", "feed_forward")), embed="rwkv.embeddings", final="rwkv.ln_out",
+        base="rwkv.blocks", head="head", embed_norm="rwkv.blocks.0.pre_ln", apart=rwkv_apart,
+        model="norm = layernorm(eps=1e-5)\n embedding_norm = layernorm(eps=1e-5)",
+    ),
     "recurrent_gemma": Family(
         "RecurrentGemma",
         dict(
@@ -718,26 +748,31 @@ def moved(family: Family, graph, weights: dict) -> dict:
         return weights[name]
 
     found = {"embed.weight": take(f"{family.embed}.weight")}
-    found["final_norm.weight"] = take(f"{family.final}.weight")
-    head = take("lm_head.weight")
+    head = take(f"{family.head}.weight")
+
+    def norm(ours: str, name: str) -> None:
+        found.update({f"{ours}.{w}": take(f"{name}.{w}") for w in ("weight", "bias") if f"{name}.{w}" in weights})
+
+    norm("final_norm", family.final)
+    norm("embed_norm", family.embed_norm)
     if not family.tied:
         found["head.weight"] = head
     model = build(graph, device="meta")
     layers = [n for n in graph.nodes if n.role is Role.LAYER]
     assert len(layers) == len(family.layers)
-    for node, (norm, *mixers) in zip(layers, family.layers):
-        if norm is not None:
-            found[f"{node.owner}.norm.weight"] = take(f"{family.base}.{norm}.weight")
+    for node, (before, *mixers) in zip(layers, family.layers):
+        if before is not None:
+            norm(f"{node.owner}.norm", f"{family.base}.{before}")
             if family.after:
-                place, _, name = norm.rpartition(".")
+                place, _, name = before.rpartition(".")
                 found[f"{node.path}.post_norm.weight"] = take(f"{family.base}.{place}.{family.after}{name}.weight")
         for (own, prefix, _), mixer in zip(node.branches(), mixers, strict=True):
             for path in model.weights:
                 # A shared layer's weights, and its use's.
-                before = next((p for p in (f"{prefix}.", f"{own}.mixer.") if path.startswith(p)), None)
-                if before is None:
+                start = next((p for p in (f"{prefix}.", f"{own}.mixer.") if path.startswith(p)), None)
+                if start is None:
                     continue
-                name = path.removeprefix(before)
+                name = path.removeprefix(start)
                 spellings = [[name], *NAMES.get(name, [])]
                 choices = [[f"{family.base}.{mixer}.{n}" for n in names] for names in spellings]
                 names = next(names for names in choices if all(n in weights for n in names))

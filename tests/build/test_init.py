@@ -133,7 +133,7 @@ def test_values_depend_on_seed_and_path_only():
 #: Beside norms, what does not decay.
 SMALL = (
     "A_log", "D", "dt_bias", "a_param", "bias", "b_bias", "c_bias", "rank_x", "rank_z", "rank_out", "sinks", "lambda",
-    "input_bias", "forget_bias",
+    "input_bias", "forget_bias", "mix_k", "mix_v", "mix_r", "time_decay", "time_first",
 )
 
 
