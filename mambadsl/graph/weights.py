@@ -1,10 +1,9 @@
 """Every weight of a model by its path: the one table that counts, checkpoints and modules share.
 
 Paths are global and stage-free: `embed.weight`, `embed_norm.weight`, `stack.3.norm.weight`,
-`stack.3.mixer.in_proj.weight`,
-`stack.4.1.qkv_proj.weight` (second branch of a sum), `shared.S.mixer.qkv_proj.weight`,
-`stack.7.mixer.adapter.o_proj.up.weight` (per-use), `final_norm.weight`, `head.weight`,
-`mtp.0.eh_proj.weight`.
+`stack.3.mixer.in_proj.weight`, `stack.4.1.qkv_proj.weight` (second branch of a sum),
+`shared.S.mixer.qkv_proj.weight`, `stack.7.mixer.adapter.o_proj.up.weight` (per-use), `final_norm.weight`,
+`head.weight`, `mtp.0.eh_proj.weight`.
 """
 
 from __future__ import annotations

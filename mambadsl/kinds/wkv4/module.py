@@ -74,10 +74,10 @@ def weighted_means(
     first = tuple(t[:, 0] for t in starts_with)
     seen = tuple(torch.cat([f[:, :1], t.flatten(1, 2)[:, : T - 1]], 1) for f, t in zip(first, now))
     ends_BTI = torch.where(begins_BT[..., None], -NOTHING, torch.zeros_like(k_BTI))
+    values, weight, _ = _add((v_BTI, torch.ones_like(v_BTI), k_BTI + first_I), seen, ends_BTI)
     if past is not None:
         some_B1 = real_BT1.any(1)
         sums = tuple(torch.where(some_B1, t, old.float()) for t, old in zip(sums, past))
-    values, weight, _ = _add((v_BTI, torch.ones_like(v_BTI), k_BTI + first_I), seen, ends_BTI)
     return (values / weight).to(dtype), sums
 
 
