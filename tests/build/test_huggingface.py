@@ -30,9 +30,9 @@ LIMIT = 5e-5
 @dataclass(frozen=True)
 class Family:
     """config: of `<name>Config`. text: the same model in our language. layers: for each of our layers,
-    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, embed_norm, final, base, head: their
-    prefixes. after: prefix of the norm behind a layer, beside the one before it. apart: takes their weights that
-    hold several of ours in an order of their own, and gives them one by one."""
+    (norm, mixer, mixer of a second branch, ...) as paths of theirs; embed, norm, layer: their prefixes. after: prefix
+    of the norm behind a layer, beside the one before it. apart: takes their weights that hold several of ours in an
+    order of their own, and gives them one by one."""
 
     name: str
     config: dict
