@@ -190,6 +190,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm3": ("lfm3", dict(
         **WIDTH, **ATTENTION, intermediate_size=48, num_hidden_layers=5, head_dim=16, sliding_window=6,
     )),
+    "xlstm": ("xlstm", dict(**TOKENS, hidden_size=128, num_hidden_layers=2, num_heads=4, chunk_size=8)),
+    "xlstm shares": ("xlstm", dict(
+        **TOKENS, hidden_size=48, num_hidden_layers=2, num_heads=2, chunk_size=4, qk_dim_factor=8 / 3, v_dim_factor=4.0,
+        ffn_proj_factor=1.3, ffn_round_up_to_multiple_of=7, gate_soft_cap=2.5, output_logit_soft_cap=3.0,
+        norm_eps=1e-5, eps=1e-3,
+    )),
+    "rwkv": ("rwkv", dict(**WIDTH, num_hidden_layers=3, rescale_every=0)),
+    "rwkv widths": ("rwkv", dict(
+        **WIDTH, num_hidden_layers=2, attention_hidden_size=48, intermediate_size=56, layer_norm_epsilon=1e-3,
+        context_length=64, tie_word_embeddings=True, rescale_every=0,
+    )),
     "recurrent_gemma": ("recurrent_gemma", dict(
         **TOKENS, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=1, lru_width=48, attention_window_size=8,

@@ -234,6 +234,8 @@ CONFIGS: dict[str, tuple[str, dict]] = {
         rope_parameters=dict(rope_type="default", rope_theta=10_000_000, partial_rotary_factor=0.5),
         **{f"{of}_alpha_factor": 3.5565588200778455 for of in ("linear_attn", "full_attn", "mlp")},
     )),
+    "xlstm_7b": ("xLSTM", {}),
+    "rwkv_4_7b": ("Rwkv", {}),
     "recurrent_gemma_2b": ("RecurrentGemma", dict(intermediate_size=15360, num_key_value_heads=1)),
     "recurrent_gemma_9b": ("RecurrentGemma", dict(
         hidden_size=4096, intermediate_size=24576, num_hidden_layers=38, num_attention_heads=16,

@@ -90,6 +90,18 @@ def _lightning(f: Values) -> dict[str, Any]:
     return dict(heads=4, head_dim=32, chunk=32)
 
 
+def _mlstm(f: Values) -> dict[str, Any]:
+    return dict(heads=4, key_dim=16, value_dim=32, chunk=32)
+
+
+def _wkv4(f: Values) -> dict[str, Any]:
+    return dict(d_inner=64, chunk=32)
+
+
+def _channel_mix(f: Values) -> dict[str, Any]:
+    return dict(d_ff=128)
+
+
 def _mamba3(f: Values) -> dict[str, Any]:
     return dict(heads=8, head_dim=32, d_state=32, groups=min(f.groups, 2), chunk=32)
 
@@ -99,6 +111,7 @@ SMALL: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "mamba1": _mamba1, "mamba2": _mamba2, "attention": _attention, "mlp": _mlp, "moe": _moe,
     "short_conv": _short_conv, "gated_delta_net": _gated_delta_net, "rg_lru": _rg_lru,
     "kimi_delta": _kimi_delta, "mla": _mla, "linear": _linear, "lightning": _lightning, "mamba3": _mamba3,
+    "mlstm": _mlstm, "wkv4": _wkv4, "channel_mix": _channel_mix,
 }
 
 

@@ -30,6 +30,9 @@ layer Latent = mla(heads=3, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7)
 layer Turned = Latent(q_rank=9, rope=rope(theta=100, pairs=interleaved), out_gate=per_head)
 layer Unit = rg_lru(d_inner=12, blocks=3, chunk=4)
 layer Fixed = lightning(heads=4, head_dim=6, chunk=4)
+layer Exponential = mlstm(heads=3, key_dim=4, value_dim=6, chunk=4)
+layer Mean = wkv4(d_inner=12, chunk=4)
+layer Channels = channel_mix(d_ff=20)
 layer Turning = mamba3(heads=4, head_dim=6, d_state=8, groups=2, chunk=4)
 layer Many = Turning(rank=2, gated_norm=before_gate)
 layer Sunk = A(sinks=true)
@@ -53,13 +56,13 @@ shared Aside = [Side G(residual=aside)]
 #: Every kind, residual form, a sum, shared layers and blocks, the first embedding carried, layers aside of the stream,
 #: adapters.
 EVERYTHING = (
-    "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Turning Many Sunk Apart Gated "
-    "Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Tuned Tuned"
+    "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
+    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Tuned Tuned"
 )
 #: The cached kinds.
 MIXERS = (
-    "R M L G A H S M N S Conv Delta Unit Fixed Turning Many Sunk Apart Gated Kimi Ling Latent Turned "
-    "Aside Proj M Heads Aside M Low Tuned Tuned"
+    "R M L G A H S M N S Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
+    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Tuned Tuned"
 )
 
 

@@ -62,8 +62,10 @@ def arguments(init: Init, graph: LayerGraph, *, path: str) -> dict[str, float]:
     return args
 
 
-def _normal(shape, generator: Generator, *, std: float) -> Tensor:
-    return torch.empty(shape).normal_(0, std, generator=generator)
+def _normal(shape, generator: Generator, *, std: float, idle: int = 0) -> Tensor:
+    drawn = torch.empty(shape).normal_(0, std, generator=generator)
+    drawn[len(drawn) - idle :] = 0
+    return drawn
 
 
 def _uniform(shape, generator: Generator, *, bound: float) -> Tensor:
@@ -72,6 +74,11 @@ def _uniform(shape, generator: Generator, *, bound: float) -> Tensor:
 
 def _const(shape, generator: Generator, *, value: float) -> Tensor:
     return torch.full(shape, float(value))
+
+
+def _ramp(shape, generator: Generator, *, low: float, high: float) -> Tensor:
+    """Evenly from low to high."""
+    return torch.linspace(low, high, *shape)
 
 
 def _a_uniform(shape, generator: Generator, *, low: float, high: float) -> Tensor:
@@ -110,6 +117,23 @@ def _lambda_start(shape, generator: Generator, *, before: int, count: int) -> Te
     return torch.full(shape, 0.8 - 0.6 * math.exp(-0.3 * before))
 
 
+def _shift_share(shape, generator: Generator, *, power: float, rise: float, before: int, count: int) -> Tensor:
+    """Of RWKV's token shift: the later the channel, and the deeper the layer, the more a token is itself."""
+    series = torch.arange(shape[0]) / shape[0]
+    return series ** (power * (1 - before / count)) + rise * before / max(1, count - 1)
+
+
+def _decay_speeds(shape, generator: Generator, *, before: int, count: int) -> Tensor:
+    """time_decay of RWKV-4, from -5 to 3: the deeper the layer, the more of its channels are slow."""
+    series = torch.arange(shape[0]) / max(1, shape[0] - 1)
+    return 8 * series ** (0.7 + 1.3 * before / max(1, count - 1)) - 5
+
+
+def _zigzag(shape, generator: Generator) -> Tensor:
+    """time_first of RWKV-4: neighbouring channels differ."""
+    return math.log(0.3) + 0.5 * ((torch.arange(shape[0]) + 1) % 3 - 1)
+
+
 #: law -> (shape, generator, its arguments) -> values. `kinds.kind.Init` says what each is.
 LAWS: dict[str, Callable[..., Tensor]] = {
     "normal": _normal,
@@ -117,15 +141,19 @@ LAWS: dict[str, Callable[..., Tensor]] = {
     "zeros": lambda shape, generator: torch.zeros(shape),
     "ones": lambda shape, generator: torch.ones(shape),
     "const": _const,
+    "ramp": _ramp,
     "a_uniform": _a_uniform,
     "a_arange": _a_arange,
     "dt_bias": _dt_bias,
     "radius": _radius,
     "slopes": _slopes,
+    "shift_share": _shift_share,
+    "decay_speeds": _decay_speeds,
+    "zigzag": _zigzag,
     "lambda_start": _lambda_start,
 }
 #: Laws that are told how many layers that mix tokens come before theirs, and how many there are.
-BY_DEPTH = "slopes", "lambda_start"
+BY_DEPTH = "slopes", "lambda_start", "shift_share", "decay_speeds"
 
 
 def param_groups(model: Model, *, weight_decay: float = 0.1) -> list[dict[str, Any]]:

@@ -94,6 +94,7 @@ class Model(Ahead, nn.Module):
         match node.role:
             case Role.EMBED:
                 self._add_table("embed", **made)
+                self.embed_norm = Norm(model.embedding_norm, model.d_model, **self._rms(), **made)
             case Role.HEAD:
                 self.final_norm = Norm(model.norm, model.d_model, **self._rms(), **made)
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
@@ -293,14 +294,15 @@ class Model(Ahead, nn.Module):
         dtype = torch.float32 if model.residual_dtype == "fp32" else self.embed.weight.dtype
         if self._steps("embed_step", tokens_BT, state):
             how = dict(multiplier=model.embedding_multiplier, dtype=dtype)
-            return self.frame["embed_step"](tokens_BT[:, 0], self.embed.weight, **how)[:, None]
+            x_BTD = self.frame["embed_step"](tokens_BT[:, 0], self.embed.weight, **how)[:, None]
+            return self.embed_norm(x_BTD, dtype=dtype)
         try:
             x_BTD = F.embedding(tokens_BT, self.embed.weight)
         except IndexError:
             low, high = tokens_BT.min().item(), tokens_BT.max().item()
             legal = f"token ids must be from 0 to {model.vocab - 1} (vocab = {model.vocab})"
             raise ValueError(f"{legal}; here they are from {low} to {high}") from None
-        return scaled(x_BTD, model.embedding_multiplier).to(dtype)
+        return self.embed_norm(scaled(x_BTD, model.embedding_multiplier), dtype=dtype)
 
     def _steps(self, slot: str, some_BT: Tensor, state: DecodingState | None) -> bool:
         """Whether the slot's part does one token of each row, as sublayers' steps do."""

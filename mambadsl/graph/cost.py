@@ -109,7 +109,7 @@ def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, in
     d = model.d_model
     match node.role:
         case Role.EMBED:
-            return NO_FLOPS, 0, 0, 0
+            return NO_FLOPS, 0 if model.embedding_norm.name == "none" else d * NARROW, 0, 0
         case Role.HEAD | Role.MTP_OUT:
             # Kept: the hidden state, and the logits once in the compute dtype and once in float32.
             return matmul(model.vocab * d), d * NARROW + model.vocab * (NARROW + WIDE), 0, 0

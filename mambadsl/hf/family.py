@@ -57,9 +57,9 @@ class Family:
     layers: of a configuration. order: settings that say the same layers (a row of recipes' names each); raises Unlike.
     derived: settings of theirs that follow from several fields (by recipe, with those around the mixer) and from ours
     of the model. follows: settings that say nothing that others do not say, or nothing that a model computes.
-    embed, final, head: tensors. empty: patterns of tensors that hold nothing a model needs. renamed: parts of
-    tensors' names -> what transformers may save them as. config: a configuration of values without a model_type, where
-    they are this family's; then transformers has no class for it."""
+    embed, embed_norm, final, head: tensors. empty: patterns of tensors that hold nothing a model needs. renamed:
+    parts of tensors' names -> what transformers may save them as. config: a configuration of values without a
+    model_type, where they are this family's; then transformers has no class for it."""
 
     model_type: str
     architecture: str
@@ -69,6 +69,7 @@ class Family:
     order: Callable[[Sequence[Row]], Mapping[str, Any]]
     demands: Mapping[str, Any] = field(default_factory=dict)
     embed: str = "model.embed_tokens.weight"
+    embed_norm: str = ""
     final: str = "model.norm.weight"
     head: str = "lm_head.weight"
     empty: tuple[str, ...] = ()

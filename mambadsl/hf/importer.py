@@ -110,7 +110,8 @@ def _joined(layers: list[LayerSpec]) -> LayerSpec:
 
 def _places(family: Family, graph: LayerGraph, laid: list[Layer]) -> dict[str, Rows]:
     """Every weight of the graph, and nothing else."""
-    found: dict[str, Rows] = {"embed.weight": rows(family.embed), **_norm("final_norm", family.final)}
+    found: dict[str, Rows] = {"embed.weight": rows(family.embed)}
+    found |= _norm("embed_norm", family.embed_norm) | _norm("final_norm", family.final)
     if not graph.tied:
         found["head.weight"] = rows(family.head)
     weights = all_weights(graph)

@@ -1,7 +1,8 @@
 """A model of ours beside the same one of Hugging Face's: the stream after each layer, and the logits.
 
 Both in float32 with the same weights and tokens, without cache, eager attention and experts. `time_step_limit` is what
-the configuration says, also where the class of transformers puts another one in its place (Nemotron-H, Zamba2).
+the configuration says, also where the class of transformers puts another one in its place (Nemotron-H, Zamba2). RWKV's
+stream is not halved every so many layers, which half precision needs.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _theirs(config: Any, folder: Path | None, *, seed: int) -> tuple[Any, tuple[
         model.set_experts_implementation("eager")
     if folder is None:
         _shake(model, seed=seed)
-    return model.eval(), tuple(_without_floors(model, config))
+    return model.eval(), (*_without_floors(model, config), *_without_halving(model.config))
 
 
 def _shake(model: Any, *, seed: int) -> None:
@@ -132,6 +133,12 @@ def _without_floors(model: Any, config: Any) -> Iterator[str]:
         module.time_step_limit = wanted
     if changed:
         yield f"time_step_limit is {wanted} in {len(changed)} layers of theirs, as the configuration says"
+
+
+def _without_halving(config: Any) -> Iterator[str]:
+    if getattr(config, "rescale_every", 0) > 0:
+        config.rescale_every = 0
+        yield "rescale_every is 0 in theirs"
 
 
 def _compare(ours: Model, theirs: Any, imported: Imported, *, length: int, seed: int) -> tuple[Compared, ...]:

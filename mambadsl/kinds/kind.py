@@ -29,11 +29,14 @@ class Dims:
 class Init:
     """A law for initial values. law is one of the names in `build/init.py`:
 
-    normal(std=None: the model's init_std) · uniform(bound) · zeros · ones · const(value)
+    normal(std=None: the model's init_std, idle=0: so many last rows are zeros) · uniform(bound) · zeros · ones ·
+    const(value) · ramp(low, high): evenly from one to the other
     a_uniform(low, high): log of U(low, high) · a_arange(): log(1..d_state) in each row
     dt_bias(low, high, floor): inverse softplus of exp(U(log low, log high)), at least floor
     radius(low, high): exp(-softplus(it)) squared is U(low^2, high^2)
     lambda_start(): 0.8 - 0.6 exp(-0.3 l) in the l-th layer that mixes tokens, from 0 on
+    shift_share(power, rise): (i / n)^(power (1 - depth)) + rise depth of channel i of n, depth from 0 to 1
+    decay_speeds(): -5 + 8 (i / (n - 1))^(0.7 + 1.3 depth) · zigzag(): log 0.3 and 0.5 less, as much, 0.5 more in turn
     slopes(): 2^(-8 h / H) of head h = 1, ... H, less the deeper the layer: next to nothing in the last
     """
 

@@ -30,6 +30,9 @@ MODEL_FIELDS: tuple[Field, ...] = (
     ),
     Field("tie_embeddings", Flag(), False, "the head uses the embedding table"),
     Field("embedding_multiplier", Real(), 1, "scale of the embeddings"),
+    Field(
+        "embedding_norm", NORM, NORM.convert_word("none"), "norm of the embeddings, before the first layer (RWKV)",
+    ),
     Field("logits_multiplier", Real(), 1, "scale of the logits"),
     Field(
         "logits_softcap", OrWord("none", Real(above=0)), None,

@@ -40,7 +40,9 @@ class Family:
     text: str
     layers: list[tuple[str | None, ...]]
     embed: str = "model.embed_tokens"
+    embed_norm: str = ""
     final: str = "model.final_layernorm"
+    head: str = "lm_head"
     base: str = "model.layers"
     model: str = ""
     tied: bool = field(default=False)
@@ -122,6 +124,22 @@ def griffin_apart(weights: dict) -> dict:
             found[name] = w.transpose(1, 2)
         else:
             found[name] = w.flatten() if name.endswith("gate_bias") else w
+    return found
+
+
+def rwkv_apart(weights: dict) -> dict:
+    """Shares of the token shift have axes to spare; both mixers have a key, a value and a receptance."""
+    ours = {"attention": dict(key="k_proj", value="v_proj", output="out_proj"),
+            "feed_forward": dict(key="up_proj", value="down_proj")}
+    found = {}
+    for name, w in weights.items():
+        *path, leaf = name.split(".")
+        mixer = ours.get(path[-2]) if len(path) > 1 else None
+        if mixer:
+            path[-1] = {**mixer, "receptance": "r_proj"}[path[-1]]
+        if leaf.startswith("time_mix_"):
+            leaf = f"mix_{leaf.removeprefix('time_mix_')[0]}"
+        found[".".join((*path, leaf))] = w.flatten() if leaf.startswith("mix_") else w
     return found
 
 
@@ -527,6 +545,32 @@ FAMILIES = {
         pairs(["self_attn"] * 4, "post_attention_layernorm", ".mlp"), final="model.norm", model=EPS,
         apart=minimax_apart,
     ),
+    "xlstm": Family(
+        "xLSTM",
+        dict(
+            num_hidden_layers=2, num_heads=4, qk_dim_factor=2.0, v_dim_factor=4.0, chunk_size=8, gate_soft_cap=5.0,
+            norm_eps=1e-5,
+        ),
+        """
+        layer X = mlstm(heads=4, key_dim=16, value_dim=32, chunk=4, gate_softcap=5, norm_eps=1e-5)
+        layer F = mlp(d_ff=128, gated=true)
+        stack { [X F]*2 }
+        """,
+        each(2, ("norm_mlstm", "mlstm_layer"), ("norm_ffn", "ffn")), embed="backbone.embeddings",
+        final="backbone.out_norm", base="backbone.blocks", model=f"{EPS}\n logits_softcap = 30",
+    ),
+    "rwkv": Family(
+        "Rwkv",
+        dict(num_hidden_layers=3, attention_hidden_size=48, intermediate_size=80, rescale_every=0),
+        """
+        layer W = wkv4(d_inner=48, chunk=4)
+        layer C = channel_mix(d_ff=80)
+        stack { [W C]*3 }
+        """,
+        each(3, ("ln1", "attention"), ("ln2", "feed_forward")), embed="rwkv.embeddings", final="rwkv.ln_out",
+        base="rwkv.blocks", head="head", embed_norm="rwkv.blocks.0.pre_ln", apart=rwkv_apart,
+        model="norm = layernorm(eps=1e-5)\n embedding_norm = layernorm(eps=1e-5)",
+    ),
     "recurrent_gemma": Family(
         "RecurrentGemma",
         dict(
@@ -609,8 +653,11 @@ NAMES: dict[str, list[list[str]]] = {
         ["q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"],
         ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
     ],
-    "gate_up_proj.weight": [["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"]],
-    "down_proj.weight": [["w2.weight"]],
+    "gate_up_proj.weight": [
+        ["gate_proj.weight", "up_proj.weight"], ["w1.weight", "w3.weight"],
+        ["proj_up_gate.weight", "proj_up.weight"],
+    ],
+    "down_proj.weight": [["w2.weight"], ["proj_down.weight"]],
     "o_proj.weight": [["out_proj.weight"]],
     "out_proj.weight": [["o_proj.weight"], ["linear_out.weight"], ["weight"]],
     "x_proj.weight": [["x_proj_weight"]],
@@ -628,6 +675,9 @@ NAMES: dict[str, list[list[str]]] = {
     "out_proj.bias": [["linear_out.bias"]],
     "gate_up_proj.bias": [["gate_proj.bias", "up_proj.bias"]],
     "slope": [["slope_rate"]],
+    "input_bias": [["igate_preact.bias"]],
+    "forget_bias": [["fgate_preact.bias"]],
+    "head_norm.weight": [["multihead_norm.weight"]],
     "a_param": [["rg_lru.recurrent_param"]],
     "input_gate.weight": [["rg_lru.input_gate_weight"]],
     "input_gate.bias": [["rg_lru.input_gate_bias"]],
@@ -635,6 +685,7 @@ NAMES: dict[str, list[list[str]]] = {
     "decay_gate.bias": [["rg_lru.recurrent_gate_bias"]],
     "in_proj.weight": [
         ["linear_x.weight", "linear_y.weight"],
+        [*(f"{name}.weight" for name in "qkv"), *(f"{gate}gate_preact.weight" for gate in "oif")],
         [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "g_a_proj", "b_proj", "forget_gate.f_a_proj")],
         [f"{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "forget_gate.f_proj")],
         ["q_proj.weight", "kv_a_proj_with_mqa.weight", "g_proj.weight"],
@@ -707,26 +758,31 @@ def moved(family: Family, graph, weights: dict) -> dict:
         return weights[name]
 
     found = {"embed.weight": take(f"{family.embed}.weight")}
-    found["final_norm.weight"] = take(f"{family.final}.weight")
-    head = take("lm_head.weight")
+    head = take(f"{family.head}.weight")
+
+    def norm(ours: str, name: str) -> None:
+        found.update({f"{ours}.{w}": take(f"{name}.{w}") for w in ("weight", "bias") if f"{name}.{w}" in weights})
+
+    norm("final_norm", family.final)
+    norm("embed_norm", family.embed_norm)
     if not family.tied:
         found["head.weight"] = head
     model = build(graph, device="meta")
     layers = [n for n in graph.nodes if n.role is Role.LAYER]
     assert len(layers) == len(family.layers)
-    for node, (norm, *mixers) in zip(layers, family.layers):
-        if norm is not None:
-            found[f"{node.owner}.norm.weight"] = take(f"{family.base}.{norm}.weight")
+    for node, (before, *mixers) in zip(layers, family.layers):
+        if before is not None:
+            norm(f"{node.owner}.norm", f"{family.base}.{before}")
             if family.after:
-                place, _, name = norm.rpartition(".")
+                place, _, name = before.rpartition(".")
                 found[f"{node.path}.post_norm.weight"] = take(f"{family.base}.{place}.{family.after}{name}.weight")
         for (own, prefix, _), mixer in zip(node.branches(), mixers, strict=True):
             for path in model.weights:
                 # A shared layer's weights, and its use's.
-                before = next((p for p in (f"{prefix}.", f"{own}.mixer.") if path.startswith(p)), None)
-                if before is None:
+                start = next((p for p in (f"{prefix}.", f"{own}.mixer.") if path.startswith(p)), None)
+                if start is None:
                     continue
-                name = path.removeprefix(before)
+                name = path.removeprefix(start)
                 spellings = [[name], *NAMES.get(name, [])]
                 choices = [[f"{family.base}.{mixer}.{n}" for n in names] for names in spellings]
                 names = next(names for names in choices if all(n in weights for n in names))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import EVERYTHING, graph
+from small_models import D_MODEL, EVERYTHING, graph
 
 from mambadsl.build.init import LAWS, draw, initialise, materialise, param_groups
 from mambadsl.build.model import build
@@ -53,6 +53,12 @@ def test_uniform_and_constants():
     assert (values(Init.of("const", value=2.5), 7) == 2.5).all()
 
 
+def test_ramps_and_idle_rows():
+    torch.testing.assert_close(values(Init.of("ramp", low=3, high=6), 4), torch.tensor([3.0, 4, 5, 6]))
+    drawn = values(Init.of("normal", std=0.5, idle=3), 9, 400)
+    assert not drawn[6:].any() and drawn[:6].std().item() == pytest.approx(0.5, rel=0.1)
+
+
 def test_a_log_of_both_mambas():
     a = values(Init.of("a_uniform", low=1, high=16), 20_000).exp()
     assert a.min() >= 1 - 1e-5 and a.max() <= 16 + 1e-4
@@ -74,6 +80,24 @@ def test_radii_are_uniform_in_the_ring():
     kept = (-F.softplus(values(Init.of("radius", low=0.9, high=0.999), 20_000).double())).exp()
     assert kept.min() >= 0.9 - 1e-5 and kept.max() <= 0.999 + 1e-5
     assert kept.square().mean().item() == pytest.approx((0.81 + 0.999**2) / 2, rel=1e-3)
+
+
+def test_rwkv_begins_by_channel_and_by_depth():
+    """Four layers that see other tokens: depth 0 and 2 of them mix in time."""
+    tensors = build(graph("Mean Channels Mean Channels")).tensors()
+    width, inner = D_MODEL, 12
+    for place, depth in (0, 0), (2, 2):
+        series = torch.arange(width) / width
+        share = series ** (1 - depth / 4)
+        at = f"stack.{place}.mixer"
+        torch.testing.assert_close(tensors[f"{at}.mix_k"], share)
+        torch.testing.assert_close(tensors[f"{at}.mix_v"], share + 0.3 * depth / 3)
+        torch.testing.assert_close(tensors[f"{at}.mix_r"], share**0.5)
+        speeds = 8 * (torch.arange(inner) / (inner - 1)) ** (0.7 + 1.3 * depth / 3) - 5
+        torch.testing.assert_close(tensors[f"{at}.time_decay"], speeds)
+        first = tensors[f"{at}.time_first"].exp() / 0.3
+        torch.testing.assert_close(first[:3], torch.tensor([0.0, 0.5, -0.5]).exp())
+    torch.testing.assert_close(tensors["stack.3.mixer.mix_k"], (torch.arange(width) / width) ** 0.25)
 
 
 def test_slopes_fall_by_head_and_by_depth():
@@ -127,6 +151,7 @@ def test_values_depend_on_seed_and_path_only():
 #: Beside norms, what does not decay.
 SMALL = (
     "A_log", "D", "dt_bias", "a_param", "bias", "b_bias", "c_bias", "rank_x", "rank_z", "rank_out", "sinks", "lambda",
+    "input_bias", "forget_bias", "mix_k", "mix_v", "mix_r", "time_decay", "time_first",
 )
 
 

@@ -25,6 +25,7 @@ VARIANTS = {
     "untied": {},
     "tied": dict(tie_embeddings="true"),
     "layernorm": dict(norm="layernorm(eps=1e-5)", residual_dtype="fp32"),
+    "rwkv": dict(norm="layernorm(eps=1e-5)", embedding_norm="layernorm(eps=1e-3)"),
     "gemma": dict(norm="rmsnorm(zero_centered=true)", embedding_multiplier=4, logits_softcap=5),
 }
 

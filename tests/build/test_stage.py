@@ -15,7 +15,7 @@ from mambadsl.text.diagnostic import MdlError
 
 #: Shared layers and blocks on several stages, the first embedding read early and late, layers aside of the stream.
 STACK = "R S M B F S A B W Z N Aside Proj M Aside Z Tuned Low Tuned"
-OPTIONS = dict(tie_embeddings="true", residual_dtype="fp32", embedding_multiplier=2)
+OPTIONS = dict(tie_embeddings="true", residual_dtype="fp32", embedding_multiplier=2, embedding_norm="layernorm")
 
 
 def split(stack: str, cuts: list[int], *, dtype="fp32", **options):

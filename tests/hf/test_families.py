@@ -205,6 +205,19 @@ def test_slopes_that_a_folder_does_not_have(tmp_path):
         torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5)
 
 
+def test_verifying_does_not_halve_the_stream(tmp_path):
+    """RWKV's class does, every so many layers, which an eps in a norm can see."""
+    import copy
+
+    halving = copy.deepcopy(hf_tiny.model("rwkv"))
+    halving.config.rescale_every = 2
+    halving.save_pretrained(tmp_path / "theirs")
+    found = import_hf(tmp_path / "theirs", weights=tmp_path / "ours")
+    assert not found.imported.diagnostics
+    verified = verify_hf(found.program, tmp_path / "theirs", weights=tmp_path / "ours")
+    assert verified.first is None and verified.notes == ("rescale_every is 0 in theirs",)
+
+
 def test_the_page_names_every_family():
     page = (Path(__file__).parent.parent.parent / "docs/huggingface.md").read_text()
     assert all(f"`{name}`" in page for name in names())

@@ -65,6 +65,15 @@ def test_settings_without_a_counterpart_point_into_the_file(folder):
     assert text.count("config.json:") == 2 and '"hidden_act": "mish"' in text
 
 
+def test_widths_of_xlstm_without_a_counterpart(tmp_path):
+    folder = hf_tiny.saved("xlstm", tmp_path)
+    changed(folder, qk_dim_factor=0.3, embedding_dim=64, use_bias=True, weight_mode="fused")
+    text = refused("E611", lambda: import_hf(folder))
+    assert "`qk_dim_factor` gives 38 channels; they must be a multiple of 64 and of `num_heads`" in text
+    assert "`embedding_dim` is 64; only that of `hidden_size`, 128, has a counterpart" in text
+    assert "`use_bias` is `True`; only `False`" in text and "`weight_mode` is `fused`; only `single`" in text
+
+
 def test_ropes_without_a_counterpart(folder):
     changed(folder, rope_parameters=dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0], long_factor=[1.0]))
     assert "has the type `longrope`" in refused("E611", lambda: import_hf(folder))

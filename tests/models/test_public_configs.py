@@ -242,6 +242,23 @@ def minimax(c: Any) -> list[Layer]:
     return [layer for kind in c.layer_types for layer in (mixers[kind], normed(experts, "mlp"))]
 
 
+def xlstm(c: Any) -> list[Layer]:
+    assert not c.use_bias and c.weight_mode == "single"
+    memory = Branch("mlstm", dict(
+        heads=c.num_heads, key_dim=c.qk_head_dim, value_dim=c.v_head_dim, chunk=c.chunk_size,
+        gate_softcap=c.gate_soft_cap, norm_eps=c.norm_eps, divisor_eps=c.eps,
+    ))
+    step = c.ffn_round_up_to_multiple_of
+    ff = mlp(int((c.hidden_size * c.ffn_proj_factor + step - 1) // step * step))
+    return [[memory], [ff]] * c.num_blocks
+
+
+def rwkv(c: Any) -> list[Layer]:
+    time = Branch("wkv4", dict(d_inner=c.attention_hidden_size))
+    channel = Branch("channel_mix", dict(d_ff=c.intermediate_size))
+    return [[time], [channel]] * c.num_hidden_layers
+
+
 def olmo_hybrid(c: Any) -> list[Layer]:
     """Blocks with attention have their norms behind the layers."""
     assert c.rope_parameters["rope_theta"] is None
@@ -404,6 +421,7 @@ FAMILIES = {
     "Lfm2Moe": lfm2_moe, "Lfm3": lfm3, "MiniMax": minimax, "Qwen3_5": qwen3_next, "Qwen3_5Moe": qwen3_next,
     "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next, "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid,
     "RecurrentGemma": recurrent_gemma, "Zamba": zamba, "Zamba2": zamba2, "Samba": samba,
+    "xLSTM": xlstm, "Rwkv": rwkv,
 }
 
 
@@ -426,10 +444,13 @@ def settings(name: str) -> dict[str, Any]:
             context=c.block_size, residual_dtype="fp32",
         )
     eps = next(getattr(c, name) for name in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon") if hasattr(c, name))
+    centered = dict(weight=True, zero_centered=CONFIGS[name][0] in ZERO_CENTERED)
+    layer_norm = "layernorm", dict(eps=eps, weight=True, bias=True)
     found = dict(
         vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings,
-        norm=("rmsnorm", dict(eps=eps, weight=True, zero_centered=CONFIGS[name][0] in ZERO_CENTERED)),
-        logits_softcap=getattr(c, "logits_soft_cap", None),
+        norm=layer_norm if c.model_type == "rwkv" else ("rmsnorm", dict(eps=eps) | centered),
+        embedding_norm=layer_norm if c.model_type == "rwkv" else "none",
+        logits_softcap=getattr(c, "logits_soft_cap", getattr(c, "output_logit_soft_cap", None)),
         residual_dtype="fp32" if getattr(c, "residual_in_fp32", False) else "model",
         embedding_multiplier=embedding_multiplier(c),
         logits_multiplier=getattr(c, "lm_head_multiplier", 1) / getattr(c, "logits_scaling", 1),

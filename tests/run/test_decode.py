@@ -201,7 +201,7 @@ def test_one_token_goes_through_the_fused_step(model):
 
 def test_the_ends_of_a_step_go_through_their_slots():
     """Stand-ins with the slots' own maths: the text stays; without a fixed state, or with gradients, nobody calls."""
-    stepped = made("M A Z", logits_multiplier=0.5, logits_softcap=2, embedding_multiplier=3)
+    stepped = made("M A Z", logits_multiplier=0.5, logits_softcap=2, embedding_multiplier=3, embedding_norm="rmsnorm")
     calls = []
 
     def embed_step(token_B, weight_VD, *, multiplier, dtype):

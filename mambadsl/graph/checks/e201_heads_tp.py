@@ -12,8 +12,9 @@ E201 = declare(
     "E201",
     "the heads of a recurrent layer do not divide among devices",
     """
-    Tensor parallelism over `tp` devices splits Mamba-2 and Mamba-3 layers, lightning attention and Kimi Delta
-    Attention by heads, Mamba-1 layers and short convolutions by channels; tp must divide them.
+    Tensor parallelism over `tp` devices splits Mamba-2 and Mamba-3 layers, lightning attention, Kimi Delta
+    Attention and mLSTM by heads, Mamba-1 layers, short convolutions and time mixing of RWKV by
+    channels; tp must divide them.
 
     Why: a head's state lives on one device.
 
@@ -25,8 +26,8 @@ E201 = declare(
 
 #: What is split of a layer (several heads of Mamba-1: E215).
 SPLIT = {
-    **dict.fromkeys(("mamba2", "mamba3", "lightning", "kimi_delta"), "heads"),
-    **dict.fromkeys(("mamba1", "short_conv"), "d_inner"),
+    **dict.fromkeys(("mamba2", "mamba3", "lightning", "kimi_delta", "mlstm"), "heads"),
+    **dict.fromkeys(("mamba1", "short_conv", "wkv4"), "d_inner"),
 }
 
 

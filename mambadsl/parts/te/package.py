@@ -9,7 +9,9 @@ from mambadsl.parts.te.accepts import attention, linear, norm_linear, rms_norm
 FP8 = Field("fp8", Flag(), False, "the product in FP8")
 RECIPE = Field("recipe", OneOf("current", "block"), "current", "how FP8 tensors are scaled")
 
-RECURRENT = "mamba2", "mamba1", "short_conv", "gated_delta_net", "kimi_delta", "rg_lru", "lightning", "mamba3"
+RECURRENT = (
+    "mamba2", "mamba1", "short_conv", "gated_delta_net", "kimi_delta", "rg_lru", "lightning", "mamba3", "mlstm",
+)
 ENTRIES = (
     *(f"{kind}.in_proj" for kind in RECURRENT), "attention.qkv_proj", "mla.in_proj", "mlp.up_proj", "linear.out_proj",
 )
