@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import apart, form, norm, pairs
 from mambadsl.hf.family import Family, Layer, Recipe, fixed
-from mambadsl.hf.tensors import Piece, Place, Rows
 
 NAMES = {"k": "key", "v": "value", "r": "receptance"}
 NORM = norm("layer_norm_epsilon", "layernorm")

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import inf, nextafter
 from typing import Any
 
-from mambadsl.hf.config import Settings, Unlike
+from mambadsl.adapt.table import Unlike
+from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import apart, norm, pairs
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
 from mambadsl.kinds.values import Values
