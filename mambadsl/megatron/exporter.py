@@ -113,6 +113,8 @@ def _pattern(graph: LayerGraph, letters: Mapping[str, str | None]) -> str:
 def _written(graph: LayerGraph, letters: Mapping[str, str | None]) -> dict[str, Any]:
     """Their arguments; those of a letter are of the first layer that has it."""
     found: dict[str, Any] = {"num_layers": len(graph.layers), "position_embedding_type": "none", "attention_dropout": 0}
+    # Their configuration divides by it, also where no layer has heads of attention.
+    found["num_attention_heads"] = 1
     if graph.mtp:
         shared = graph.mtp.settings.weights == "shared"
         found |= {"mtp_num_layers": graph.mtp.settings.depths, "mtp_use_repeated_layer": shared}
