@@ -7,9 +7,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Side by side, processes that take every core each are in each other's way. Said before anybody imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples each time, so that what passed passes again; `HYPOTHESIS_PROFILE=search pytest` looks for new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("search", max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 ROOT = Path(__file__).parent
 
