@@ -8,15 +8,16 @@ code in them runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mambadsl.build.checkpoint import LISTED, listed
+from mambadsl.kinds.kind import Weight
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
-from mambadsl.text.spell import nearest
 
 E613 = declare(
     "E613",
@@ -28,9 +29,6 @@ E613 = declare(
     configuration does not speak of.
     """,
 )
-
-#: Tensors that are told.
-LISTED = 12
 
 
 class Files:
@@ -119,16 +117,21 @@ def _open(file: Path) -> Any:
 
 
 def refuse(message: str, *, notes: list[str] = ()) -> MdlError:
-    return MdlError([Diagnostic(E613, message, notes=tuple(notes[:12]))])
+    return MdlError([Diagnostic(E613, message, notes=tuple(notes[:LISTED]))])
 
 
-def listed(what: str, names: list[str], others: Iterable[str]) -> list[str]:
-    """The first of them, each with what it may be instead."""
-    facts = []
-    for name in names[:LISTED]:
-        near = nearest(name, others)
-        facts.append(f"{what}: `{name}`" + (f", nearest: `{near}`" if near else ""))
-    return facts + ([f"{what}: and {len(names) - LISTED} more"] if len(names) > LISTED else [])
+def hold(files: Files, weights: Mapping[str, Weight]) -> None:
+    """A folder of ours has these weights and no others. Raises MdlError (E613)."""
+    missing = [path for path in weights if path not in files.shapes]
+    unknown = [path for path in files.shapes if path not in weights]
+    bent = [path for path in weights if path in files.shapes and files.shapes[path] != weights[path].shape]
+    if missing or unknown or bent:
+        facts = [*listed("missing", missing, unknown), *listed("unknown", unknown, missing)]
+        facts += [
+            f"shape of `{p}`: {list(files.shapes[p])} in the folder, {list(weights[p].shape)} in the model"
+            for p in bent[:LISTED]
+        ]
+        raise MdlError([Diagnostic(E613, f"the weights in `{files.folder}` do not fit the model", notes=tuple(facts))])
 
 
 #: safetensors' names.

@@ -6,7 +6,7 @@ Where tensors lie, chunks, initial values and cuts do not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mambadsl.graph.graph import LayerGraph, Node
@@ -15,6 +15,10 @@ from mambadsl.kinds.registry import get
 from mambadsl.kinds.sublayer import BRANCH_FIELDS, SUBLAYER_FIELDS
 from mambadsl.kinds.values import Values
 from mambadsl.spec.model import MODEL_FIELDS, MTP_FIELDS
+from mambadsl.text.diagnostic import Code, Diagnostic, Label, MdlError
+
+#: Differences that are told.
+LISTED = 8
 
 
 def differences(ours: LayerGraph, theirs: LayerGraph) -> Iterator[tuple[str, Node | None]]:
@@ -39,6 +43,15 @@ def differences(ours: LayerGraph, theirs: LayerGraph) -> Iterator[tuple[str, Nod
         for fields, a, b in tables:
             for name, (x, y) in _unequal(fields, a, b):
                 yield f"{node.path}: `{name}` is {x} here, {y} there", node
+
+
+def misfit(code: Code, graph: LayerGraph, what: str, problems: Sequence[tuple[str, Node | None]]) -> MdlError:
+    """A graph that fits nothing of theirs. what: the nearest of it; problems: as `differences` gives them."""
+    notes = [text for text, _ in problems[:LISTED]]
+    if len(problems) > LISTED:
+        notes.append(f"and {len(problems) - LISTED} more")
+    labels = tuple(Label(node.span, "stands in the way") for _, node in problems[:3] if node and node.span)
+    return MdlError([Diagnostic(code, f"`{graph.name}` does not fit {what}", labels=labels, notes=tuple(notes))])
 
 
 def _laid(graph: LayerGraph) -> tuple[Node, ...]:

@@ -51,6 +51,11 @@ def words(name: str, table: Mapping[str, Any]) -> Both:
     return key(name, read, lambda value: back.get(value, value))
 
 
+def read_only(names: str | tuple[str, ...], read: Callable[[Any], Any]) -> Both:
+    """Follows from settings that others write."""
+    return Both((names,) if isinstance(names, str) else names, read, lambda value: {})
+
+
 def fixed(value: Any) -> Both:
     """Theirs is always so."""
     return Both((), lambda c: value, lambda value: {}, always=True)
@@ -58,6 +63,21 @@ def fixed(value: Any) -> Both:
 
 def both(entry: Entry) -> Both:
     return key(entry) if isinstance(entry, str) else entry
+
+
+def read_fields(
+    theirs: Any, table: Mapping[str, Entry], report: Callable[[str, str], None]
+) -> dict[str, Any]:
+    """Our fields out of all settings of theirs. report: is told of each that has no counterpart, by its name and what
+    is wrong with it."""
+    found = {}
+    for ours, entry in table.items():
+        entry = both(entry)
+        try:
+            found[ours] = entry.read(theirs)
+        except Unlike as error:
+            report(getattr(error, "name", entry.keys[0]), str(error))
+    return found
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ files that an index names and the folder lacks, and one name with two different 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ E905 = declare(
     """,
 )
 
+#: Names that are told.
 LISTED = 12
 
 
@@ -130,13 +131,7 @@ def _misfit(model: Model, stored: _Stored) -> Diagnostic | None:
     wanted = {path: tuple(weight.shape) for path, weight in model.weights.items()}
     missing = [path for path in wanted if path not in stored.shapes]
     unknown = [path for path in stored.shapes if path not in known]
-    facts = []
-    for what, paths, others in ("missing", missing, unknown), ("unknown", unknown, missing):
-        for path in paths[:LISTED]:
-            near = nearest(path, others)
-            facts.append(f"{what}: `{path}`" + (f", nearest: `{near}`" if near else ""))
-        if len(paths) > LISTED:
-            facts.append(f"{what}: and {len(paths) - LISTED} more")
+    facts = [*listed("missing", missing, unknown), *listed("unknown", unknown, missing)]
     bent = [path for path in wanted if path in stored.shapes and stored.shapes[path] != wanted[path]]
     for path in bent[:LISTED]:
         shapes = f"{list(stored.shapes[path])} in the folder, {list(wanted[path])} in the model"
@@ -152,6 +147,15 @@ def _misfit(model: Model, stored: _Stored) -> Diagnostic | None:
     summary = ", ".join(f"{len(found)} {what}" for what, found in counts.items() if found)
     message = f"the weights in `{stored.folder}` do not fit `{model.graph.name}`: {summary}"
     return Diagnostic(E905, message, notes=tuple(facts))
+
+
+def listed(what: str, names: Sequence[str], others: Iterable[str]) -> list[str]:
+    """The first of them, each with what it may be instead."""
+    facts = []
+    for name in names[:LISTED]:
+        near = nearest(name, others)
+        facts.append(f"{what}: `{name}`" + (f", nearest: `{near}`" if near else ""))
+    return facts + ([f"{what}: and {len(names) - LISTED} more"] if len(names) > LISTED else [])
 
 
 def _refuse(message: str, *, notes: list[str] = ()) -> MdlError:

@@ -83,10 +83,7 @@ class Settings:
 
     def span(self, name: str) -> Span | None:
         """Where the file sets it."""
-        if self.source is None:
-            return None
-        found = re.search(rf'"{re.escape(name)}"\s*:\s*[^\n]*', self.source.text)
-        return Span(self.source, found.start(), found.end() - found.group().endswith(",")) if found else None
+        return _place(self.source, name)
 
     def ignored(self) -> Iterator[Diagnostic]:
         """What nobody asked for, changes something perhaps, and is not as it always is."""
@@ -133,11 +130,11 @@ def read(path: str | Path) -> Settings:
 def from_dict(given: Mapping[str, Any], *, source: Source | None = None) -> Settings:
     """Settings from a configuration's values, as config.json has them. Raises MdlError (E610)."""
     model_type = given.get("model_type")
-    bare = Settings(_Nothing(), source=source, given=given)
+    place = _place(source, "model_type")
     if not isinstance(model_type, str):
         if "model_type" not in given and (own := _own(given)) is not None:
             return Settings(own, source=source, given=given)
-        raise MdlError([Diagnostic(E610, "the configuration has no `model_type`", bare.span("model_type"))])
+        raise MdlError([Diagnostic(E610, "the configuration has no `model_type`", place)])
     text = given.get("text_config")
     if isinstance(text, dict) and _is_ours(text.get("model_type")) and not _is_ours(model_type):
         inner = from_dict(text, source=source)
@@ -149,12 +146,12 @@ def from_dict(given: Mapping[str, Any], *, source: Source | None = None) -> Sett
         near = nearest(model_type, names())
         help = ((f"did you mean `{near}`?",) if near else ()) + ("known: " + ", ".join(names()),)
         message = f"transformers knows no `model_type` `{model_type}`"
-        raise MdlError([Diagnostic(E610, message, bare.span("model_type"), help=help)])
+        raise MdlError([Diagnostic(E610, message, place, help=help)])
     try:
         config = mapping[model_type].from_dict(dict(given))
     except Exception as error:
         message = f"transformers does not take the configuration: {' '.join(str(error).split())[:300]}"
-        raise MdlError([Diagnostic(E610, message, bare.span("model_type"))]) from None
+        raise MdlError([Diagnostic(E610, message, place)]) from None
     return Settings(config, source=source, given=given)
 
 
@@ -182,8 +179,9 @@ def config_class(model_type: str) -> Any:
     return _classes()[model_type]
 
 
-class _Nothing:
-    attribute_map: dict[str, str] = {}
+def _place(source: Source | None, name: str) -> Span | None:
+    found = re.search(rf'"{re.escape(name)}"\s*:\s*[^\n]*', source.text) if source is not None else None
+    return Span(source, found.start(), found.end() - found.group().endswith(",")) if found else None
 
 
 def _classes() -> Any:

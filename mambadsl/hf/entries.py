@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mambadsl.adapt.table import Unlike
@@ -111,6 +111,16 @@ def write_rope(value: Variant) -> dict[str, Any]:
     return found
 
 
+def head_dim(c: Settings) -> int:
+    """Channels of a head of attention, where the family may say how many, or never does."""
+    return c.get("head_dim") or c.hidden_size // c.num_attention_heads
+
+
+def expand(name: str, inner: Callable[[Values], int]) -> Callable[[Mapping[str, Values], Values], dict[str, int]]:
+    """For `Family.derived`: how many times as wide as the model its layers of Mamba are (recipe M) inside."""
+    return lambda fields, model: {name: inner(fields["M"]) // model.d_model} if "M" in fields else {}
+
+
 def bfloat16(value: float) -> float:
     """The nearest number that bfloat16 has (ties to even)."""
     [bits] = struct.unpack("<I", struct.pack("<f", value))
@@ -127,6 +137,13 @@ def pairs(
         for (recipe, path), before in zip((mixer, feed), norms):
             at = f"{base}.{i}"
             yield Layer((recipe,), (f"{at}.{path}" if path else at,), f"{at}.{before}.weight")
+
+
+def by_type(rows: Sequence[tuple[str, ...]], recipes: Mapping[str, str], feeds: str) -> dict[str, Any]:
+    """For `Family.order`: blocks by the types of their mixers. recipes: their type -> the recipe of the mixer."""
+    back = {recipe: name for name, recipe in recipes.items()}
+    mixing, _ = apart(rows, feeds)
+    return {"num_hidden_layers": len(mixing), "layer_types": [back[name] for name in mixing]}
 
 
 def apart(rows: Sequence[tuple[str, ...]], feeds: str) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mambadsl.adapt.same import differences
+from mambadsl.adapt.same import differences, misfit
 from mambadsl.adapt.table import Unlike
 from mambadsl.graph.graph import LayerGraph, Node
 from mambadsl.hf.config import Settings, config_class, from_dict
@@ -19,7 +19,7 @@ from mambadsl.hf.importer import Imported, import_settings
 from mambadsl.kinds.values import Values
 from mambadsl.spec import make
 from mambadsl.spec.model import LayerSpec, Mixer
-from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
+from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
 
 E614 = declare(
     "E614",
@@ -31,8 +31,6 @@ E614 = declare(
     """,
 )
 TOKENS = "pad_token_id", "bos_token_id", "eos_token_id"
-#: Differences that are told.
-LISTED = 8
 
 
 def export_settings(
@@ -66,14 +64,8 @@ def export_settings(
         if not isinstance(found, _Misfit):
             return found
     closest = min(tried, key=lambda name: tried[name].distance)
-    problems = tried[closest].problems
     what = f"the family `{closest}`" if wanted else f"any family of Hugging Face's; `{closest}` comes closest"
-    notes = [text for text, _ in problems[:LISTED]]
-    if len(problems) > LISTED:
-        notes.append(f"and {len(problems) - LISTED} more")
-    labels = tuple(Label(node.span, "stands in the way") for _, node in problems[:3] if node and node.span)
-    message = f"`{graph.name}` does not fit {what}"
-    raise MdlError([Diagnostic(E614, message, labels=labels, notes=tuple(notes))])
+    raise misfit(E614, graph, what, tried[closest].problems)
 
 
 #: What stands in the way, and at which layer.

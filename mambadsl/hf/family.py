@@ -15,13 +15,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mambadsl.adapt.table import Both, Entry, Recipe, both, fixed, key, words
+from mambadsl.adapt.table import Both, Entry, Recipe, both, fixed, key, read_only, words
 from mambadsl.adapt.tensors import Place
 from mambadsl.hf.config import Settings
 from mambadsl.kinds.values import Values
 
 #: What a family's file is written with.
-__all__ = ["Both", "Family", "Layer", "Recipe", "both", "families", "fixed", "key", "names", "words"]
+__all__ = ["Both", "Family", "Layer", "Recipe", "both", "families", "fixed", "key", "names", "read_only", "words"]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mambadsl.adapt.model import ImportedModel
 from mambadsl.hf.config import Settings, read
 from mambadsl.hf.exporter import export_settings
 from mambadsl.hf.importer import Imported, import_settings
 from mambadsl.spec.model import name_of
-from mambadsl.text.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
     from mambadsl.compile import Program
@@ -31,24 +31,6 @@ COMPANIONS = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template*", "*.model", "*.tiktoken",
 )
-
-
-@dataclass(frozen=True)
-class ImportedModel:
-    """program: checked. skipped: tensors that hold nothing a model needs. files: what was written."""
-
-    program: Program
-    imported: Imported
-    skipped: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-
-    @property
-    def diagnostics(self) -> tuple[Diagnostic, ...]:
-        return self.imported.diagnostics + self.program.diagnostics
-
-    def text(self) -> str:
-        """The model file, with where it is from."""
-        return f"# Imported from {self.imported.family.architecture}.\n\n{self.program.write()}"
 
 
 def import_hf(
@@ -66,8 +48,9 @@ def import_hf(
     folder = source if source.is_dir() else source.parent
     imported = import_settings(settings, name=name or name_of(f"{folder.resolve().name}.mdl"))
     program = program_from_graph(imported.graph)
+    origin = f"{imported.family.architecture}."
     if weights is None:
-        return ImportedModel(program, imported)
+        return ImportedModel(program, imported, origin)
     from mambadsl.hf.weights import Source
 
     tensors = Source(imported, folder)
@@ -75,7 +58,7 @@ def import_hf(
     # The text model of a larger one is exported as one of its own.
     renamed = {} if imported.inside else tensors.renamed
     _keep(folder, Path(weights) / KEPT, settings, {"renamed": renamed, "shapes": tensors.shapes})
-    return ImportedModel(program, imported, tensors.skipped, files)
+    return ImportedModel(program, imported, origin, tensors.skipped, files)
 
 
 def _keep(folder: Path, kept: Path, settings: Settings, tensors: dict[str, dict]) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mambadsl.adapt.table import Unlike
+from mambadsl.adapt.table import read_fields
 from mambadsl.adapt.tensors import Rows, rows
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.unroll import connect
-from mambadsl.graph.weights import all_weights
+from mambadsl.graph.weights import all_weights, node_weights
 from mambadsl.hf.config import E610, E611, Settings
-from mambadsl.hf.family import Both, Family, Layer, both, families
+from mambadsl.hf.family import Family, Layer, both, families
 from mambadsl.spec import make
 from mambadsl.spec.model import LayerSpec
 from mambadsl.text.diagnostic import Diagnostic, MdlError
@@ -87,15 +87,10 @@ def _same(value: Any, wanted: Any) -> bool:
 
 
 def _read(c: Settings, table: dict[str, Any], problems: list[Diagnostic]) -> dict[str, Any]:
-    found = {}
-    for ours, entry in table.items():
-        entry: Both = both(entry)
-        try:
-            found[ours] = entry.read(c)
-        except Unlike as error:
-            name = entry.keys[0]
-            problems.append(Diagnostic(E611, f"`{name}` {error}", c.span(name)))
-    return found
+    def report(name: str, says: str) -> None:
+        problems.append(Diagnostic(E611, f"`{name}` {says}", c.span(name)))
+
+    return read_fields(c, table, report)
 
 
 def _named(layer: LayerSpec, name: str) -> LayerSpec:
@@ -114,18 +109,17 @@ def _places(family: Family, graph: LayerGraph, laid: list[Layer]) -> dict[str, R
     found |= _norm("embed_norm", family.embed_norm) | _norm("final_norm", family.final)
     if not graph.tied:
         found["head.weight"] = rows(family.head)
-    weights = all_weights(graph)
     for node, layer in zip(graph.layers, laid, strict=True):
         found |= _norm(f"{node.owner}.norm", layer.norm) | _norm(f"{node.owner}.post_norm", layer.post_norm)
         for (own, prefix, mixer), recipe, at in zip(node.branches(), layer.recipes, layer.paths, strict=True):
             names = {**family.recipes[recipe].places(mixer.fields), **layer.names}
             # Of a shared layer, some weights are each use's own.
             for before in {f"{prefix}.": None, f"{own}.mixer.": None}:
-                for path in weights:
+                for path, _ in node_weights(graph, node):
                     if path.startswith(before):
                         name = path.removeprefix(before)
                         found[path] = rows(names.get(name, name)).below(at)
-    return {path: found[path] for path in weights}
+    return {path: found[path] for path in all_weights(graph)}
 
 
 def _norm(ours: str, theirs: str) -> dict[str, Rows]:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mambadsl.adapt.files import E613, LISTED, Files, listed
+from mambadsl.adapt.files import E613, Files, hold
 from mambadsl.adapt.tensors import Rows
+from mambadsl.build.checkpoint import LISTED, listed
 from mambadsl.build.init import draw
 from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
 from mambadsl.graph.weights import all_weights
@@ -136,16 +137,7 @@ def export_units(
 ) -> Iterator[Unit]:
     """Weights of ours in a folder, as tensors of theirs. renamed, shapes: as `Source` found them. Raises MdlError
     (E613) where they do not fit."""
-    missing = [path for path in weights if path not in files.shapes]
-    unknown = [path for path in files.shapes if path not in weights]
-    bent = [path for path in weights if path not in missing and files.shapes[path] != weights[path].shape]
-    if missing or unknown or bent:
-        facts = [*listed("missing", missing, unknown), *listed("unknown", unknown, missing)]
-        facts += [
-            f"shape of `{p}`: {list(files.shapes[p])} in the folder, {list(weights[p].shape)} in the model"
-            for p in bent[:LISTED]
-        ]
-        raise MdlError([Diagnostic(E613, f"the weights in `{files.folder}` do not fit the model", notes=tuple(facts))])
+    hold(files, weights)
     for path, weight in weights.items():
         size = weight.elements * files.dtypes[path].itemsize
         yield Unit(size, partial(_written, places[path], weight, files, path, renamed, shapes))

@@ -276,6 +276,14 @@ class Field:
     inert: bool = False
 
 
+#: Of kinds whose initial dt is drawn by the law `dt_bias`.
+DT_FIELDS = (
+    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]", inert=True),
+    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]", inert=True),
+    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this", inert=True),
+)
+
+
 def chunk_field(default: int) -> Field:
     """Of kinds with a scan by chunks."""
     says = "tokens computed together in the scan; no effect on the result"

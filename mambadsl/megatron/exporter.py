@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mambadsl.adapt.same import differences
+from mambadsl.adapt.same import differences, misfit
 from mambadsl.adapt.table import Entry, both
 from mambadsl.graph.checks import Facts, check
 from mambadsl.graph.graph import LayerGraph, Node, Role
@@ -22,7 +22,7 @@ from mambadsl.megatron.importer import Imported, import_model
 from mambadsl.megatron.layers import LAYERS
 from mambadsl.megatron.pattern import read_pattern
 from mambadsl.megatron.settings import SETTINGS, SHARED, SPEC
-from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
+from mambadsl.text.diagnostic import MdlError, declare
 
 E624 = declare(
     "E624",
@@ -33,8 +33,6 @@ E624 = declare(
     settings stand in the way. What has no influence on results (chunks, initial values) does not count.
     """,
 )
-#: Differences that are told.
-LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,7 @@ def export_model(graph: LayerGraph, *, tp: int = 1) -> Exported:
 
 
 def _refused(graph: LayerGraph, problems: list[tuple[str, Node | None]]) -> MdlError:
-    notes = [text for text, _ in problems[:LISTED]]
-    if len(problems) > LISTED:
-        notes.append(f"and {len(problems) - LISTED} more")
-    labels = tuple(Label(node.span, "stands in the way") for _, node in problems[:3] if node and node.span)
-    message = f"`{graph.name}` does not fit Megatron's hybrid model"
-    return MdlError([Diagnostic(E624, message, labels=labels, notes=tuple(notes))])
+    return misfit(E624, graph, "Megatron's hybrid model", problems)
 
 
 def _letter(node: Node) -> str | None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mambadsl.adapt.model import ImportedModel
 from mambadsl.megatron.arguments import E621, Arguments, from_mapping, read_arguments
 from mambadsl.megatron.exporter import export_model
-from mambadsl.megatron.importer import Imported, import_model, pattern_of
+from mambadsl.megatron.importer import import_model, pattern_of
 from mambadsl.megatron.pattern import Pattern, read_pattern
 from mambadsl.spec.model import name_of
 from mambadsl.text.diagnostic import Diagnostic, MdlError
@@ -18,24 +19,6 @@ if TYPE_CHECKING:
 
 #: Beside an exported checkpoint.
 ARGUMENTS = "arguments.txt"
-
-
-@dataclass(frozen=True)
-class ImportedModel:
-    """program: checked. skipped: tensors that hold no weights. files: what was written."""
-
-    program: Program
-    imported: Imported
-    skipped: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-
-    @property
-    def diagnostics(self) -> tuple[Diagnostic, ...]:
-        return self.imported.diagnostics + self.program.diagnostics
-
-    def text(self) -> str:
-        """The model file, with where it is from."""
-        return f"# Imported from Megatron: {self.imported.pattern.source.text}\n\n{self.program.write()}"
 
 
 def import_megatron(
@@ -52,14 +35,15 @@ def import_megatron(
     stem = f"{Path(source).resolve().stem}.mdl" if Path(source).exists() else "megatron.mdl"
     imported = import_model(pattern, c, name=name or name_of(stem))
     program = program_from_graph(imported.graph)
+    origin = f"Megatron: {imported.pattern.source.text}"
     if weights is None:
-        return ImportedModel(program, imported)
+        return ImportedModel(program, imported, origin)
     if folder is None:
         raise MdlError([Diagnostic(E621, "weights come from a checkpoint: give its folder")])
     from mambadsl.megatron.weights import Source
 
     tensors = Source(imported, folder)
-    return ImportedModel(program, imported, tuple(sorted(tensors.checkpoint.skipped)), tensors.save(weights))
+    return ImportedModel(program, imported, origin, tuple(sorted(tensors.checkpoint.skipped)), tensors.save(weights))
 
 
 def _given(source: str | Path, args: str | Path | None) -> tuple[Pattern, Arguments | None, Path | None]:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mambadsl.adapt.table import Both, Entry, Unlike, both
+from mambadsl.adapt.table import Entry, Unlike, both, read_fields
 from mambadsl.adapt.tensors import Rows, rows
 from mambadsl.graph.graph import LayerGraph, Node
 from mambadsl.graph.unroll import unroll
-from mambadsl.graph.weights import all_weights
+from mambadsl.graph.weights import all_weights, node_weights
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.values import Values
 from mambadsl.megatron.arguments import E621, W622, Arguments
@@ -121,14 +121,7 @@ class _Laid:
 
 
 def _read(c: Arguments, table: Mapping[str, Entry], problems: list[Diagnostic]) -> dict[str, Any]:
-    found = {}
-    for ours, entry in table.items():
-        entry: Both = both(entry)
-        try:
-            found[ours] = entry.read(c)
-        except Unlike as error:
-            problems.append(_unlike(c, getattr(error, "name", entry.keys[0]), str(error)))
-    return found
+    return read_fields(c, table, lambda name, says: problems.append(_unlike(c, name, says)))
 
 
 def _unlike(c: Arguments, name: str, says: str) -> Diagnostic:
@@ -192,11 +185,11 @@ def places(graph: LayerGraph, pattern: Pattern) -> dict[str, Rows]:
     found = {ours: rows(theirs) for ours, theirs in OUTSIDE.items()}
     weights = all_weights(graph)
     for letter, node in zip(pattern.layers, graph.layers, strict=True):
-        found |= _below(node, letter, f"decoder.layers.{node.path.rpartition('.')[2]}", weights)
+        found |= _below(graph, node, letter, f"decoder.layers.{node.path.rpartition('.')[2]}")
     for node in graph.nodes:
         if node.layer and node.path.startswith("mtp."):
             _, depth, i = node.owner.split(".")
-            found |= _below(node, pattern.mtp[int(i)], f"mtp.layers.{depth}.mtp_model_layer.layers.{i}", weights)
+            found |= _below(graph, node, pattern.mtp[int(i)], f"mtp.layers.{depth}.mtp_model_layer.layers.{i}")
     for path in weights:
         if path.startswith("final_norm."):
             found[path] = rows(f"decoder.{path}")
@@ -206,12 +199,12 @@ def places(graph: LayerGraph, pattern: Pattern) -> dict[str, Rows]:
     return {path: found[path] for path in weights}
 
 
-def _below(node: Node, letter: str, at: str, weights: Mapping[str, Any]) -> dict[str, Rows]:
+def _below(graph: LayerGraph, node: Node, letter: str, at: str) -> dict[str, Rows]:
     known = LAYERS[letter]
     [(_, prefix, mixer)] = node.branches()
     names = known.recipe.places(mixer.fields)
     found = {f"{node.owner}.norm.{w}": rows(f"{at}.{known.norm.format(w)}") for w in ("weight", "bias")}
-    for path in weights:
+    for path, _ in node_weights(graph, node):
         if path.startswith(f"{prefix}."):
             name = path.removeprefix(f"{prefix}.")
             found[path] = rows(names.get(name, name)).below(f"{at}.{known.path}")

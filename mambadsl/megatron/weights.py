@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mambadsl.adapt.files import E613, LISTED, Files, listed, refuse
+from mambadsl.adapt.files import E613, Files, hold, refuse
 from mambadsl.adapt.tensors import Experts, Rows
+from mambadsl.build.checkpoint import LISTED, listed
 from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
 from mambadsl.graph.weights import all_weights
 from mambadsl.kinds.kind import Weight
@@ -152,7 +153,7 @@ def export_weights(exported: Exported, weights: str | Path, folder: str | Path, 
     """A folder of ours as a checkpoint, a file for each rank. Raises MdlError (E613)."""
     imported, files, folder = exported.imported, Files(weights), Path(folder)
     table = all_weights(imported.graph)
-    _fits(files, table)
+    hold(files, table)
     for path, weight in table.items():
         whole = dict(imported.places[path].shapes(weight))
         for name, share in shares(imported.places[path], weight).items():
@@ -192,13 +193,3 @@ def _held(imported: Imported, segment: int) -> Iterator[tuple[str, str]]:
             yield "embed.weight", OUTSIDE["head.weight"]
         if imported.graph.mtp:
             yield "embed.weight", ""
-
-
-def _fits(files: Files, table: dict[str, Weight]) -> None:
-    missing = [path for path in table if path not in files.shapes]
-    unknown = [path for path in files.shapes if path not in table]
-    bent = [path for path in table if path not in missing and files.shapes[path] != table[path].shape]
-    if missing or unknown or bent:
-        facts = [*listed("missing", missing, unknown), *listed("unknown", unknown, missing)]
-        facts += [f"shape of `{p}`: {list(files.shapes[p])}, not {list(table[p].shape)}" for p in bent[:LISTED]]
-        raise MdlError([Diagnostic(E613, f"the weights in `{files.folder}` do not fit the model", notes=tuple(facts))])

@@ -8,8 +8,21 @@ from typing import Any
 from mambadsl.adapt.table import Unlike
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import act, apart, dt_limit, form, norm, pairs, read_rope, rope, write_rope
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key
+from mambadsl.hf.entries import (
+    act,
+    apart,
+    by_type,
+    dt_limit,
+    expand,
+    form,
+    head_dim,
+    norm,
+    pairs,
+    read_rope,
+    rope,
+    write_rope,
+)
+from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key, read_only
 from mambadsl.kinds.values import NONE, Values, Variant
 
 SETTINGS = dict(
@@ -23,20 +36,15 @@ MAMBA2 = dict(
 )
 
 
-def _head_dim(c: Settings) -> int:
-    return c.get("head_dim") or c.hidden_size // c.num_attention_heads
-
-
 ATTENTION = dict(
     heads="num_attention_heads", kv_heads="num_key_value_heads", qkv_bias="attention_bias", o_bias="attention_bias",
-    head_dim=Both(("head_dim",), _head_dim, lambda value: {}),
+    head_dim=read_only("head_dim", head_dim),
 )
 FEED = dict(act=act(), gated=fixed(True))
 DEMANDS = {"attention_dropout": 0}
 
 
-def _expand(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
-    return {"mamba_expand": fields["M"].heads * fields["M"].head_dim // model.d_model} if "M" in fields else {}
+EXPAND = expand("mamba_expand", lambda m: m.heads * m.head_dim)
 
 
 def bamba_layers(c: Settings) -> Iterator[Layer]:
@@ -59,7 +67,7 @@ BAMBA = Family(
         "A": Recipe("attention", ATTENTION | dict(rope=rope()), mixers.QKV),
         "F": Recipe("mlp", FEED | dict(d_ff="intermediate_size", bias="mlp_bias"), mixers.GATED),
     },
-    bamba_layers, bamba_order, demands=DEMANDS, final="model.final_layernorm.weight", derived=_expand,
+    bamba_layers, bamba_order, demands=DEMANDS, final="model.final_layernorm.weight", derived=EXPAND,
     follows=("num_hidden_layers", "attn_layer_indices", "mamba_expand"),
 )
 
@@ -115,7 +123,7 @@ FALCON_H1 = Family(
         "A": Recipe(
             "attention",
             ATTENTION | dict(
-                head_dim=Both(("head_dim",), _head_dim, lambda v: {"head_dim": v}), rope=rope(),
+                head_dim=Both(("head_dim",), head_dim, lambda v: {"head_dim": v}), rope=rope(),
                 key_multiplier="key_multiplier", in_multiplier="attention_in_multiplier",
                 out_multiplier="attention_out_multiplier",
             ),
@@ -125,8 +133,8 @@ FALCON_H1 = Family(
             "mlp",
             FEED | dict(
                 d_ff="intermediate_size", bias="mlp_bias",
-                gate_multiplier=Both(("mlp_multipliers",), lambda c: c.mlp_multipliers[0], lambda v: {}),
-                out_multiplier=Both(("mlp_multipliers",), lambda c: c.mlp_multipliers[1], lambda v: {}),
+                gate_multiplier=read_only("mlp_multipliers", lambda c: c.mlp_multipliers[0]),
+                out_multiplier=read_only("mlp_multipliers", lambda c: c.mlp_multipliers[1]),
             ),
             mixers.GATED,
         ),
@@ -156,9 +164,8 @@ def granite_layers(c: Settings) -> Iterator[Layer]:
 
 
 def granite_order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
-    mixing, feeding = apart(rows, "FE")
-    back = {recipe: name for name, (recipe, _) in GRANITE_MIXERS.items()}
-    found = {"num_hidden_layers": len(mixing), "layer_types": [back[name] for name in mixing]}
+    _, feeding = apart(rows, "FE")
+    found = by_type(rows, {name: recipe for name, (recipe, _) in GRANITE_MIXERS.items()}, "FE")
     return found if "E" in feeding else {**found, "num_local_experts": 0, "num_experts_per_tok": 0}
 
 
@@ -196,6 +203,6 @@ GRANITE = Family(
             },
         ),
     },
-    granite_layers, granite_order, demands=DEMANDS, derived=_expand, follows=("num_hidden_layers", "mamba_expand"),
+    granite_layers, granite_order, demands=DEMANDS, derived=EXPAND, follows=("num_hidden_layers", "mamba_expand"),
 )
 FAMILIES = BAMBA, FALCON_H1, GRANITE

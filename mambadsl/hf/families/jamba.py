@@ -8,16 +8,15 @@ from typing import Any
 from mambadsl.adapt.table import Unlike
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import act, apart, form, norm, pairs
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
-from mambadsl.kinds.values import Values
+from mambadsl.hf.entries import act, apart, expand, form, head_dim, norm, pairs
+from mambadsl.hf.family import Family, Layer, Recipe, fixed, read_only
 
 FEED = dict(d_ff="intermediate_size", act=act(), gated=fixed(True))
 RECIPES = {
     "M": Recipe(
         "mamba1",
         dict(
-            d_inner=Both(("mamba_expand",), lambda c: c.mamba_expand * c.hidden_size, lambda value: {}),
+            d_inner=read_only("mamba_expand", lambda c: c.mamba_expand * c.hidden_size),
             d_state="mamba_d_state", d_conv="mamba_d_conv", dt_rank="mamba_dt_rank", conv_bias="mamba_conv_bias",
             bias="mamba_proj_bias", dt_bc_norm=norm("rms_norm_eps", "learned"),
         ),
@@ -27,7 +26,7 @@ RECIPES = {
         "attention",
         dict(
             heads="num_attention_heads", kv_heads="num_key_value_heads",
-            head_dim=Both(("num_attention_heads",), lambda c: c.hidden_size // c.num_attention_heads, lambda value: {}),
+            head_dim=read_only("num_attention_heads", head_dim),
             rope=fixed(form("none")),
         ),
         mixers.QKV,
@@ -69,10 +68,6 @@ def _period(chosen: list[bool], name: str, what: str) -> Mapping[str, Any]:
     return {f"{name}_period": period, f"{name}_offset": places[0]}
 
 
-def _expand(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
-    return {"mamba_expand": fields["M"].d_inner // model.d_model} if "M" in fields else {}
-
-
 FAMILIES = (
     Family(
         "jamba", "JambaForCausalLM",
@@ -80,7 +75,8 @@ FAMILIES = (
             vocab="vocab_size", d_model="hidden_size", norm=norm(), tie_embeddings="tie_word_embeddings",
             context="max_position_embeddings",
         ),
-        RECIPES, layers, order, demands={"attention_dropout": 0}, final="model.final_layernorm.weight", derived=_expand,
+        RECIPES, layers, order, demands={"attention_dropout": 0}, final="model.final_layernorm.weight",
+        derived=expand("mamba_expand", lambda m: m.d_inner),
         follows=(
             "num_hidden_layers", "attn_layer_period", "attn_layer_offset", "expert_layer_period", "expert_layer_offset",
         ),

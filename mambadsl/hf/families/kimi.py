@@ -9,8 +9,8 @@ from mambadsl.adapt.table import Unlike
 from mambadsl.adapt.tensors import Cut, Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import act, apart, form, norm, pairs, router
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key
+from mambadsl.hf.entries import act, apart, by_type, form, norm, pairs, router
+from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key, read_only
 from mambadsl.kinds.values import NONE, Values, Variant
 
 SETTINGS = dict(
@@ -20,7 +20,7 @@ SETTINGS = dict(
 LAYERS, FEEDS = {"linear_attention": "K", "full_attention": "L"}, {"dense": "F", "sparse": "E"}
 DELTA = dict(
     heads="linear_num_heads", key_dim="linear_head_dim",
-    value_dim=Both(("linear_head_dim",), lambda c: c.linear_head_dim, lambda v: {}),
+    value_dim=read_only("linear_head_dim", lambda c: c.linear_head_dim),
     d_conv="linear_conv_kernel_dim", norm_eps="rms_norm_eps",
 )
 LATENT = dict(
@@ -43,7 +43,7 @@ def _shared_d_ff(c: Settings) -> int:
 def _experts(names: Callable[[Values], Mapping[str, Place]]) -> Recipe:
     fields = dict(
         experts="num_local_experts", top_k="num_experts_per_tok", d_ff="moe_intermediate_size", router=ROUTER,
-        shared_d_ff=Both(("n_shared_experts",), _shared_d_ff, lambda v: {}),
+        shared_d_ff=read_only("n_shared_experts", _shared_d_ff),
     )
     return Recipe("moe", FEED | fields, lambda f: mixers.shared("shared_experts") | dict(names(f)))
 
@@ -90,12 +90,9 @@ def _layers(mixer: str, experts: str) -> Callable[[Settings], Iterator[Layer]]:
 
 
 def _order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
-    mixing, feeding = apart(rows, "FE")
-    layers, feeds = ({recipe: name for name, recipe in table.items()} for table in (LAYERS, FEEDS))
-    return {
-        "num_hidden_layers": len(mixing), "layer_types": [layers[name] for name in mixing],
-        "mlp_layer_types": [feeds[name] for name in feeding],
-    }
+    _, feeding = apart(rows, "FE")
+    feeds = {recipe: name for name, recipe in FEEDS.items()}
+    return {**by_type(rows, LAYERS, "FE"), "mlp_layer_types": [feeds[name] for name in feeding]}
 
 
 def _derived(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
@@ -127,8 +124,8 @@ FAMILIES = (
                 "kimi_delta",
                 DELTA | dict(
                     decay=fixed(form("softplus")),
-                    decay_rank=Both(("linear_head_dim",), lambda c: c.linear_head_dim, lambda v: {}),
-                    gate_rank=Both(("linear_head_dim",), lambda c: c.linear_head_dim, lambda v: {}),
+                    decay_rank=read_only("linear_head_dim", lambda c: c.linear_head_dim),
+                    gate_rank=read_only("linear_head_dim", lambda c: c.linear_head_dim),
                 ),
                 _kimi_delta,
             ),

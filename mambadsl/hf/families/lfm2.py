@@ -8,8 +8,8 @@ from typing import Any
 
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import apart, form, norm, pairs, rope, router
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
+from mambadsl.hf.entries import apart, by_type, form, head_dim, norm, pairs, rope, router
+from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, read_only
 from mambadsl.kinds.values import Values
 
 KINDS = {"conv": ("C", "conv"), "full_attention": ("A", "self_attn")}
@@ -41,7 +41,7 @@ MIXERS = {
         "attention",
         dict(
             heads="num_attention_heads", kv_heads="num_key_value_heads",
-            head_dim=Both(("num_attention_heads",), lambda c: c.hidden_size // c.num_attention_heads, lambda v: {}),
+            head_dim=read_only("num_attention_heads", head_dim),
             rope=rope(), qk_norm=norm("norm_eps", "per_head"),
         ),
         mixers.QKV | {
@@ -59,9 +59,7 @@ def layers(c: Settings) -> Iterator[Layer]:
 
 
 def order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
-    back = {recipe: name for name, (recipe, _) in KINDS.items()}
-    mixing, _ = apart(rows, "FE")
-    return {"num_hidden_layers": len(mixing), "layer_types": [back[name] for name in mixing]}
+    return by_type(rows, {name: recipe for name, (recipe, _) in KINDS.items()}, "FE")
 
 
 def moe_layers(c: Settings) -> Iterator[Layer]:
@@ -97,9 +95,7 @@ def lfm3_layers(c: Settings) -> Iterator[Layer]:
 
 
 def lfm3_order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
-    back = {recipe: name for name, (recipe, _) in LFM3_KINDS.items()}
-    mixing, _ = apart(rows, "F")
-    return {"num_hidden_layers": len(mixing), "layer_types": [back[name] for name in mixing]}
+    return by_type(rows, {name: recipe for name, (recipe, _) in LFM3_KINDS.items()}, "F")
 
 
 LFM3 = Family(

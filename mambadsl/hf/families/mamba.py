@@ -7,9 +7,8 @@ from typing import Any
 
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import FP32_STREAM, dt_limit, norm
+from mambadsl.hf.entries import FP32_STREAM, dt_limit, expand, norm
 from mambadsl.hf.family import Family, Layer, Recipe, fixed
-from mambadsl.kinds.values import Values
 
 SETTINGS = dict(
     vocab="vocab_size", d_model="hidden_size", norm=norm("layer_norm_epsilon"), tie_embeddings="tie_word_embeddings",
@@ -41,19 +40,12 @@ def _family(model_type: str, architecture: str, recipe: Recipe, derived: Any = N
     )
 
 
-def _expand(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
-    return {"expand": fields["M"].d_inner // model.d_model}
-
-
-def _expand2(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
-    return {"expand": fields["M"].heads * fields["M"].head_dim // model.d_model}
-
-
+EXPAND = expand("expand", lambda m: m.d_inner)
 FAMILIES = (
-    _family("mamba", "MambaForCausalLM", Recipe("mamba1", MAMBA1, mixers.mamba1), _expand),
+    _family("mamba", "MambaForCausalLM", Recipe("mamba1", MAMBA1, mixers.mamba1), EXPAND),
     _family(
         "falcon_mamba", "FalconMambaForCausalLM",
-        Recipe("mamba1", MAMBA1 | dict(dt_bc_norm=norm("mixer_rms_eps", "weightless")), mixers.mamba1), _expand,
+        Recipe("mamba1", MAMBA1 | dict(dt_bc_norm=norm("mixer_rms_eps", "weightless")), mixers.mamba1), EXPAND,
     ),
     _family(
         "mamba2", "Mamba2ForCausalLM",
@@ -65,6 +57,6 @@ FAMILIES = (
             ),
             mixers.mamba2,
         ),
-        _expand2,
+        expand("expand", lambda m: m.heads * m.head_dim),
     ),
 )

@@ -12,7 +12,7 @@ from mambadsl.adapt.tensors import Piece, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import form
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key
+from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key, read_only
 from mambadsl.kinds.values import NONE, Variant
 
 EPS = 1e-5
@@ -83,7 +83,7 @@ def _is_mamba2(c: Settings) -> bool:
 
 def _from(name: str, known: Mapping[str, Any], read: Any) -> Both:
     """A field that follows from a module's options and the model's width."""
-    return Both((name,), lambda c: read(options(c, name, known), c.d_model), lambda v: {})
+    return read_only(name, lambda c: read(options(c, name, known), c.d_model))
 
 
 def _ssm(known: Mapping[str, Any], read: Any) -> Both:
@@ -182,7 +182,7 @@ FAMILIES = (
     Family(
         "mamba_ssm", "MambaLMHeadModel",
         dict(
-            vocab=Both(("vocab_size", "pad_vocab_size_multiple"), _vocab, lambda v: {}), d_model="d_model",
+            vocab=read_only(("vocab_size", "pad_vocab_size_multiple"), _vocab), d_model="d_model",
             norm=key("rms_norm", lambda rms: form("rmsnorm" if rms else "layernorm", eps=EPS)),
             tie_embeddings="tie_embeddings",
             residual_dtype=key("residual_in_fp32", lambda wide: "fp32" if wide else "model"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import act, apart, form, norm, pairs, read_rope, router, write_rope
+from mambadsl.hf.entries import act, by_type, form, head_dim, norm, pairs, read_rope, router, write_rope
 from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
 from mambadsl.kinds.kind import Weight
 from mambadsl.kinds.values import Values, Variant
@@ -62,20 +62,16 @@ def _normed(name: str) -> Both:
     return Both(keys, read, lambda v: {key: getattr(v, ours, None) for ours, key in zip(("alpha", "beta"), keys)})
 
 
-def _head_dim(c: Settings) -> int:
-    return c.head_dim or c.hidden_size // c.num_attention_heads
-
-
 def _rope(c: Settings) -> Variant:
     """The authors' code rotates `rotary_dim` channels; transformers' class rotates all."""
     given = dict(c.rope_parameters or {})
     if c.get("rotary_dim") and "partial_rotary_factor" not in given:
-        given["partial_rotary_factor"] = c.rotary_dim / _head_dim(c)
+        given["partial_rotary_factor"] = c.rotary_dim / head_dim(c)
     return read_rope(given)
 
 
 HEADS = dict(
-    heads="num_attention_heads", head_dim=Both(("head_dim",), _head_dim, lambda v: {"head_dim": v}),
+    heads="num_attention_heads", head_dim=Both(("head_dim",), head_dim, lambda v: {"head_dim": v}),
 )
 RECIPES = {
     "L": Recipe(
@@ -106,9 +102,7 @@ def layers(c: Settings) -> Iterator[Layer]:
 
 
 def order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
-    back = {recipe: name for name, recipe in KINDS.items()}
-    mixing, _ = apart(rows, "E")
-    return {"num_hidden_layers": len(mixing), "layer_types": [back[name] for name in mixing]}
+    return by_type(rows, KINDS, "E")
 
 
 FAMILIES = (

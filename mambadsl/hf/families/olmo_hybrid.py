@@ -9,8 +9,8 @@ from mambadsl.adapt.table import Unlike
 from mambadsl.adapt.tensors import Cut, Piece, Place
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import act, form, norm, rope
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
+from mambadsl.hf.entries import act, form, head_dim, norm, rope
+from mambadsl.hf.family import Family, Layer, Recipe, fixed, read_only
 from mambadsl.kinds.values import Values
 
 FEED = dict(act=act(), gated=fixed(True), d_ff="intermediate_size")
@@ -43,10 +43,7 @@ RECIPES = {
         dict(
             heads="num_attention_heads", kv_heads="num_key_value_heads", qkv_bias="attention_bias",
             o_bias="attention_bias",
-            head_dim=Both(
-                ("num_attention_heads",),
-                lambda c: c.get("head_dim") or c.hidden_size // c.num_attention_heads, lambda v: {},
-            ),
+            head_dim=read_only("num_attention_heads", head_dim),
             rope=rope(), qk_norm=norm("rms_norm_eps", "full_width"),
         ) | BEHIND,
         mixers.QKV,

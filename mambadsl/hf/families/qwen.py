@@ -8,7 +8,7 @@ from typing import Any
 from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import act, apart, norm, pairs, rope, router
+from mambadsl.hf.entries import act, apart, by_type, norm, pairs, rope, router
 from mambadsl.hf.family import Family, Layer, Recipe, fixed
 from mambadsl.kinds.values import Values
 
@@ -68,9 +68,7 @@ def _mixing(c: Settings) -> list[tuple[str, str]]:
 
 
 def _order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
-    back = {recipe: name for name, (recipe, _) in KINDS.items()}
-    mixing, _ = apart(rows, "FE")
-    return {"num_hidden_layers": len(mixing), "layer_types": [back[name] for name in mixing]}
+    return by_type(rows, {name: recipe for name, (recipe, _) in KINDS.items()}, "FE")
 
 
 def next_layers(c: Settings) -> Iterator[Layer]:

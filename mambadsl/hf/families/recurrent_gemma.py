@@ -9,7 +9,7 @@ from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, apart, bfloat16, norm, pairs, rope
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
+from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, read_only
 from mambadsl.kinds.values import Values
 
 KINDS = {"linear_attention": "R", "sliding_attention": "A"}
@@ -44,7 +44,7 @@ RECIPES = {
         "attention",
         dict(
             heads="num_attention_heads", kv_heads="num_key_value_heads", window="attention_window_size",
-            head_dim=Both(("head_dim",), lambda c: c.head_dim, lambda v: {}), rope=rope(), qkv_bias="attention_bias",
+            head_dim=read_only("head_dim", lambda c: c.head_dim), rope=rope(), qkv_bias="attention_bias",
             o_bias=fixed(True),
         ),
         mixers.QKV,
@@ -85,7 +85,7 @@ FAMILIES = (
         dict(
             vocab="vocab_size", d_model="hidden_size", norm=norm(zero_centered=True),
             tie_embeddings="tie_word_embeddings", logits_softcap="logits_soft_cap",
-            embedding_multiplier=Both(("hidden_size",), _multiplier, lambda v: {}),
+            embedding_multiplier=read_only("hidden_size", _multiplier),
         ),
         RECIPES, layers, order, demands={"attention_dropout": 0}, final="model.final_norm.weight",
         follows=("num_hidden_layers", "block_types"),

@@ -9,7 +9,7 @@ from typing import Any
 from mambadsl.adapt.table import Unlike
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import apart, norm, pairs
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
+from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, read_only
 from mambadsl.kinds.values import Values
 
 #: Their cache rounds widths up to multiples of this, their layers do not.
@@ -25,7 +25,7 @@ def _head(key: str) -> Both:
             raise Unlike(f"gives {width} channels; they must be a multiple of {STEP} and of `num_heads`")
         return width // c.num_heads
 
-    return Both((key, "num_heads"), read, lambda v: {})
+    return read_only((key, "num_heads"), read)
 
 
 def _d_ff(c: Settings) -> int:
@@ -71,7 +71,7 @@ RECIPES = {
     "F": Recipe(
         "mlp",
         dict(
-            d_ff=Both(("ffn_proj_factor", "ffn_round_up_to_multiple_of"), _d_ff, lambda v: {}), act=fixed("silu"),
+            d_ff=read_only(("ffn_proj_factor", "ffn_round_up_to_multiple_of"), _d_ff), act=fixed("silu"),
             gated=fixed(True),
         ),
         {"gate_up_proj.weight": ("proj_up_gate.weight", "proj_up.weight"), "down_proj.weight": "proj_down.weight"},

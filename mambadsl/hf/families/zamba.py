@@ -11,8 +11,8 @@ from mambadsl.adapt.table import Unlike
 from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import act, form, norm, read_rope, write_rope
-from mambadsl.hf.family import Both, Family, Layer, Recipe, Row, fixed
+from mambadsl.hf.entries import act, expand, form, norm, read_rope, write_rope
+from mambadsl.hf.family import Both, Family, Layer, Recipe, Row, fixed, read_only
 from mambadsl.kinds.values import NONE, Values, Variant
 
 SETTINGS = dict(
@@ -23,8 +23,8 @@ ASIDE = dict(residual=fixed(form("aside")))
 #: The scores are those of half as many channels: the other half is the first embedding.
 ATTENTION = ASIDE | dict(
     heads="num_attention_heads", kv_heads="num_key_value_heads", input=fixed("with_embedding"),
-    head_dim=Both(("attention_head_dim",), lambda c: c.attention_head_dim, lambda v: {}),
-    scale=Both(("attention_head_dim",), lambda c: (c.attention_head_dim / 2) ** -0.5, lambda v: {}),
+    head_dim=read_only("attention_head_dim", lambda c: c.attention_head_dim),
+    scale=read_only("attention_head_dim", lambda c: (c.attention_head_dim / 2) ** -0.5),
 )
 MLP = ASIDE | dict(d_ff="intermediate_size", act=act(), gated=fixed(True))
 BRIDGE = Recipe("linear", ASIDE | dict(norm=fixed(NONE)), {"out_proj.weight": "weight"})
@@ -98,14 +98,6 @@ def zamba2_order(rows: Sequence[Row]) -> Mapping[str, Any]:
     return {**order(rows), "num_mem_blocks": max(1, len({row.owner for row in rows if row == ("A",)}))}
 
 
-def _expand(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
-    return {"mamba_expand": fields["M"].d_inner // model.d_model} if "M" in fields else {}
-
-
-def _expand2(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
-    return {"mamba_expand": fields["M"].heads * fields["M"].head_dim // model.d_model} if "M" in fields else {}
-
-
 def _rope(c: Settings) -> Variant:
     return read_rope(c.rope_parameters) if c.use_mem_rope else NONE
 
@@ -131,7 +123,7 @@ FAMILIES = (
             "M": Recipe(
                 "mamba1",
                 dict(
-                    d_inner=Both(("mamba_expand",), lambda c: c.mamba_expand * c.hidden_size, lambda v: {}),
+                    d_inner=read_only("mamba_expand", lambda c: c.mamba_expand * c.hidden_size),
                     heads="n_mamba_heads", d_state="mamba_d_state", d_conv="mamba_d_conv", dt_rank="mamba_dt_rank",
                     conv_bias="mamba_conv_bias", bias="mamba_proj_bias", dt_min="time_step_min", dt_max="time_step_max",
                     dt_floor="time_step_floor",
@@ -143,7 +135,8 @@ FAMILIES = (
             "P": BRIDGE,
         },
         zamba_layers, order, demands=DEMANDS | {"hidden_mamba_act": "silu"}, final="model.final_layernorm.weight",
-        derived=_expand, follows=(*FOLLOWS, "attn_layer_period", "attn_layer_offset"),
+        derived=expand("mamba_expand", lambda m: m.d_inner),
+        follows=(*FOLLOWS, "attn_layer_period", "attn_layer_offset"),
     ),
     Family(
         "zamba2", "Zamba2ForCausalLM", SETTINGS,
@@ -152,7 +145,7 @@ FAMILIES = (
                 "mamba2",
                 dict(
                     heads="n_mamba_heads", d_state="mamba_d_state", groups="mamba_ngroups", d_conv="mamba_d_conv",
-                    head_dim=Both(("n_mamba_heads",), lambda c: c.mamba_headdim, lambda v: {}), chunk="chunk_size",
+                    head_dim=read_only("n_mamba_heads", lambda c: c.mamba_headdim), chunk="chunk_size",
                     conv_bias="use_conv_bias", dt_min="time_step_min", dt_max="time_step_max",
                     dt_floor="time_step_floor", gated_norm=fixed("after_gate"),
                     # The class's own.
@@ -182,7 +175,7 @@ FAMILIES = (
         },
         zamba2_layers, zamba2_order,
         demands=DEMANDS | {"add_bias_linear": False, "use_long_context": False}, final="model.final_layernorm.weight",
-        derived=_expand2,
+        derived=expand("mamba_expand", lambda m: m.heads * m.head_dim),
         follows=(
             *FOLLOWS, "attention_head_dim", "mamba_headdim", "mamba_expand", "kv_channels", "num_query_groups",
             "hybrid_layer_ids", "use_mem_eff_path", "num_mem_blocks",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, Real, chunk_field
+from mambadsl.kinds.fields import DT_FIELDS, Computed, Field, Flag, Int, Items, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
@@ -47,9 +47,7 @@ FIELDS = (
     ),
     Field("norm_eps", Real(above=0), 1e-6, "eps of the norm behind the scan"),
     Field("qk_eps", Real(above=0), 1e-6, "added to the squared length of queries and keys before they are normed"),
-    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]", inert=True),
-    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]", inert=True),
-    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this", inert=True),
+    *DT_FIELDS,
     Field("a_range", Items(Real(above=0), 2), (0.01, 16), "initial -A is drawn from this range", inert=True),
 )
 

@@ -7,7 +7,7 @@ their own. N d_state, R dt_rank.
 
 from __future__ import annotations
 
-from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, Real, chunk_field
+from mambadsl.kinds.fields import DT_FIELDS, Computed, Field, Flag, Int, OneForm, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
@@ -44,9 +44,7 @@ FIELDS = (
         "dt_bc_norm", DT_BC_NORM, DT_BC_NORM.convert_word("none"),
         "RMS norms of dt, B and C before use: learned (Jamba), weightless (Falcon Mamba)",
     ),
-    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]", inert=True),
-    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]", inert=True),
-    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this", inert=True),
+    *DT_FIELDS,
 )
 
 

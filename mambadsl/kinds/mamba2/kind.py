@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneOf, OrWord, Real, chunk_field
+from mambadsl.kinds.fields import DT_FIELDS, Computed, Field, Flag, Int, Items, OneOf, OrWord, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
@@ -68,9 +68,7 @@ FIELDS = (
         "dt_limit", Items(OrWord("inf", Real(0)), 2), (0, None),
         "dt is clamped to this range after softplus; `inf` (None in Python): no upper limit",
     ),
-    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]", inert=True),
-    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]", inert=True),
-    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this", inert=True),
+    *DT_FIELDS,
     Field("a_range", Items(Real(above=0), 2), (1, 16), "initial -A is drawn from this range", inert=True),
     Field(
         "proj_multipliers", Items(Real(), 5), (1, 1, 1, 1, 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from mambadsl.kinds.fields import Computed, Field, Int, OneOf, Real, chunk_field
+from mambadsl.kinds.fields import DT_FIELDS, Computed, Field, Int, OneOf, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
@@ -43,9 +43,7 @@ FIELDS = (
     ),
     Field("norm_eps", Real(above=0), 1e-5, "eps of the norms of B and C, and of the gated norm"),
     Field("a_floor", Real(above=0), 1e-4, "-A is at least this"),
-    Field("dt_min", Real(above=0), 0.001, "initial dt is drawn from [dt_min, dt_max]", inert=True),
-    Field("dt_max", Real(above=0), 0.1, "initial dt is drawn from [dt_min, dt_max]", inert=True),
-    Field("dt_floor", Real(above=0), 1e-4, "initial dt is at least this", inert=True),
+    *DT_FIELDS,
 )
 
 
