@@ -35,6 +35,16 @@ class Ahead:
         """How many tokens further than the next one the `mtp` tail predicts; 0 without one."""
         return self.graph.mtp.settings.depths if self.graph.mtp else 0
 
+    @property
+    def loss_weight(self) -> float:
+        """Of the tail's losses beside the head's."""
+        return self.graph.mtp.settings.loss_weight if self.graph.mtp else 0
+
+    @property
+    def trained_depths(self) -> int:
+        """The depths that the loss counts."""
+        return self.depths if self.loss_weight else 0
+
     def drafts(
         self, *inputs: Tensor, segments: Tensor | None = None, valid: Tensor | None = None,
         positions: Tensor | None = None,

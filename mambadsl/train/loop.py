@@ -1,0 +1,225 @@
+"""A training run: steps from where the last save left off to the last one, and what happens between them.
+
+In: a graph, rows, settings, a folder. Out: a `Result`; the folder has the log and the saves. A step depends on the
+weights and its number alone (samples, learning rate and dropout are functions of it), so a run that was stopped anywhere
+goes on as if it had not been. Refuses (ValueError) a folder whose run has other settings, another model or other data.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mambadsl.build.loss import IGNORE, counts
+from mambadsl.data.rows import Batch, Rows
+from mambadsl.graph.cost import costs, total
+from mambadsl.graph.graph import LayerGraph
+from mambadsl.plan.plan import Plan
+from mambadsl.train.engine import Engine, engine
+from mambadsl.train.failure import NotFinite, explain
+from mambadsl.train.gradients import Gradients
+from mambadsl.train.log import Log
+from mambadsl.train.optimizer import Optimizer
+from mambadsl.train.peak import peak_flops
+from mambadsl.train.save import Saved, Saver, misfit, newest
+from mambadsl.train.settings import Settings, differences
+from mambadsl.train.stop import Stop
+from mambadsl.train.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """step: done. ended: "done", or "stopped" by a signal. loss: of the last step; held_out: the last one measured.
+    unsaved: why the last save is not there, if it is not. step_s: the median, without the first steps."""
+
+    step: int
+    ended: str
+    loss: float
+    held_out: float | None
+    unsaved: str | None
+    step_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What is written when: every so many steps, 0 for never. saves: complete ones that are left."""
+
+    save_every: int = 500
+    saves: int = 2
+    held_out_every: int = 500
+    tensorboard: bool = False
+    quiet: bool = False
+
+
+class Run:
+    """One rank's part of a run. Letters: B rows of this rank, T time, K losses (the head's, and of each depth)."""
+
+    def __init__(
+        self, graph: LayerGraph, rows: Rows, settings: Settings, folder: Path, *, world: World, plan: Plan | None = None,
+        keeping: Keeping = Keeping(),
+    ):
+        self.graph, self.rows, self.settings, self.folder = graph, rows, settings, folder
+        self.world, self.keeping = world, keeping
+        self.about = {
+            "settings": settings.to_json(), "model": graph.name, "world": world.size,
+            "data": {"tokens": len(rows.corpus.tokens), "rows": rows.count},
+        }
+        self.saved, doubts = newest(folder)
+        if self.saved is not None:
+            check(self.saved, graph, self.about)
+        self.each, _ = settings.rows(world.ranks("data"))
+        self.engine: Engine = engine(graph, world, settings, plan)
+        self.depths = self.engine.pieces[-1].model.trained_depths
+        self.gradients = Gradients(self.engine.pieces, world)
+        self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
+        self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
+        self.start = 0
+        self.notes = [f"passed over: {doubt}" for doubt in doubts]
+        if self.saved is not None:
+            self.start = self.saver.load(self.saved)
+            self.notes.append(f"goes on after step {self.start:,}, from `{self.saved.folder}`")
+
+    def train(self, stop: Stop) -> Result:
+        """Every step that is left. NotFinite where one cannot be done."""
+        settings, world, keeping = self.settings, self.world, self.keeping
+        log = Log(
+            self.folder, steps=settings.steps, start=self.start, quiet=keeping.quiet, tensorboard=keeping.tensorboard
+        ) if world.first else None
+        tell: Callable[[str], None] = log.say if log else lambda line: None
+        step, loss, held_out, unsaved, ended, times = self.start, math.nan, None, None, "done", []
+        meter = Meter(self.graph, settings, world)
+        try:
+            for note in self.notes:
+                tell(note)
+            while step < settings.steps:
+                begun = time.perf_counter()
+                loss, norm, lr = self.step(step)
+                times.append(time.perf_counter() - begun)
+                step += 1
+                if log:
+                    log.step(step, dict(loss=loss, grad_norm=norm, lr=lr, **meter.facts(times[-1])))
+                stopping = stop.asked(world)
+                last = step == settings.steps or stopping
+                if self.rows.held_out_count and (_due(step, keeping.held_out_every) or step == settings.steps):
+                    held_out = self.held_out()
+                    if log:
+                        log.held_out(step, held_out)
+                # A save that failed is told, and tried again when the next is due.
+                troubles = [self.saver.finish(wait=False)]
+                if _due(step, keeping.save_every) or last:
+                    troubles.append(self.saver.start(step, self.about))
+                if last:
+                    troubles.append(unsaved := self.saver.finish())
+                for trouble in filter(None, troubles):
+                    tell(trouble)
+                if stopping and step < settings.steps:
+                    ended = "stopped"
+                    break
+        finally:
+            if log:
+                log.__exit__(None, None, None)
+        steady = sorted(times[min(3, len(times) // 2) :])
+        return Result(step, ended, loss, held_out, unsaved, steady[len(steady) // 2] if steady else None)
+
+    def step(self, step: int) -> tuple[float, float, float]:
+        """The `step`-th update, counted from 0: its loss, the norm of its gradients, its learning rate."""
+        batch = self._mine(self.rows.training, step * self.settings.batch)
+        counts_K = self._counts(batch)
+        self._seed(step)
+        self.gradients.clear()
+        share = self.engine.forward_backward(batch, counts_K)
+        self.gradients.add_up()
+        norm = self.gradients.norm()
+        told = torch.stack([self._whole(share).double(), norm.double()]).tolist()
+        if not all(map(math.isfinite, told)):
+            raise NotFinite(explain(step + 1, *told, self.engine, batch, counts_K, self.world))
+        self.gradients.clip(norm, self.settings.clip)
+        return *told, self.optimizer.step(step)
+
+    def held_out(self) -> float:
+        """The mean loss over all rows that are held out, as the training's (with `mtp`, its part included)."""
+        total, tokens = 0.0, 0.0
+        for first in range(0, self.rows.held_out_count, self.settings.batch):
+            batch = self._mine(self._held_out_rows, first)
+            counts_K = self._counts(batch)
+            total += self._whole(self.engine.evaluate(batch, counts_K)).item() * counts_K[0].item()
+            tokens += counts_K[0].item()
+        return total / max(1.0, tokens)
+
+    def _held_out_rows(self, first: int, count: int) -> Batch:
+        """Past the last, rows without targets."""
+        there = max(0, min(count, self.rows.held_out_count - first))
+        found = self.rows.held_out(min(first, self.rows.held_out_count - 1), max(1, there))
+        if there == count:
+            return found
+        fill = count - len(found.tokens_BT)
+        tokens, targets, segments = (
+            torch.cat((t, t[:1].expand(fill, -1))) for t in (found.tokens_BT, found.targets_BT, found.segments_BT)
+        )
+        targets[there:] = IGNORE
+        return Batch(tokens, targets, segments)
+
+    def _mine(self, rows: Callable[[int, int], Batch], first: int) -> Batch:
+        """This data rank's rows of the `batch` from `first` on."""
+        found = rows(first + self.world.at("data") * self.each, self.each)
+        tensors = (found.tokens_BT, found.targets_BT, found.segments_BT)
+        return Batch(*(t.to(self.world.device, non_blocking=True) for t in tensors))
+
+    def _counts(self, batch: Batch) -> Tensor:
+        counts_K = counts(batch.targets_BT, depths=self.depths, segments=batch.segments_BT)
+        if self.world.ranks("data") > 1:
+            dist.all_reduce(counts_K, group=self.world.group("data"))
+        return counts_K
+
+    def _whole(self, share: Tensor) -> Tensor:
+        """The sum of all ranks' shares; only those with the head have one."""
+        for axis in ("pipeline", "data"):
+            if self.world.ranks(axis) > 1:
+                dist.all_reduce(share, group=self.world.group(axis))
+        return share
+
+    def _seed(self, step: int) -> None:
+        """Dropout draws by the step and the rank's place, not by what was drawn before."""
+        place = self.world.at("data") * self.world.ranks("pipeline") + self.world.at("pipeline")
+        torch.manual_seed((self.settings.seed << 40) ^ (step << 12) ^ place)
+
+
+class Meter:
+    """Tokens per second and what they take of the devices."""
+
+    def __init__(self, graph: LayerGraph, settings: Settings, world: World):
+        flops = total(costs(graph, length=settings.length)).flops
+        self.tokens = settings.batch * settings.length
+        self.flops = float(flops.forward + flops.backward_input + flops.backward_weight) * self.tokens
+        self.peak = peak_flops(world.device, settings.dtype)
+        self.device, self.size = world.device, world.size
+
+    def facts(self, seconds: float) -> dict[str, float]:
+        found: dict[str, Any] = {"tokens_per_s": self.tokens / seconds, "step_s": seconds}
+        if self.peak:
+            found["peak_share"] = self.flops / seconds / (self.peak * self.size)
+        if self.device.type == "cuda":
+            found["memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return found
+
+
+def check(saved: Saved, graph: LayerGraph, about: dict[str, Any]) -> None:
+    """ValueError if the save is of another run: told before anything is allocated."""
+    found = differences(about["settings"], saved.about["settings"])
+    found += [f"data: {k} were {saved.about['data'].get(k)}, are {v}" for k, v in about["data"].items()
+              if saved.about["data"].get(k) != v]
+    found += misfit(saved, graph)
+    if found:
+        raise ValueError(f"`{saved.folder.parent}` has a run that this one cannot go on with: " + "; ".join(found))
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
