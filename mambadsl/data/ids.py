@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from mambadsl.data.cache import Cache, Stamp
@@ -27,17 +29,15 @@ def hold(piece: Piece, *, vocab: int, cache: Cache) -> None:
 def _extremes(piece: Piece) -> list[tuple[int, int]]:
     """The lowest id and where it is first, and the highest."""
     ids = piece.array()
-    lowest: list[tuple[int, int]] = []
-    highest: list[tuple[int, int]] = []
+    lowest, highest = (math.inf, 0), (-math.inf, 0)
     for start in range(0, piece.count, _CHUNK):
         chunk = ids[start : start + _CHUNK]
         if chunk.dtype.kind == "f" and (bad := ~np.isfinite(chunk) | (chunk != np.floor(chunk))).any():
             at = int(np.argmax(bad))
             raise ValueError(f"`{piece.path}` has {chunk[at]} at token {start + at}, which is no id")
-        low, high = int(chunk.argmin()), int(chunk.argmax())
-        lowest.append((int(chunk[low]), start + low))
-        highest.append((-int(chunk[high]), start + high))
-    if not lowest:
-        return []
-    id, at = min(highest)
-    return [min(lowest), (-id, at)]
+        # Looking for the least is several times as fast as looking for its place.
+        if chunk.min() < lowest[0]:
+            lowest = int(chunk.min()), start + int(chunk.argmin())
+        if chunk.max() > highest[0]:
+            highest = int(chunk.max()), start + int(chunk.argmax())
+    return [lowest, highest] if piece.count else []

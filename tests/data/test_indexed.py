@@ -104,6 +104,7 @@ def test_half_a_pair(tmp_path):
 
 @pytest.mark.parametrize("code, letter, ids, found", [
     (8, "H", [1, 2, 300, 4], "300 at token 2"), (4, "i", [1, -2, 3, 4], "-2 at token 1"),
+    (7, "f", [float("nan"), 1, 2, 3], "nan at token 0, which is no id"),
     (7, "f", [1, 2.5, 3, 4], "2.5 at token 1, which is no id"),
     (6, "d", [1, 2, 3, float("inf")], "inf at token 3, which is no id"), (1, "B", [255, 2, 3, 4], "255 at token 0"),
 ])
