@@ -8,36 +8,28 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 _ROUNDS = 8
+_WORD = 2**64 - 1
 
 
-def permuted(samples: np.ndarray, *, count: int, seed: int) -> np.ndarray:
-    """Samples of the endless order -> rows, int64 [n]. Samples e * count to (e + 1) * count, epoch e, are all rows
+def row_of(sample: int, *, count: int, seed: int) -> int:
+    """The row at a place of the endless order. Samples e * count to (e + 1) * count, epoch e, are all `count` rows
     once, in an order of (seed, e)."""
-    epochs, places = np.divmod(samples, count)
-    keys = _mixed(_mixed(np.full(len(samples), seed % 2**64, np.uint64)) + epochs.astype(np.uint64))
-    rows = places.astype(np.uint64)
-    side = np.uint64(math.isqrt(count - 1) + 1)
-    out = np.ones(len(rows), bool)
-    while out.any():
-        rows[out] = _shuffled(rows[out], keys[out], side)
-        out = rows >= count
-    return rows.astype(np.int64)
+    epoch, row = divmod(sample, count)
+    key = _mixed(_mixed(seed & _WORD) + epoch)
+    side = math.isqrt(count - 1) + 1
+    while True:
+        left, right = divmod(row, side)
+        for turn in range(_ROUNDS):
+            left, right = right, (left + _mixed(_mixed(key + turn) ^ right)) % side
+        row = left * side + right
+        if row < count:
+            return row
 
 
-def _shuffled(places: np.ndarray, keys: np.ndarray, side: np.uint64) -> np.ndarray:
-    """A permutation of the numbers below side**2."""
-    left, right = places // side, places % side
-    for turn in range(_ROUNDS):
-        left, right = right, (left + _mixed(_mixed(keys + np.uint64(turn)) ^ right) % side) % side
-    return left * side + right
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """splitmix64, each number to one that looks random; overflow wraps."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mixed(x: int) -> int:
+    """splitmix64: 64 bits to 64 that look random."""
+    x = (x + 0x9E3779B97F4A7C15) & _WORD
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _WORD
+    return x ^ (x >> 31)

@@ -6,6 +6,7 @@ incomplete, so every token is in exactly one row. The last share of the rows may
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mambadsl.build.loss import IGNORE
 from mambadsl.data.corpus import Corpus
-from mambadsl.data.order import permuted
+from mambadsl.data.order import row_of
 
 #: The document number of places without a token.
 PADDING = -1
@@ -60,28 +61,29 @@ class Rows:
         sample is a function of its number alone, whoever asks and whatever was asked before."""
         if first < 0 or count < 0:
             raise ValueError(f"samples are counted from 0; first = {first}, count = {count}")
-        return self._batch(permuted(np.arange(first, first + count), count=self.count, seed=self.seed))
+        samples = range(first, first + count)
+        return self._batch([row_of(sample, count=self.count, seed=self.seed) for sample in samples])
 
     def held_out(self, first: int, count: int) -> Batch:
         """Held-out rows first .. first + count, in the corpus' order."""
         if not 0 <= first <= first + count <= self.held_out_count:
             raise ValueError(f"{self.held_out_count} rows are held out; first = {first}, count = {count}")
-        return self._batch(self.count + np.arange(first, first + count))
+        return self._batch(range(self.count + first, self.count + first + count))
 
-    def _batch(self, rows_B: np.ndarray) -> Batch:
-        # One token more than the row: the last one's target.
-        ids = np.zeros((len(rows_B), self.length + 1), np.int64)
-        segments = np.full(ids.shape, PADDING, np.int32)
-        ends = self.corpus.ends
-        for b, row in enumerate(rows_B.tolist()):
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        shape = len(rows), self.length
+        tokens_BT, targets_BT = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        segments_BT = np.full(shape, PADDING, np.int32)
+        for row, tokens_T, targets_T, segments_T in zip(rows, tokens_BT, targets_BT, segments_BT):
             start = row * self.length
+            # One more than the row has: the last token's target.
             found = self.corpus.tokens[start : start + self.length + 1]
-            ids[b, : len(found)] = found
-            begins = np.zeros(len(found), np.int32)
-            low, high = np.searchsorted(ends, start, side="right"), np.searchsorted(ends, start + len(found))
-            begins[ends[low:high] - start] = 1
-            np.cumsum(begins, out=segments[b, : len(found)])
-        goes_on = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != PADDING)
-        targets = np.where(goes_on, ids[:, 1:], IGNORE)
-        arrays = ids[:, :-1], targets, segments[:, :-1]
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+            real = min(len(found), self.length)
+            tokens_T[:real] = found[:real]
+            targets_T[: len(found) - 1] = found[1:]
+            low, high = np.searchsorted(self.corpus.ends, (start, start + real), side="right")
+            stops = self.corpus.ends[low:high] - start
+            targets_T[stops - 1] = IGNORE
+            lengths = np.diff(stops, prepend=0, append=real)
+            segments_T[:real] = np.repeat(np.arange(len(lengths)), lengths)
+        return Batch(*map(torch.from_numpy, (tokens_BT, targets_BT, segments_BT)))
