@@ -69,6 +69,11 @@ def size_of_world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank_of_process() -> int:
+    """Of this process, before anything is opened."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def shape(*, stages: int, tensor: int) -> tuple[int, int, int]:
     """(pipeline, data, tensor) ranks. ValueError if the processes cannot be laid out so."""
     size = size_of_world()

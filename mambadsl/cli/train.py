@@ -1,0 +1,130 @@
+"""`mambadsl train`: a model, data and a folder; alone, or under torchrun as one of many processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mambadsl.cli import output
+from mambadsl.cli.command import command
+from mambadsl.cli.source import Given, part_set, takes_model
+from mambadsl.cli.types import COUNT, Size, Words
+
+_NUMBER = click.IntRange(min=0)
+
+
+def _schedules() -> tuple[str, ...]:
+    from mambadsl.train.schedule import SCHEDULES
+
+    return tuple(SCHEDULES)
+
+
+def _pipelines() -> tuple[str, ...]:
+    from mambadsl.plan.schedule import SCHEDULES
+
+    return tuple(SCHEDULES)
+
+
+@command(
+    "train",
+    examples=(
+        "mambadsl train models/tiny.mdl --data README.md --length 64 --batch 4 --steps 2 -o build/run",
+    ),
+)
+@takes_model
+@click.option("--data", multiple=True, required=True, metavar="PATH", help="Text, .jsonl, .bin/.idx; repeatable.")
+@click.option("--tokenizer", type=click.Path(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
+@click.option(
+    "-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Of the run: its log, saves and weights; one that is there goes on (default: runs/NAME).",
+)
+@click.option("--length", type=COUNT, metavar="TOKENS", help="Of a row (default: the model's context).")
+@click.option("--batch", type=COUNT, default=8, show_default=True, metavar="ROWS", help="Of a step, over all ranks.")
+@click.option("--microbatch", type=COUNT, metavar="ROWS", help="That a rank computes at once.")
+@click.option("--steps", type=COUNT, default=1000, show_default=True, metavar="N")
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, metavar="RATE")
+@click.option("--warmup", type=_NUMBER, default=0, show_default=True, metavar="STEPS", help="Up to the rate.")
+@click.option("--schedule", type=Words(_schedules), default="cosine", show_default=True, metavar="NAME",
+              help="How the rate falls: cosine, wsd, linear or constant.")
+@click.option("--decay", type=click.FloatRange(0, 1, min_open=True), default=0.2, show_default=True, metavar="SHARE",
+              help="Of the steps in which wsd falls.")
+@click.option("--floor", type=click.FloatRange(0, 1), default=0.1, show_default=True, metavar="SHARE",
+              help="Of the rate that is left at the end.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.1, show_default=True, metavar="RATE",
+              help="Of the weights that decay (matrices; `explain KIND` tells).")
+@click.option("--clip", type=click.FloatRange(0), default=1.0, show_default=True, metavar="NORM",
+              help="Of all gradients together; 0 for none.")
+@click.option("--seed", type=_NUMBER, default=0, show_default=True, metavar="N", help="Of weights, order, dropout.")
+@click.option("--held-out", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+              metavar="SHARE", help="Of the rows, at the data's end, only measured.")
+@click.option("--held-out-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS")
+@click.option("--save-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS",
+              help="0: only at the end.")
+@click.option("--keep", type=COUNT, default=2, show_default=True, metavar="N", help="Saves that are left.")
+@click.option("--dtype", type=click.Choice(("fp32", "bf16")), help="Layers compute in (default: bf16 on a GPU).")
+@click.option("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda where there is one).")
+@click.option("--parts", default="auto", show_default=True, metavar="SET", help="The part set that runs it.")
+@click.option("--compile", is_flag=True, help="Each layer through torch.compile.")
+@click.option("--recompute", is_flag=True, help="Every layer again in the backward pass, for memory.")
+@click.option("--stages", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks of the pipeline.")
+@click.option("--pipeline", type=Words(_pipelines), default="1f1b", show_default=True, metavar="NAME",
+              help="Its schedule: gpipe, 1f1b, interleaved, zb or zbv.")
+@click.option("--virtual", type=COUNT, metavar="N", help="Stages a rank (default: the schedule's least).")
+@click.option("--tensor", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks that share each layer.")
+@click.option("--plan-device", metavar="NAME|FILE", help="The planner's: h200, ..., or a file of `plan --measure`.")
+@click.option("--memory", "memory_limit", type=Size(), metavar="SIZE", help="Of a rank (default: the device's).")
+@click.option("--tensorboard", is_flag=True, help="Write for TensorBoard too.")
+def run(
+    model: Given, data: tuple[str, ...], tokenizer: str | None, folder: Path | None, length: int | None,
+    held_out: float, held_out_every: int, save_every: int, keep: int, dtype: str | None, device: str | None,
+    clip: float, plan_device: str | None, memory_limit: int | None, tensorboard: bool, as_json: bool,
+    **how: Any,
+) -> int | None:
+    """Train a model, or go on with a run that was stopped.
+
+    Under torchrun, ranks that are not stages or tensor ranks share the rows: `torchrun --nproc-per-node 4 -m mambadsl
+    train ...`.
+    """
+    program = model.program()
+    part_set(how["parts"], program)
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise click.ClickException("train needs PyTorch: pip install 'mambadsl[torch]'") from None
+    from mambadsl.train.failure import NotFinite
+    from mambadsl.train.loop import Keeping
+    from mambadsl.train.run import train
+    from mambadsl.train.settings import Settings
+    from mambadsl.train.world import rank_of_process
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    speaks = rank_of_process() == 0
+    try:
+        settings = Settings(
+            length=length or program.spec.settings.context, dtype=dtype or ("fp32" if place == "cpu" else "bf16"),
+            clip=clip or None, **how,
+        )
+        keeping = Keeping(save_every, keep, held_out_every, tensorboard, quiet=as_json)
+        planned = {"device": plan_device or ("cpu" if place == "cpu" else "h200")}
+        if memory_limit is not None:
+            planned["memory_limit"] = memory_limit
+        folder = folder or Path("runs") / program.spec.name
+        done = train(
+            program, data, folder, settings, device=place, tokenizer=tokenizer, held_out=held_out, keeping=keeping,
+            planned=planned,
+        )
+    except NotFinite as error:
+        if speaks:
+            output.refused(str(error)) if as_json else output.note(str(error))
+        return 1
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    if not speaks:
+        return None
+    if as_json:
+        output.json(folder=str(folder), **done.to_json())
+    else:
+        output.text(f"{done.ended} at step {done.step:,} of {settings.steps:,}; the run is in {folder}")
+    return 1 if done.unsaved else None
