@@ -2,7 +2,8 @@
 
 In: a graph, rows, settings, a folder. Out: a `Result`; the folder has the log and the saves. A step depends on the
 weights and its number alone (samples, learning rate and dropout are functions of it), so a run that was stopped
-anywhere goes on as if it had not been. Refuses (ValueError) a folder whose run has other settings, another model or other data.
+anywhere goes on as if it had not been. Refuses (ValueError) a folder whose run has other settings, another model or
+other data.
 """
 
 from __future__ import annotations

@@ -88,13 +88,16 @@ def shape(*, stages: int, tensor: int) -> tuple[int, int, int]:
 
 @contextmanager
 def opened(device: torch.device, *, stages: int = 1, tensor: int = 1, timeout: timedelta = TIMEOUT) -> Iterator[World]:
-    """Joins the other processes, and leaves them at the end."""
+    """Joins the other processes, and leaves them at the end; a group that is there already is used, and stays."""
     sizes = shape(stages=stages, tensor=tensor)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    joined = not dist.is_initialized()
+    if not joined:
+        pass
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -102,4 +105,5 @@ def opened(device: torch.device, *, stages: int = 1, tensor: int = 1, timeout: t
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
         yield World(mesh, device, dist.new_group(backend="gloo", timeout=timeout))
     finally:
-        dist.destroy_process_group()
+        if joined:
+            dist.destroy_process_group()
