@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate, cycle, takewhile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambadsl.data import encode, texts
@@ -53,15 +54,16 @@ def bytes_tokenizer(tmp_path):
     return trained(tmp_path / "tokenizer.json", "bytes")
 
 
-@given(st.lists(st.sampled_from(TEXT.split(" ") + ["\n", "a", "é" * 9, " " * 5, "th" * 150]), min_size=80, max_size=400), st.data())
-def test_windows_give_the_whole_texts_ids(tokenizer, words, data):
+WORDS = st.sampled_from(TEXT.split(" ") + ["\n", "a", "é" * 9, " " * 5, "th" * 90])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(WORDS, min_size=80, max_size=200), st.lists(st.integers(1, 900), min_size=1, max_size=4), st.data())
+def test_windows_give_the_whole_texts_ids(tokenizer, words, sizes, data):
     text = " ".join(words)
     reader = JsonFile(tokenizer, vocab=400)
-    pieces, at = [], 0
-    while at < len(text):
-        size = data.draw(st.integers(1, 2000))
-        pieces.append(text[at : at + size])
-        at += size
+    cuts = [0, *takewhile(lambda at: at < len(text), accumulate(cycle(sizes))), len(text)]
+    pieces = [text[start:stop] for start, stop in zip(cuts, cuts[1:])]
     found = np.concatenate(list(encode.joined(pieces, reader.places, overlap=data.draw(st.integers(0, 400)))))
     assert found.tolist() == reader.encode(text)
 
