@@ -33,9 +33,7 @@ def train(
     shape(stages=settings.stages, tensor=settings.tensor)
     plan = planning(program, settings, **(planned or {})) if settings.stages > 1 else None
     folder = Path(folder)
-    corpus = open_corpus(
-        data, vocab=program.spec.settings.vocab, tokenizer=tokenizer, cache=folder / "data"
-    )
+    corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)
     rows = Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
     with Stop() as stop, opened(place, stages=settings.stages, tensor=settings.tensor) as world:
         return Run(
