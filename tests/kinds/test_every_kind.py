@@ -44,6 +44,7 @@ BASE: dict[str, dict[str, Any]] = {
     "gated_delta_net": dict(heads=4, key_heads=2, key_dim=5, value_dim=6, chunk=4),
     "kimi_delta": dict(heads=3, key_dim=5, value_dim=6, decay_rank=4, gate_rank=7, chunk=4),
     "attention": dict(heads=4, kv_heads=2),
+    "cca": dict(heads=4, kv_heads=2),
     "lightning": dict(heads=4, head_dim=6, chunk=4),
     "mamba1": dict(d_state=4, chunk=4),
     "mamba2": dict(heads=4, head_dim=8, groups=2, d_state=8, chunk=4),
