@@ -7,6 +7,7 @@ With f(h) the sum over the branches of out_multiplier * dropout(branch(in_multip
 
     pre       x + f(norm(x))                     normed    alpha * h + beta * f(h), h = norm(x)
     post      x + norm(f(x))                     sandwich  x + post_norm(f(norm(x)))
+    affine    (f(norm(x)) + b) * s + (x + b') * s', with learned vectors
     aside     t = f(norm(x)), and the stream stays x
 
 The layer after one that is aside reads t in place of x, if it is aside too, else x + t (and adds to x).
@@ -32,7 +33,7 @@ from mambadsl.kinds.module import KindModule, add_weights
 from mambadsl.kinds.norm import Norm, rms_norm
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.state import FixedState
-from mambadsl.kinds.sublayer import adapter_weights
+from mambadsl.kinds.sublayer import AFFINE, AFFINE_TERMS, adapter_weights
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Values
 
@@ -41,8 +42,8 @@ States = Sequence[dict[str, Any]]
 
 
 class Sublayer(nn.Module):
-    """Children are named as `graph.weights` names them: `norm`, `post_norm`, and `mixer`, or `0`, `1`, ...
-    for the branches of a sum."""
+    """Children are named as `graph.weights` names them: `norm`, `post_norm`, `out_affine`, `stream_affine`, and
+    `mixer`, or `0`, `1`, ... for the branches of a sum."""
 
     def __init__(
         self, node: Node, *, d_model: int, dtype: torch.dtype, device: Any = None, filled: Sequence[Filled] = (),
@@ -56,6 +57,7 @@ class Sublayer(nn.Module):
         made = dict(dtype=dtype, device=device)
         # The norm after the branches is `norm` where it is the only one.
         self.norm_after = {"post": "norm", "sandwich": "post_norm"}.get(form)
+        self.affine = AFFINE_TERMS if form == "affine" else ()
         self._views: tuple[KindModule, ...] = ()
         self.mixers = ("mixer",) if len(self.branches) == 1 else tuple(map(str, range(len(self.branches))))
         filled = filled or [NOTHING] * len(self.branches)
@@ -64,12 +66,14 @@ class Sublayer(nn.Module):
                 self.norm = Norm(self.sub.norm, dims.d_in, rms=rms, **made)
             if self.norm_after:
                 self.add_module(self.norm_after, Norm(self.sub.norm, d_model, rms=rms, **made))
+            for name in self.affine:
+                self.add_module(name, Norm(AFFINE, d_model, **made))
             for name, branch, parts in zip(self.mixers, self.branches, filled, strict=True):
                 module = get(branch.kind).module()
                 self.add_module(name, module(branch.fields, dims, parts=parts.functions, **made))
         else:
             # Held, not registered: the weights have one name each.
-            for name in {"norm", self.norm_after} & set(of._modules):
+            for name in {"norm", self.norm_after, *self.affine} & set(of._modules):
                 self.__dict__[name] = of._modules[name]
             self._views = tuple(m.view(p.functions) for m, p in zip(of.mixer_modules(), filled, strict=True))
         if of is not None or not node.shared:
@@ -136,6 +140,8 @@ class Sublayer(nn.Module):
             return y_BTD.to(x_BTD.dtype)
         if residual.name == "normed":
             return scaled(h_BTI, residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), residual.beta)
+        if residual.name == "affine":
+            return self.out_affine(y_BTD, dtype=x_BTD.dtype) + self.stream_affine(x_BTD)
         # The sum widens a narrower y by itself: as a copy, that would be read and written once more.
         wide = torch.promote_types(x_BTD.dtype, y_BTD.dtype) == x_BTD.dtype
         return x_BTD + (y_BTD if wide else y_BTD.to(x_BTD.dtype))

@@ -30,7 +30,7 @@ class Init:
     """A law for initial values. law is one of the names in `build/init.py`:
 
     normal(std=None: the model's init_std, idle=0: so many last rows are zeros) · uniform(bound) · zeros · ones ·
-    const(value) · ramp(low, high): evenly from one to the other
+    const(value) · ramp(low, high): evenly from one to the other · ending(last): zeros, and one other at the end
     a_uniform(low, high): log of U(low, high) · a_arange(): log(1..d_state) in each row
     dt_bias(low, high, floor): inverse softplus of exp(U(log low, log high)), at least floor
     radius(low, high): exp(-softplus(it)) squared is U(low^2, high^2)
@@ -222,12 +222,12 @@ class Kind:
 
 
 def norm_weights(prefix: str, norm: Any, width: int) -> tuple[Weight, ...]:
-    """The weights of a norm form (see `sublayer.NORM`) over `width` channels."""
+    """The weights of a norm form (see `sublayer.NORM` and `AFFINE`) over `width` channels."""
     if norm.name == "none" or not norm.values.get("weight", True):
         return ()
     init = ZEROS if norm.values.get("zero_centered", False) else ONES
     weight = Weight(f"{prefix}.weight", (width,), init, decay=False, quantise=False)
-    if norm.values.get("bias", False):
+    if norm.values.get("bias", norm.name == "affine"):
         return weight, Weight(f"{prefix}.bias", (width,), ZEROS, decay=False, quantise=False)
     return (weight,)
 

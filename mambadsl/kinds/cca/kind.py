@@ -51,10 +51,10 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     conv_init = Init.of("uniform", bound=f.d_conv**-0.5)
     head_init = Init.of("uniform", bound=(f.head_dim * f.d_head_conv) ** -0.5)
     channels, heads = (("q", q_dim(f)), ("k", kv_dim(f))), (("q", f.heads), ("k", f.kv_heads))
-    conv = dict(segments=channels, quantise=False, tp="heads")
+    conv, inner = dict(segments=channels, quantise=False, tp="heads"), in_segments(f)
     shape = (f.heads + f.kv_heads, f.head_dim, f.head_dim, f.d_head_conv)
     return (
-        *linear("qkv_proj", sum(n for _, n in in_segments(f)), dims.d_in, bias=f.bias, segments=in_segments(f), tp="out"),
+        *linear("qkv_proj", sum(n for _, n in inner), dims.d_in, bias=f.bias, segments=inner, tp="out"),
         Weight("conv.weight", (qk_dim(f), f.d_conv), conv_init, **conv),
         Weight("conv.bias", (qk_dim(f),), conv_init, decay=False, **conv),
         Weight("head_conv.weight", shape, head_init, heads, quantise=False, tp="heads"),

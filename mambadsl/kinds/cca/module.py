@@ -36,8 +36,8 @@ def head_conv(
     """y_t = bias + sum_n weight[..., N - 1 - n] x_{t-n} in each head, over inputs of the same document only; and the
     inputs before the next token [B, C, J], None without a state. The keywords are as in `kinds.conv.causal_conv`."""
     G, P, _, N = weight_GPPN.shape
-    (B, T, C), J = x_BTC.shape, N - 1
-    before_BJC = x_BTC.new_zeros(B, J, C) if state_BCJ is None else state_BCJ.transpose(1, 2).to(x_BTC.dtype)
+    B, J = x_BTC.shape[0], N - 1
+    before_BJC = x_BTC.new_zeros(B, J, G * P) if state_BCJ is None else state_BCJ.transpose(1, 2).to(x_BTC.dtype)
     x_BSC = torch.cat((before_BJC, x_BTC), 1)
     taps_BTCN = x_BSC.unfold(1, N, 1)
     if segments_BT is not None:
