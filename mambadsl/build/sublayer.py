@@ -18,7 +18,7 @@ Letters: B batch, T time, D d_model, I width that the branches read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from mambadsl.kinds.values import Values
 
 #: The decoding state of each branch.
 States = Sequence[dict[str, Any]]
+NONE_TAKEN: Mapping[str, Any] = {}
 
 
 class Sublayer(nn.Module):
@@ -99,21 +100,21 @@ class Sublayer(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None, *,
-        t_BTD: Tensor | None = None,
-    ) -> Tensor:
-        """The stream after this sublayer, [B, T, D]; of one that is aside, its t. x0_BTD: needed where the layer reads
-        the first embedding. t_BTD: of the layer before, where that is aside. states: one decoding state per branch,
-        read and written. One token with states of fixed size goes through the fused step, if there is one; it updates
-        `x_BTD` in place."""
+        t_BTD: Tensor | None = None, taken: Mapping[str, Any] = NONE_TAKEN,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The stream after this sublayer, [B, T, D] (of one that is aside, its t), and what it gives to layers below,
+        by name. x0_BTD: needed where the layer reads the first embedding. t_BTD: of the layer before, where that is
+        aside. taken: what layers above gave, by name. states: one decoding state per branch, read and written. One
+        token with states of fixed size goes through the fused step, if there is one; it updates `x_BTD` in place."""
         if self._steps(tokens, states):
             step, position_B = self.mixer_modules()[0].parts["step"], tokens.positions_BT[:, 0].contiguous()
-            return step(self, x_BTD[:, 0], position_B, states[0])[:, None]
+            return step(self, x_BTD[:, 0], position_B, states[0])[:, None], {}
         if self.sub.recompute and self.training and states is None and torch.is_grad_enabled():
             # Reading the generator's state is not allowed while a CUDA graph is captured.
             drops = any(branch.branch.dropout for branch in self.branches)
             how = dict(use_reentrant=False, preserve_rng_state=drops)
-            return checkpoint(self._add, x_BTD, x0_BTD, tokens, None, t_BTD, **how)
-        return self._add(x_BTD, x0_BTD, tokens, states, t_BTD)
+            return checkpoint(self._add, x_BTD, x0_BTD, tokens, None, t_BTD, taken, **how)
+        return self._add(x_BTD, x0_BTD, tokens, states, t_BTD, taken)
 
     def _steps(self, tokens: Tokens, states: States | None) -> bool:
         return (
@@ -123,8 +124,8 @@ class Sublayer(nn.Module):
 
     def _add(
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None,
-        t_BTD: Tensor | None = None,
-    ) -> Tensor:
+        t_BTD: Tensor | None = None, taken: Mapping[str, Any] = NONE_TAKEN,
+    ) -> tuple[Tensor, dict[str, Any]]:
         residual = self.sub.residual
         aside = residual.name == "aside"
         h_BTI = x_BTD if t_BTD is None else t_BTD if aside else x_BTD + t_BTD
@@ -133,35 +134,42 @@ class Sublayer(nn.Module):
         if residual.name != "post" and not self.leaves_norm:
             # Only a stream that goes on with the normed values needs them in its own dtype.
             h_BTI = self.norm(h_BTI, dtype=None if residual.name == "normed" else self._narrow)
-        y_BTD = self._sum(h_BTI, tokens, states)
+        y_BTD, given = self._sum(h_BTI, tokens, states, taken)
         if self.norm_after:
             y_BTD = getattr(self, self.norm_after)(y_BTD)
         if aside:
-            return y_BTD.to(x_BTD.dtype)
+            return y_BTD.to(x_BTD.dtype), given
         if residual.name == "normed":
-            return scaled(h_BTI, residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), residual.beta)
+            return scaled(h_BTI, residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), residual.beta), given
         if residual.name == "affine":
-            return self.out_affine(y_BTD, dtype=x_BTD.dtype) + self.stream_affine(x_BTD)
+            return self.out_affine(y_BTD, dtype=x_BTD.dtype) + self.stream_affine(x_BTD), given
         # The sum widens a narrower y by itself: as a copy, that would be read and written once more.
         wide = torch.promote_types(x_BTD.dtype, y_BTD.dtype) == x_BTD.dtype
-        return x_BTD + (y_BTD if wide else y_BTD.to(x_BTD.dtype))
+        return x_BTD + (y_BTD if wide else y_BTD.to(x_BTD.dtype)), given
 
     @property
     def _narrow(self) -> torch.dtype:
         """What the branches compute in."""
         return self.mixer_modules()[0].dtype
 
-    def _sum(self, h_BTI: Tensor, tokens: Tokens, states: States | None) -> Tensor:
-        total_BTD = None
+    def _sum(
+        self, h_BTI: Tensor, tokens: Tokens, states: States | None, taken: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        total_BTD, given = None, {}
         for i, (mixer, branch) in enumerate(zip(self.mixer_modules(), self.branches)):
             f = branch.branch
             # Left to the part, the norm reads the stream in the stream's own dtype.
             x_BTI = h_BTI if self.leaves_norm else scaled(h_BTI.to(mixer.dtype), f.in_multiplier)
-            norm = {"norm": self.norm} if self.leaves_norm else {}
-            y_BTD = mixer(x_BTI, tokens, states[i] if states is not None else None, **norm)
+            more = {name: taken.get(name) for name in mixer.takes}
+            if self.leaves_norm:
+                more["norm"] = self.norm
+            y_BTD = mixer(x_BTI, tokens, states[i] if states is not None else None, **more)
+            if mixer.gives:
+                y_BTD, own = y_BTD
+                given.update(own)
             y_BTD = scaled(F.dropout(y_BTD, f.dropout, self.training), f.out_multiplier)
             total_BTD = y_BTD if total_BTD is None else total_BTD + y_BTD
-        return total_BTD
+        return total_BTD, given
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

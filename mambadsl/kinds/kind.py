@@ -106,6 +106,29 @@ class State:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A tensor [B, T, *shape] that a layer hands, past the residual stream, to layers below it.
+
+    A layer that takes it by its name gets that of the nearest layer above that gives the name; both declare the same
+    shape. Without `fp32` it has the dtype that the layer computes in. optional: of what is taken; where no layer above
+    gives it, the layer gets None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fp32: bool = False
+    optional: bool = False
+
+    @property
+    def width(self) -> int:
+        return prod(self.shape)
+
+
+def nothing(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
 class Flops:
     """Floating-point operations for one token (a multiply-add is 2). The backward pass is split as
     zero-bubble schedules split it: gradients of inputs, gradients of weights."""
@@ -173,6 +196,8 @@ class Kind:
 
     weights(f, dims), state(f, dims), flops(f, dims, length), saved(f, dims): the tables, from field
     values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
+    gives(f, dims), takes(f, dims): what goes past the residual stream, to layers below and from layers above. A module
+    gets what it takes by keyword; one that gives something returns (y_BTD, {name: tensor}).
     recurrent: carries order along the sequence without position embeddings (rules W701, I702). local: sees the last
     few tokens only (I704). attends: compares each token with those before it, in an order that `rope`, a field that it
     has, may tell (W701, I702, I704, I705, W211, E207, W501).
@@ -191,6 +216,8 @@ class Kind:
     saved: Callable[[Values, Dims], Saved]
     slots: tuple[Slot, ...] = ()
     source: str = ""
+    gives: Callable[[Values, Dims], tuple[Carried, ...]] = nothing
+    takes: Callable[[Values, Dims], tuple[Carried, ...]] = nothing
     recurrent: bool = False
     local: bool = False
     attends: bool = False
