@@ -45,16 +45,18 @@ EXPERT_NAMES = {
     **{f"router.enter.{w}": f"gate.down_proj.{w}" for w in ("weight", "bias")},
     **{f"router.{fc}.{w}": f"gate.router_mlp.{fc}.{w}" for fc in ("fc1", "fc2") for w in ("weight", "bias")},
     "router.norm.weight": "gate.router_mlp.norm.weight", "router.weight": "gate.router_mlp.out_proj.weight",
-    "router.bias": "gate.balancing_biases",
+    "router.bias": "gate.balancing_biases", "router.carry_scale": "gate.router_states_scale",
 }
 
 
-def _experts() -> Recipe:
+def _experts(carry: str) -> Recipe:
     return Recipe(
         "moe",
         AFFINE | dict(
             experts="num_experts", top_k="num_experts_per_tok", d_ff="moe_intermediate_size", act=act(),
-            gated=fixed(True), router=router("mlp", d_router="router_hidden_size", eps="rms_norm_eps"),
+            gated=fixed(True), router=router(
+                "mlp", also={"carry": carry}, d_router="router_hidden_size", eps="rms_norm_eps",
+            ),
         ),
         EXPERT_NAMES,
     )
@@ -65,7 +67,7 @@ def layers(c: Settings) -> Iterator[Layer]:
         at = f"model.layers.{i}"
         for recipe, path, before, behind in (
             (KINDS[kind], "self_attn", "input_layernorm", "post_attention"),
-            ("E", "mlp", "post_attention_layernorm", "post_mlp"),
+            ("E" if i else "B", "mlp", "post_attention_layernorm", "post_mlp"),
         ):
             scaled = f"{at}.{behind}_residual_scale"
             affine = tuple((f"{scaled}.{of}_scale", f"{scaled}.{of}_bias") for of in ("hidden_states", "residual"))
@@ -73,7 +75,7 @@ def layers(c: Settings) -> Iterator[Layer]:
 
 
 def order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
-    return by_type(rows, KINDS, "E")
+    return by_type(rows, KINDS, "BE")
 
 
 FAMILIES = (
@@ -83,7 +85,10 @@ FAMILIES = (
             vocab="vocab_size", d_model="hidden_size", norm=norm(), tie_embeddings="tie_word_embeddings",
             context="max_position_embeddings", embedding_norm=fixed(form("affine")), residual_dtype=fixed("fp32"),
         ),
-        {"A": _hybrid("hybrid", fixed(None)), "W": _hybrid("hybrid_sliding", "sliding_window"), "E": _experts()},
+        {
+            "A": _hybrid("hybrid", fixed(None)), "W": _hybrid("hybrid_sliding", "sliding_window"),
+            "B": _experts("first"), "E": _experts("next"),
+        },
         layers, order, demands={"attention_dropout": 0, "lm_head_bias": False},
         embed_norm=("model.input_hidden_states_scale", "model.input_hidden_states_bias"),
         follows=("num_hidden_layers",),

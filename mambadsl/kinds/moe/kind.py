@@ -16,6 +16,7 @@ from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
     ZEROS,
+    Carried,
     Dims,
     Flops,
     Init,
@@ -61,6 +62,10 @@ ROUTER = OneForm(
         Field("d_router", Int(), 256, "width of the router", "channels"),
         Field("eps", Real(above=0), 1e-5, "eps of the norm before its MLP"),
         Field("skip", Flag(), True, "one choice more: no expert, which adds nothing"),
+        Field(
+            "carry", OneOf("none", "first", "next"), "none",
+            "first: what the MLP reads is handed to the routers below; next: that of the router above is added, scaled",
+        ),
     ),
 )
 
@@ -117,8 +122,8 @@ def choices(f: Values) -> int:
 
 
 def router_weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
-    """router.bias is for choosing only. Of `mlp`: what the MLP reads, router.enter of x, is normed; two layers of it,
-    fc1 and fc2, and router.weight is the last one."""
+    """router.bias is for choosing only. Of `mlp`: what the MLP reads, router.enter of x and router.carry_scale times
+    what the router above read, is normed; then come fc1 and fc2, and router.weight is the last layer."""
     fixed = dict(fp32=True, decay=False, trained=False, quantise=False)
     if f.router.name != "mlp":
         found = (Weight("router.weight", (f.experts, dims.d_in), NORMAL, quantise=False),)
@@ -128,12 +133,24 @@ def router_weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     for name, read in ("enter", dims.d_in), ("fc1", width), ("fc2", width):
         layers.append(Weight(f"router.{name}.weight", (width, read), NORMAL, quantise=False))
         layers.append(Weight(f"router.{name}.bias", (width,), ZEROS, decay=False, quantise=False))
+    small = dict(decay=False, quantise=False)
     return (
         *layers,
-        Weight("router.norm.weight", (width,), ONES, decay=False, quantise=False),
+        *((Weight("router.carry_scale", (width,), ONES, **small),) if f.router.carry == "next" else ()),
+        Weight("router.norm.weight", (width,), ONES, **small),
         Weight("router.weight", (choices(f), width), NORMAL, quantise=False),
         Weight("router.bias", (choices(f),), Init.of("ending", last=-1) if f.router.skip else ZEROS, **fixed),
     )
+
+
+def gives(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    carries = f.router.values.get("carry", "none") != "none"
+    return (Carried("router", (f.router.d_router,), fp32=True),) if carries else ()
+
+
+def takes(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    carries = f.router.values.get("carry") == "next"
+    return (Carried("router", (f.router.d_router,), fp32=True),) if carries else ()
 
 
 def state(f: Values, dims: Dims) -> tuple[State, ...]:
@@ -163,6 +180,8 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    gives=gives,
+    takes=takes,
     slots=(
         Slot("router", "scores, choice and weights of experts, in float32"),
         Slot("experts", "the routed experts' two products over tokens sorted by expert"),

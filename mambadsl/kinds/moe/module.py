@@ -117,11 +117,17 @@ class Module(KindModule):
     kind = KIND
     REFERENCE = {"router": route, "experts": run_experts, "shared": run_shared}
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, router: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """router: what the MLP of the router above read, before its norm, [B, T, R]."""
         f, form = self.f, dict(act=self.f.act, gated=self.f.gated)
         up = "gate_up_proj" if f.gated else "up_proj"
         x_ND = x_BTD.flatten(0, 1)
-        read = self._router_reads(x_ND) if f.router.name == "mlp" else x_ND
+        read = x_ND
+        if f.router.name == "mlp":
+            carried_NR = self._carried(x_ND, router)
+            read = self._router_reads(carried_NR)
         route = self.parts["router"](read, self.router.weight, self.router.bias, router=f.router, top_k=f.top_k)
         inner_NL = F.linear(x_ND, self.latent_in_proj.weight) if f.latent else x_ND
         y_ND = self.parts["experts"](
@@ -133,12 +139,20 @@ class Module(KindModule):
             gate = self.shared_gate.weight if f.shared_gate == "sigmoid" else None
             weights = getattr(self.shared, up).weight, self.shared.down_proj.weight, gate
             y_ND = y_ND + self.parts["shared"](x_ND, *weights, **form)
-        return y_ND.unflatten(0, x_BTD.shape[:2])
+        y_BTD = y_ND.unflatten(0, x_BTD.shape[:2])
+        return (y_BTD, {"router": carried_NR.unflatten(0, x_BTD.shape[:2])}) if self.gives else y_BTD
 
-    def _router_reads(self, x_ND: Tensor) -> Tensor:
+    def _carried(self, x_ND: Tensor, above_BTR: Tensor | None) -> Tensor:
+        """What an MLP router makes of x, and of what the router above did, float32 [N, R]."""
+        mine_NR = _float_linear(x_ND, self.router.enter)
+        if above_BTR is None:
+            return mine_NR
+        return mine_NR + above_BTR.flatten(0, 1).float() * self.router.carry_scale.float()
+
+    def _router_reads(self, carried_NR: Tensor) -> Tensor:
         """What the last layer of an MLP router reads, float32 [N, R]."""
         router = self.router
-        r_NR = rms_norm(_float_linear(x_ND, router.enter), router.norm.weight, eps=self.f.router.eps)
+        r_NR = rms_norm(carried_NR, router.norm.weight, eps=self.f.router.eps)
         for layer in router.fc1, router.fc2:
             r_NR = F.gelu(_float_linear(r_NR, layer))
         return r_NR

@@ -46,10 +46,14 @@ def choose(logits_E: Tensor, bias_E: Tensor | None, router: Variant, top_k: int)
     return {e: w * router.scale for e, w in weights.items()}
 
 
-def router_reads(weights: Mapping[str, Tensor], router: Variant, x_D: Tensor) -> Tensor:
+def router_reads(
+    weights: Mapping[str, Tensor], router: Variant, x_D: Tensor, above_R: Tensor | None
+) -> Tensor:
     """What the last layer of an MLP router reads."""
     w = {name.removeprefix("router."): t for name, t in weights.items()}
     r_R = w["enter.weight"] @ x_D + w["enter.bias"]
+    if above_R is not None:
+        r_R = r_R + w["carry_scale"] * above_R
     r_R = r_R / torch.sqrt((r_R * r_R).mean() + router.eps) * w["norm.weight"]
     for name in "fc1", "fc2":
         r_R = w[f"{name}.weight"] @ r_R + w[f"{name}.bias"]
@@ -67,15 +71,17 @@ def best_groups(choice: list[float], router: Variant) -> list[int]:
 
 
 def naive(
-    weights: Mapping[str, Tensor], f: Values, dims: Dims, x_BTD: Tensor, tokens: Tokens, state: Any = None
+    weights: Mapping[str, Tensor], f: Values, dims: Dims, x_BTD: Tensor, tokens: Tokens, state: Any = None, *,
+    router: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
+    """router: what the router above read, before its norm, [B, T, R]."""
     up = "gate_up_proj" if f.gated else "up_proj"
 
     def feed(x_D: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return down @ hidden(up @ x_D, act=f.act, gated=f.gated)
 
-    def token(x_D: Tensor) -> Tensor:
-        read = router_reads(weights, f.router, x_D) if f.router.name == "mlp" else x_D
+    def token(x_D: Tensor, above_R: Tensor | None) -> Tensor:
+        read = router_reads(weights, f.router, x_D, above_R) if f.router.name == "mlp" else x_D
         chosen = choose(weights["router.weight"] @ read, weights.get("router.bias"), f.router, f.top_k)
         inner = weights["latent_in_proj.weight"] @ x_D if f.latent else x_D
         # A token may choose no expert.
@@ -91,4 +97,6 @@ def naive(
             y_D = y_D + shared
         return y_D
 
-    return torch.stack([torch.stack([token(x_D) for x_D in x_TD]) for x_TD in x_BTD]), state
+    above = [[None] * len(x_TD) for x_TD in x_BTD] if router is None else router
+    rows = [[token(x_D, a_R) for x_D, a_R in zip(x_TD, a_TR)] for x_TD, a_TR in zip(x_BTD, above)]
+    return torch.stack([torch.stack(row) for row in rows]), state
