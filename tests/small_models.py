@@ -40,6 +40,10 @@ layer Many = Turning(rank=2, gated_norm=before_gate)
 layer Sunk = A(sinks=true)
 layer Apart = A(differential=halves, window=5)
 layer Gated = A(out_gate=elementwise, qk_norm=per_head(zero_centered=true))
+layer Squeezed = cca(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100))
+layer Narrow = Squeezed(window=3, d_conv=3, bias=true, residual=affine)
+layer First = moe(experts=3, top_k=1, d_ff=10, router=mlp(d_router=8, carry=first), residual=affine)
+layer Next = First(router=mlp(d_router=8, carry=next))
 layer P = A(residual=post)
 layer W = G(residual=sandwich)
 layer N = M(residual=normed(alpha=1.5, beta=0.5))
@@ -59,12 +63,14 @@ shared Aside = [Side G(residual=aside)]
 #: adapters.
 EVERYTHING = (
     "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
-    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Giver Tuned Memory Tuned F+Memory"
+    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Giver Tuned Memory Tuned F+Memory "
+    "Squeezed First Narrow Next Next"
 )
 #: The cached kinds.
 MIXERS = (
     "R M L G A H S M N S Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
-    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Giver Tuned Memory Tuned"
+    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Giver Tuned Memory Tuned "
+    "Squeezed First Narrow Next"
 )
 
 
