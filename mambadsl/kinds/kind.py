@@ -111,13 +111,15 @@ class Carried:
 
     A layer that takes it by its name gets that of the nearest layer above that gives the name; both declare the same
     shape. Without `fp32` it has the dtype that the layer computes in. optional: of what is taken; where no layer above
-    gives it, the layer gets None.
+    gives it, the layer gets None. kept: takers read it of past tokens too; modules hand on a `Seen` (kinds/past.py)
+    with entries of these names, which are the parts of the first axis of `shape` and states of the giver.
     """
 
     name: str
     shape: tuple[int, ...]
     fp32: bool = False
     optional: bool = False
+    kept: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
