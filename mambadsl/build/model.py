@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambadsl.build.carried import closed, relays
 from mambadsl.build.device import device as usable
 from mambadsl.build.failure import located
 from mambadsl.build.fill import fill
@@ -85,6 +86,9 @@ class Model(Ahead, nn.Module):
         super().__init__()
         self.graph, self.stage, self.assignment = graph, stage, assignment
         self.frame = fill(assignment, "model").functions
+        self.relays = relays(graph, stage)
+        #: What layers above give and each layer reads, by its path.
+        self.taken = {node.path: tuple(graph.reads[node.path] & graph.carried) for node in stage.nodes}
         self.weights = {path: w for node in stage.nodes for path, w in node_weights(graph, node)}
         for node in stage.nodes:
             self._add(node, dtype=dtype, device=device)
@@ -166,7 +170,7 @@ class Model(Ahead, nn.Module):
         stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)[0]
         if self.stage.gives == ("logits",):
             return stream["logits"] if "logits" in stream else self.logits(stream["h"])
-        return tuple(stream[name] for name in self.stage.gives)
+        return tuple(closed(stream[name]) for name in self.stage.gives)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
         if len(inputs) != len(self.stage.takes) or not all(isinstance(x, Tensor) for x in inputs):
@@ -188,6 +192,8 @@ class Model(Ahead, nn.Module):
             positions=positions, state=state,
         )
         stream = dict(zip(self.stage.takes, inputs))
+        for name, relay in self.relays.items():
+            stream[name] = relay.opened(stream[name], tokens, state)
         if "x" in stream and state is not None:
             stream["x"] = stream["x"].clone()
         for node in self.stage.body:
@@ -216,6 +222,8 @@ class Model(Ahead, nn.Module):
         device = device or self.device
         made = dict(dtype=dtype or self.dtype, device=device, room=room, state_dtype=state_dtype)
         layers = {}
+        if depth is None:
+            layers = {relay.path: relay.init_state(batch, **made) for relay in self.relays.values()}
         for node, sublayer in self.sublayers():
             if node.depth != depth:
                 continue
@@ -334,8 +342,12 @@ class Model(Ahead, nn.Module):
     def _layer(self, node, stream, tokens, state, last) -> None:
         sublayer = self.get_submodule(node.path)
         states = None if state is None else [state.layers[path] for path, _, _ in node.branches()]
-        given = sublayer(stream["x"], stream.get("x0"), tokens, states, t_BTD=stream.pop("t", None))
-        stream["t" if node.aside else "x"] = given
+        taken = {name: stream[name] for name in self.taken[node.path]}
+        y_BTD = sublayer(stream["x"], stream.get("x0"), tokens, states, t_BTD=stream.pop("t", None), taken=taken)
+        if sublayer.gives:
+            y_BTD, given = y_BTD
+            stream.update(given)
+        stream["t" if node.aside else "x"] = y_BTD
 
     def _head(self, node, stream, tokens, state, last) -> None:
         x_BLD = stream["x"] if last is None else stream["x"][:, -last:]

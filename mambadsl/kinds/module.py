@@ -6,19 +6,20 @@ A kind's `module.py` offers `class Module(KindModule)` with
     def forward(self, x_BTD, tokens, state=None) -> y_BTD
 
 `state` is the layer's decoding state, a dict from `init_state`; forward reads what came before and
-writes what comes after, for any T >= 1 (a prompt, a chunk of one, a single token).
+writes what comes after, for any T >= 1 (a prompt, a chunk of one, a single token). What the kind `takes` comes by
+keyword; where it `gives` something, forward returns (y_BTD, {name: tensor}).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mambadsl.kinds.kind import Dims, Kind, Weight
+from mambadsl.kinds.kind import Dims, Kind, State, Weight
 from mambadsl.kinds.rows import Rows
 from mambadsl.kinds.state import FixedState, Room
 from mambadsl.kinds.tokens import Tokens
@@ -40,6 +41,9 @@ class KindModule(nn.Module):
         super().__init__()
         self.f, self.dims = f, dims
         self.parts = {**self.REFERENCE, **(parts or {})}
+        #: The names of what it gives to layers below, and takes from layers above.
+        self.gives = tuple(c.name for c in self.kind.gives(f, dims))
+        self.takes = tuple(c.name for c in self.kind.takes(f, dims))
         table = self.kind.weights(f, dims)
         self._wide = tuple(w.name for w in table if w.fp32)
         self._narrow = next(w.name for w in table if not w.fp32)
@@ -77,18 +81,13 @@ class KindModule(nn.Module):
         """The state before the first token: tensors [B, *shape] of zeros; `dtype`, and `state_dtype` where the table
         asks for float32. Per-token ones are empty, [B, 0, *shape]; with `room`, they are [B, capacity + 1, *shape] and
         the state is a `FixedState`. The last slot is for padding, which nobody reads."""
-        slots = 0 if room is None else room.capacity + 1
-        state: dict[str, Any] = {}
-        for s in self.kind.state(self.f, self.dims):
-            shape = (batch, slots, *s.shape) if s.per_token else (batch, *s.shape)
-            state[s.name] = torch.zeros(shape, dtype=state_dtype if s.fp32 else dtype, device=device)
-            if s.first_innermost and room is not None:
-                state[s.name] = state[s.name].mT.contiguous().mT
-        return state if room is None else FixedState(state, capacity=room.capacity, room=room)
+        table = self.kind.state(self.f, self.dims)
+        return empty_state(table, batch, dtype=dtype, device=device, room=room, state_dtype=state_dtype)
 
     def forward(
-        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
-    ) -> Tensor:
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None,
+        **taken: Any,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         raise NotImplementedError
 
     def enter(self, x_BTD: Tensor, projection: Holder, norm: nn.Module | None) -> Tensor:
@@ -104,6 +103,21 @@ class KindModule(nn.Module):
             x_BTC, self.conv.weight, self.conv.bias,
             segments_BT=rows.segments_BT, lengths_B=rows.lengths_B, state_BCJ=rows.past(state, "conv"),
         )
+
+
+def empty_state(
+    table: Iterable[State], batch: int, *, dtype: torch.dtype, device: Any = None, room: Room | None = None,
+    state_dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """A state of these tensors, as `KindModule.init_state` says."""
+    slots = 0 if room is None else room.capacity + 1
+    state: dict[str, Any] = {}
+    for s in table:
+        shape = (batch, slots, *s.shape) if s.per_token else (batch, *s.shape)
+        state[s.name] = torch.zeros(shape, dtype=state_dtype if s.fp32 else dtype, device=device)
+        if s.first_innermost and room is not None:
+            state[s.name] = state[s.name].mT.contiguous().mT
+    return state if room is None else FixedState(state, capacity=room.capacity, room=room)
 
 
 def add_weights(module: nn.Module, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any) -> None:
