@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mambadsl.build.checkpoint import LISTED, listed
+from mambadsl.build.shards import DTYPES
 from mambadsl.kinds.kind import Weight
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
 
@@ -132,10 +133,3 @@ def hold(files: Files, weights: Mapping[str, Weight]) -> None:
             for p in bent[:LISTED]
         ]
         raise MdlError([Diagnostic(E613, f"the weights in `{files.folder}` do not fit the model", notes=tuple(facts))])
-
-
-#: safetensors' names.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}
