@@ -1,8 +1,8 @@
-"""The tensors in a folder of somebody else's: safetensors files, or pytorch_model.bin; read one by one.
+"""The tensors in a folder of somebody else's, or of ours: safetensors files, or pytorch_model.bin; read one by one.
 
 Out: `Files`, with names, shapes and dtypes at once and values when asked for. Raises MdlError (E613) for a folder
-without tensors, damaged files, and indices that name what is not there. `.bin` files are loaded as weights only: no
-code in them runs.
+without tensors, damaged files, indices that name what is not there, and one name with two values. `.bin` files are
+loaded as weights only: no code in them runs.
 """
 
 from __future__ import annotations
@@ -50,13 +50,22 @@ class Files:
         for file in found:
             for name, shape, dtype in self._listed(file):
                 if name in self.file_of:
-                    raise refuse(f"`{name}` is in `{self.file_of[name].name}` and in `{file.name}`")
-                self.shapes[name], self.dtypes[name], self.file_of[name] = shape, dtype, file
+                    self._same(name, self.file_of[name], file)
+                else:
+                    self.shapes[name], self.dtypes[name], self.file_of[name] = shape, dtype, file
 
     def get(self, name: str) -> Tensor:
-        file = self.file_of[name]
+        return self._get(name, self.file_of[name])
+
+    def _get(self, name: str, file: Path) -> Tensor:
         opened = self._opened(file)
         return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def _same(self, name: str, *files: Path) -> None:
+        """Stages of a pipeline each save the tied table, and layers that they share."""
+        one, other = (self._get(name, file) for file in files)
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            raise refuse(f"`{name}` differs between `{files[0].name}` and `{files[1].name}`")
 
     def _opened(self, file: Path) -> Any:
         """The last two files stay open: a weight of ours may come from both sides of a border."""
@@ -87,6 +96,8 @@ class Files:
             if (self.folder / usual).is_file():
                 return [self.folder / usual]
             if found := sorted(self.folder.glob(pattern)):
+                for index in sorted(self.folder.glob("weights-stage-*.index.json")):
+                    self._indexed(index)
                 return found
         return []
 
