@@ -8,7 +8,7 @@ loaded as weights only: no code in them runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,24 @@ class Files:
         return sorted(self.folder.glob("weights.index.json")) if pattern == "*.safetensors" else []
 
     def _indexed(self, index: Path) -> list[Path]:
-        try:
-            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise refuse(f"`{index}` is no index of tensors: it has no `weight_map`") from None
+        named = {str(name) for name in _read_index(index).values()}
         if lost := sorted(name for name in named if not (self.folder / name).is_file()):
             raise refuse(f"`{self.folder}` lacks files that `{index.name}` names", notes=lost)
         return [self.folder / name for name in sorted(named)]
+
+
+def names(folder: Path) -> Collection[str]:
+    """Of the tensors in a folder: by its index, where it has one, which needs no other file."""
+    for index in sorted(folder.glob("*.index.json")):
+        return _read_index(index).keys()
+    return Files(folder).shapes.keys()
+
+
+def _read_index(index: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise refuse(f"`{index}` is no index of tensors: it has no `weight_map`") from None
 
 
 def _open(file: Path) -> Any:

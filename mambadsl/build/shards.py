@@ -21,12 +21,13 @@ MAX_FILE_BYTES = 4 * 2**30
 #: Handed to the system at once. For large writes Linux looks for large pages to cache them in, which takes longer than
 #: to copy them.
 CHUNK = 2**17
-#: By safetensors' names.
+#: By safetensors' names, in the order in which it lays them out from the last to the first, so that all are aligned.
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER = {dtype: -i for i, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,13 @@ def _fill(file: int, unit: Unit, starts: Mapping[str, int]) -> None:
 
 
 def _header(shard: Sequence[Unit], about: dict[str, str]) -> tuple[bytes, dict[str, int]]:
-    """And where in the file each tensor begins; the wide ones first, so that all are aligned."""
+    """As the library has it, and where in the file each tensor begins."""
     held = {path: t for unit in shard for path, t in unit.held.items()}
     at, table, starts = 0, {"__metadata__": about}, {}
-    for path, t in sorted(held.items(), key=lambda item: -item[1].itemsize):
+    for path, t in sorted(held.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])):
         starts[path], at = at, at + t.nbytes
         table[path] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [starts[path], at]}
-    text = json.dumps(table, separators=(",", ":")).encode()
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return header, {path: len(header) + start for path, start in starts.items()}

@@ -130,10 +130,11 @@ def bfloat16(value: float) -> float:
 
 def pairs(
     mixers: Sequence[tuple[str, str]], feeds: Sequence[tuple[str, str]], *, base: str = "model.layers",
-    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"),
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"), first: int = 0,
 ) -> Iterator[Layer]:
-    """Blocks of a mixer and a feed-forward layer. mixers, feeds: (recipe, path below the block)."""
-    for i, (mixer, feed) in enumerate(zip(mixers, feeds, strict=True)):
+    """Blocks of a mixer and a feed-forward layer. mixers, feeds: (recipe, path below the block). first: block's
+    number."""
+    for i, (mixer, feed) in enumerate(zip(mixers, feeds, strict=True), first):
         for (recipe, path), before in zip((mixer, feed), norms):
             at = f"{base}.{i}"
             yield Layer((recipe,), (f"{at}.{path}" if path else at,), f"{at}.{before}.weight")

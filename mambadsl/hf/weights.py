@@ -123,15 +123,23 @@ class Source:
                 self.renamed[name] = other
 
     def _empty(self, name: str) -> bool:
-        family = self.imported.family
-        around = AROUND if self.imported.inside else ()
-        if any(fnmatchcase(name, pattern) for pattern in (*EMPTY, *family.empty, *around)):
+        family, graph = self.imported.family, self.imported.graph
+        patterns = (*EMPTY, *family.empty, *(AROUND if self.imported.inside else ()))
+        if family.tail is not None and graph.mtp is None:
+            patterns += family.tail.empty
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
             return True
-        # A tied head may have been saved beside the table that it is.
-        table = self.files.shapes.get(family.embed)
-        if name != family.head or not self.imported.graph.tied or self.files.shapes[name] != table:
-            return False
-        return torch.equal(self.files.get(name), self.files.get(family.embed))
+        # A tied head may have been saved beside the table that it is, and both again by what predicts further tokens.
+        head = family.embed if graph.tied else family.head
+        copies = {family.head: head} if graph.tied else {}
+        if graph.mtp is not None:
+            copies |= dict.fromkeys((".embed_tokens.weight", ".word_embeddings.weight"), family.embed)
+            copies |= dict.fromkeys((".shared_head.head.weight", ".lm_head.weight"), head)
+        return any(name.endswith(end) and self._equal(name, self._name(of)) for end, of in copies.items())
+
+    def _equal(self, name: str, other: str) -> bool:
+        shapes = self.files.shapes
+        return shapes[name] == shapes.get(other) and torch.equal(self.files.get(name), self.files.get(other))
 
 
 def export_units(

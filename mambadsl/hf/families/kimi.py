@@ -10,7 +10,7 @@ from mambadsl.adapt.tensors import Cut, Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, apart, by_type, form, norm, pairs, router
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key, read_only
+from mambadsl.hf.family import Both, Family, Layer, Recipe, Tail, fixed, key, read_only
 from mambadsl.kinds.values import NONE, Values, Variant
 
 SETTINGS = dict(
@@ -115,6 +115,41 @@ def _write_decay(value: Variant) -> Mapping[str, Any]:
     return {"kda_safe_gate": bounded} | ({"kda_lower_bound": value.lower_bound} if bounded else {})
 
 
+def _ahead_types(c: Settings) -> tuple[str, str]:
+    """Of every depth: the mixer's and the feed-forward layer's."""
+    mixers_, feeds = (set(c.get(name) or [usual]) for name, usual in AHEAD.items())
+    if len(mixers_) > 1 or len(feeds) > 1:
+        raise Unlike("has depths with different layers; only equal ones have a counterpart")
+    return mixers_.pop(), feeds.pop()
+
+
+def _depths(c: Settings) -> int:
+    _ahead_types(c)
+    return c.num_mtp_layers or 1
+
+
+def _ahead(c: Settings, depth: int) -> Iterator[Layer]:
+    """Blocks that are numbered on from the last one."""
+    mixer, feed = _ahead_types(c)
+    yield from pairs([(LAYERS[mixer], "attention")], [(FEEDS[feed], "mlp")], first=c.num_hidden_layers + depth)
+
+
+def _ends(c: Settings, depth: int) -> Mapping[str, str]:
+    at = f"model.layers.{c.num_hidden_layers + depth}"
+    names = {name: f"{at}.{name}.weight" for name in ("enorm", "hnorm", "eh_proj")}
+    return {**names, "final_norm": f"{at}.final_layernorm.weight"}
+
+
+def _tail_settings(depths: int, rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+    if not depths:
+        return {"num_nextn_predict_layers": 0}
+    found = _order(rows)
+    types = {"mtp_layer_types": found["layer_types"], "mtp_mlp_layer_types": found["mlp_layer_types"]}
+    return {"num_nextn_predict_layers": depths} | {name: depths * value for name, value in types.items()}
+
+
+#: What the blocks are that predict further tokens, where the configuration does not say.
+AHEAD = {"mtp_layer_types": "full_attention", "mtp_mlp_layer_types": "sparse"}
 DEMANDS = {"attention_bias": False, "attention_dropout": 0}
 FAMILIES = (
     Family(
@@ -171,13 +206,16 @@ FAMILIES = (
             }),
         },
         _layers("attention", "mlp"), _order, demands=DEMANDS, derived=_derived, embed="model.word_embeddings.weight",
-        # Heads of the multi-token prediction are not imported.
         follows=(
             "num_hidden_layers", "num_key_value_heads", "qk_head_dim", "head_dim", "layer_group_size",
-            "first_k_dense_replace", "linear_num_heads", "linear_conv_kernel_dim", "rope_theta", "num_mtp_layers",
-            "num_nextn_predict_layers", "mtp_loss_scaling_factor",
+            "first_k_dense_replace", "linear_num_heads", "linear_conv_kernel_dim", "rope_theta",
+            "mtp_loss_scaling_factor",
         ),
-        # transformers saves all blocks' last projections under one name.
-        renamed={".attention.o_proj.": ".attention.dense."},
+        # transformers saves all blocks' last projections under one name, and reads the norm of a depth under another.
+        renamed={".attention.o_proj.": ".attention.dense.", ".final_layernorm.": ".shared_head.norm."},
+        tail=Tail(
+            ("num_nextn_predict_layers", "num_mtp_layers"), _depths, _ahead, _ends, _tail_settings,
+            follows=tuple(AHEAD),
+        ),
     ),
 )
