@@ -49,6 +49,10 @@ KIMI = dict(
     num_hidden_layers=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
 )
 
+LING_YARN = dict(
+    **KIMI, head_dim=8, layer_group_size=1, first_k_dense_replace=3, num_local_experts=8, num_experts_per_tok=2,
+    n_group=1, topk_group=1, num_mtp_layers=0, max_position_embeddings=64,
+)
 ZAMBA2 = dict(
     **WIDTH, intermediate_size=48, num_hidden_layers=6, mamba_d_state=8, n_mamba_heads=8, chunk_size=8,
     num_attention_heads=4, num_key_value_heads=4, adapter_rank=4, tie_word_embeddings=True,
@@ -170,6 +174,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid softplus": ("bailing_hybrid", dict(
         **KIMI, head_dim=8, layer_group_size=4, first_k_dense_replace=2, num_local_experts=8, num_experts_per_tok=2,
         n_group=1, topk_group=1, num_mtp_layers=0, kda_safe_gate=False,
+    )),
+    "bailing_hybrid yarn": ("bailing_hybrid", dict(
+        **LING_YARN, rope_parameters=dict(
+            rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=8.0,
+            beta_slow=1.0, mscale=1.0, mscale_all_dim=0.5,
+        ),
+    )),
+    "bailing_hybrid yarn alone": ("bailing_hybrid", dict(
+        **LING_YARN, rope_parameters=dict(
+            rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, mscale_all_dim=2.0,
+        ),
+    )),
+    "bailing_hybrid linear": ("bailing_hybrid", dict(
+        **LING_YARN, rope_parameters=dict(rope_type="linear", rope_theta=100.0, factor=4.0),
     )),
     "zamba": ("zamba", dict(
         **WIDTH, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, n_mamba_heads=2, mamba_d_state=8,

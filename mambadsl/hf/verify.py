@@ -77,7 +77,7 @@ def verify_hf(
 ) -> Verified:
     """weights: a folder of ours (default: those of `folder`). Raises MdlError where the two are not the same model."""
     settings = read(folder)
-    imported = import_settings(settings, name=program.layers.name)
+    imported = import_settings(settings, name=program.layers.name, tail=program.layers.mtp is not None)
     if found := list(differences(program.layers, imported.graph)):
         message = f"`{program.layers.name}` is not the model in `{folder}`"
         raise MdlError([Diagnostic(E614, message, notes=tuple(text for text, _ in found[:12]))])
