@@ -23,9 +23,10 @@ from mambadsl.build.init import initialise
 from mambadsl.build.loss import counted, cross_entropy, later, next_tokens, weighted
 from mambadsl.build.machine import machine
 from mambadsl.build.refuse import problems
+from mambadsl.build.residual import scaled
 from mambadsl.build.stage import Stage, choose
 from mambadsl.build.state import DecodingState, describe
-from mambadsl.build.sublayer import Sublayer, scaled
+from mambadsl.build.sublayer import Sublayer
 from mambadsl.build.tail import Ahead, Depth
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights

@@ -3,13 +3,10 @@
 A shared layer is one such module with the weights, at its owner's path, and one for each use, at the use's: with its
 own parts, adapters and place in the stream, and the owner's weights.
 
-With f(h) the sum over the branches of out_multiplier * dropout(branch(in_multiplier * h)):
+The residual form's class (`residual.py`) reads the stream, the norm and the branches follow, and it makes the stream
+of what they give: with f(h) the sum over the branches of out_multiplier * dropout(branch(in_multiplier * h)), the
+default form gives x + f(norm(x)).
 
-    pre       x + f(norm(x))                     normed    alpha * h + beta * f(h), h = norm(x)
-    post      x + norm(f(x))                     sandwich  x + post_norm(f(norm(x)))
-    aside     t = f(norm(x)), and the stream stays x
-
-The layer after one that is aside reads t in place of x, if it is aside too, else x + t (and adds to x).
 `input=with_embedding`: norm and branches read x and the first embedding x0 side by side, 2 * d_model wide.
 The stream keeps its dtype (float32 with `residual_dtype = fp32`); branches work in that of their weights.
 Letters: B batch, T time, D d_model, I width that the branches read.
@@ -27,10 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mambadsl.build.adapter import adapted
 from mambadsl.build.fill import NOTHING, Filled
+from mambadsl.build.residual import WAYS, scaled
 from mambadsl.graph.graph import Node
 from mambadsl.kinds.module import KindModule, add_weights
 from mambadsl.kinds.norm import Norm, rms_norm
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
 from mambadsl.kinds.state import FixedState
 from mambadsl.kinds.sublayer import adapter_weights
 from mambadsl.kinds.tokens import Tokens
@@ -41,8 +40,8 @@ States = Sequence[dict[str, Any]]
 
 
 class Sublayer(nn.Module):
-    """Children are named as `graph.weights` names them: `norm`, `post_norm`, and `mixer`, or `0`, `1`, ...
-    for the branches of a sum."""
+    """Children are named as `graph.weights` names them: `norm`, `post_norm`, `residual`, and `mixer`, or `0`, `1`,
+    ... for the branches of a sum."""
 
     def __init__(
         self, node: Node, *, d_model: int, dtype: torch.dtype, device: Any = None, filled: Sequence[Filled] = (),
@@ -52,24 +51,22 @@ class Sublayer(nn.Module):
         use of a shared one."""
         super().__init__()
         self.sub, self.branches = node.layer.sub, node.layer.branches
-        form, dims = self.sub.residual.name, node.dims(d_model)
+        self.form, dims = form_of(self.sub.residual), node.dims(d_model)
         made = dict(dtype=dtype, device=device)
-        # The norm after the branches is `norm` where it is the only one.
-        self.norm_after = {"post": "norm", "sandwich": "post_norm"}.get(form)
         self._views: tuple[KindModule, ...] = ()
         self.mixers = ("mixer",) if len(self.branches) == 1 else tuple(map(str, range(len(self.branches))))
         filled = filled or [NOTHING] * len(self.branches)
         if of is None:
-            if form != "post":
-                self.norm = Norm(self.sub.norm, dims.d_in, rms=rms, **made)
-            if self.norm_after:
-                self.add_module(self.norm_after, Norm(self.sub.norm, d_model, rms=rms, **made))
+            for norm, width in (self.form.before, dims.d_in), (self.form.after, d_model):
+                if norm:
+                    self.add_module(norm, Norm(self.sub.norm, width, rms=rms, **made))
+            self.residual = WAYS[self.sub.residual.name](self.sub.residual, d_model, **made)
             for name, branch, parts in zip(self.mixers, self.branches, filled, strict=True):
                 module = get(branch.kind).module()
                 self.add_module(name, module(branch.fields, dims, parts=parts.functions, **made))
         else:
             # Held, not registered: the weights have one name each.
-            for name in {"norm", self.norm_after} & set(of._modules):
+            for name in set(of._modules) - set(self.mixers):
                 self.__dict__[name] = of._modules[name]
             self._views = tuple(m.view(p.functions) for m, p in zip(of.mixer_modules(), filled, strict=True))
         if of is not None or not node.shared:
@@ -121,24 +118,16 @@ class Sublayer(nn.Module):
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None,
         t_BTD: Tensor | None = None,
     ) -> Tensor:
-        residual = self.sub.residual
-        aside = residual.name == "aside"
-        h_BTI = x_BTD if t_BTD is None else t_BTD if aside else x_BTD + t_BTD
+        h_BTI, kept = self.residual.read(x_BTD, t_BTD)
         if self.sub.input == "with_embedding":
             h_BTI = torch.cat((h_BTI, x0_BTD), -1)
-        if residual.name != "post" and not self.leaves_norm:
+        if self.form.before and not self.leaves_norm:
             # Only a stream that goes on with the normed values needs them in its own dtype.
-            h_BTI = self.norm(h_BTI, dtype=None if residual.name == "normed" else self._narrow)
+            h_BTI = self.norm(h_BTI, dtype=None if self.form.keeps_normed else self._narrow)
         y_BTD = self._sum(h_BTI, tokens, states)
-        if self.norm_after:
-            y_BTD = getattr(self, self.norm_after)(y_BTD)
-        if aside:
-            return y_BTD.to(x_BTD.dtype)
-        if residual.name == "normed":
-            return scaled(h_BTI, residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), residual.beta)
-        # The sum widens a narrower y by itself: as a copy, that would be read and written once more.
-        wide = torch.promote_types(x_BTD.dtype, y_BTD.dtype) == x_BTD.dtype
-        return x_BTD + (y_BTD if wide else y_BTD.to(x_BTD.dtype))
+        if self.form.after:
+            y_BTD = getattr(self, self.form.after)(y_BTD)
+        return self.residual.write(x_BTD, h_BTI, y_BTD, kept)
 
     @property
     def _narrow(self) -> torch.dtype:
@@ -156,8 +145,3 @@ class Sublayer(nn.Module):
             y_BTD = scaled(F.dropout(y_BTD, f.dropout, self.training), f.out_multiplier)
             total_BTD = y_BTD if total_BTD is None else total_BTD + y_BTD
         return total_BTD
-
-
-def scaled(x: Tensor, factor: float) -> Tensor:
-    """x * factor, and x itself for 1 (most layers: no copy)."""
-    return x if factor == 1 else x * factor

@@ -14,6 +14,7 @@ from typing import Any
 
 from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
 from mambadsl.kinds.sublayer import input_width
 from mambadsl.kinds.values import Values
 from mambadsl.spec.model import ExpectSpec, LayerSpec, Mixer, MtpSpec, PartsSpec
@@ -91,7 +92,7 @@ class Node:
     @property
     def aside(self) -> bool:
         """It adds nothing to the residual stream; the next layer reads what it gives."""
-        return self.layer is not None and self.layer.sub.residual.name == "aside"
+        return self.layer is not None and not form_of(self.layer.sub.residual).adds
 
 
 @dataclass(frozen=True)

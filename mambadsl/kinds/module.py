@@ -106,11 +106,14 @@ class KindModule(nn.Module):
         )
 
 
-def add_weights(module: nn.Module, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any) -> None:
-    """Registers empty parameters (and buffers, where not trained) under their dotted names."""
+def add_weights(
+    module: nn.Module, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any, below: str = ""
+) -> None:
+    """Registers empty parameters (and buffers, where not trained) under their dotted names. below: where the module
+    itself stands, what all names begin with."""
     for w in weights:
         owner = module
-        *path, leaf = w.name.split(".")
+        *path, leaf = w.name.removeprefix(below).split(".")
         for step in path:
             if step not in owner._modules:
                 owner.add_module(step, Holder())

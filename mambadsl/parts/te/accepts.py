@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mambadsl.kinds import registry
+from mambadsl.kinds.residual import form_of
 from mambadsl.parts.part import Request
 
 _FP8_SIDE = 16
@@ -25,7 +26,8 @@ def norm_linear(request: Request) -> Iterator[str]:
     norm = sub.norm
     if not request.alone:
         yield "the layers of a sum share one norm"
-    if sub.residual.name in ("post", "normed"):
+    form = form_of(sub.residual)
+    if not form.before or form.keeps_normed:
         yield f"residual = {sub.residual.name}: the norm is not the projection's alone"
     if branch.in_multiplier != 1:
         yield f"in_multiplier = {branch.in_multiplier} stands between norm and projection"
