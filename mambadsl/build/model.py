@@ -26,6 +26,7 @@ from mambadsl.build.refuse import problems
 from mambadsl.build.residual import scaled
 from mambadsl.build.stage import Stage, choose
 from mambadsl.build.state import DecodingState, describe
+from mambadsl.build.streams import Narrow, widen
 from mambadsl.build.sublayer import Sublayer
 from mambadsl.build.tail import Ahead, Depth
 from mambadsl.graph.graph import LayerGraph, Node, Role
@@ -33,6 +34,7 @@ from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.module import Holder
 from mambadsl.kinds.norm import Norm
 from mambadsl.kinds.state import Room
+from mambadsl.kinds.streams import final_norm
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.plan.assign import Assignment, assign
 from mambadsl.text.diagnostic import MdlError
@@ -97,11 +99,14 @@ class Model(Ahead, nn.Module):
                 self._add_table("embed", **made)
                 self.embed_norm = Norm(model.embedding_norm, model.d_model, **self._rms(), **made)
             case Role.HEAD:
-                self.final_norm = Norm(model.norm, model.d_model, **self._rms(), **made)
+                self.narrow = Narrow(model, self.graph.streams, **self._rms(), **made)
+                self.final_norm = Norm(
+                    final_norm(model, self.graph.streams), model.d_model, **self._rms(), **made
+                )
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
                 self._add_table("embed" if self.graph.tied else "head", **made)
             case Role.MTP_IN:
-                self._placed(node.depth_owner, lambda: Depth(model.norm, model.d_model, **self._rms(), **made))
+                self._placed(node.depth_owner, lambda: Depth(model, self.graph.streams, **self._rms(), **made))
             case Role.LAYER:
                 filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
                 how = dict(d_model=model.d_model, filled=filled, **self._rms(), **made)
@@ -285,10 +290,11 @@ class Model(Ahead, nn.Module):
     def _embed(self, node, stream, tokens, state, last) -> None:
         if stream["tokens"].dtype not in (torch.int64, torch.int32):
             raise TypeError(f"token ids must be int64 or int32, not {stream['tokens'].dtype}")
-        stream["x"] = self._embedded(stream["tokens"], state)
+        x_BTD = self._embedded(stream["tokens"], state)
         if self.stage.keeps_embedding:
             # Fused steps add to the stream in place.
-            stream["x0"] = stream["x"] if state is None else stream["x"].clone()
+            stream["x0"] = x_BTD if state is None else x_BTD.clone()
+        stream["x"] = widen(x_BTD, self.graph.streams)
 
     def _embedded(self, tokens_BT: Tensor, state: DecodingState | None) -> Tensor:
         model = self.graph.model
@@ -319,7 +325,7 @@ class Model(Ahead, nn.Module):
         stream["t" if node.aside else "x"] = given
 
     def _head(self, node, stream, tokens, state, last) -> None:
-        x_BLD = stream["x"] if last is None else stream["x"][:, -last:]
+        x_BLD = self.narrow(stream["x"] if last is None else stream["x"][:, -last:])
         if self._steps("head_step", x_BLD, state):
             how = dict(multiplier=self.graph.model.logits_multiplier, softcap=self.graph.model.logits_softcap)
             x_BD = x_BLD[:, 0].contiguous()

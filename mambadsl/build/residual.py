@@ -1,29 +1,36 @@
-"""What each residual form of `kinds/residual.py` computes: the way from the stream into the branches, and back.
+"""What residual forms of `kinds/residual.py` compute: the way from the stream into the branches, and back. Those with
+several streams are in `streams.py`.
 
 Letters: B batch, T time, D d_model, I width that the branches read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mambadsl.kinds.module import add_weights
+from mambadsl.kinds.module import Declared
+from mambadsl.kinds.norm import rms_norm
 from mambadsl.kinds.residual import form_of
-from mambadsl.kinds.values import Variant
+from mambadsl.kinds.values import Values
 
 
-class Add(nn.Module):
+class Add(Declared):
     """`pre`, `post`, `sandwich`: adds what the branches, or the norm behind them, give. The base of all forms: children
     are named as the form's weights are, below `residual`."""
 
-    def __init__(self, residual: Variant, d_model: int, *, dtype: torch.dtype, device: Any = None):
+    def __init__(
+        self, sub: Values, d_model: int, *, dtype: torch.dtype, device: Any = None,
+        rms: Callable[..., Tensor] = rms_norm,
+    ):
+        """sub: the sublayer's fields. rms: what computes RMS norms."""
         super().__init__()
-        self.residual = residual
-        table = form_of(residual).weights(residual, d_model)
-        add_weights(self, table, dtype=dtype, device=device, below="residual.")
+        self.form = sub.residual
+        table = form_of(sub.residual).weights(sub, d_model)
+        self.declare(table, dtype=dtype, device=device, below="residual.")
 
     def read(self, x_BTD: Tensor, t_BTD: Tensor | None) -> tuple[Tensor, Any]:
         """What the norm before the branches reads, and what `write` is given of it. t_BTD: what the layer before gave
@@ -39,7 +46,7 @@ class Add(nn.Module):
 
 class Normed(Add):
     def write(self, x_BTD: Tensor, h_BTI: Tensor, y_BTD: Tensor, kept: Any) -> Tensor:
-        return scaled(h_BTI, self.residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), self.residual.beta)
+        return scaled(h_BTI, self.form.alpha) + scaled(y_BTD.to(x_BTD.dtype), self.form.beta)
 
 
 class Aside(Add):
@@ -48,10 +55,6 @@ class Aside(Add):
 
     def write(self, x_BTD: Tensor, h_BTI: Tensor, y_BTD: Tensor, kept: Any) -> Tensor:
         return y_BTD.to(x_BTD.dtype)
-
-
-#: Form -> its class.
-WAYS: dict[str, type[Add]] = {"pre": Add, "post": Add, "sandwich": Add, "normed": Normed, "aside": Aside}
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

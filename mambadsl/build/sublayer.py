@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mambadsl.build.adapter import adapted
 from mambadsl.build.fill import NOTHING, Filled
-from mambadsl.build.residual import WAYS, scaled
+from mambadsl.build.residual import Add, Aside, Normed, scaled
+from mambadsl.build.streams import Gated, Hyper, Manifold
 from mambadsl.graph.graph import Node
 from mambadsl.kinds.module import KindModule, add_weights
 from mambadsl.kinds.norm import Norm, rms_norm
@@ -34,6 +35,12 @@ from mambadsl.kinds.state import FixedState
 from mambadsl.kinds.sublayer import adapter_weights
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Values
+
+#: Residual form -> its class.
+WAYS: dict[str, type[Add]] = {
+    "pre": Add, "post": Add, "sandwich": Add, "normed": Normed, "aside": Aside,
+    "hyper": Hyper, "mhc": Manifold, "gated": Gated,
+}
 
 #: The decoding state of each branch.
 States = Sequence[dict[str, Any]]
@@ -60,7 +67,7 @@ class Sublayer(nn.Module):
             for norm, width in (self.form.before, dims.d_in), (self.form.after, d_model):
                 if norm:
                     self.add_module(norm, Norm(self.sub.norm, width, rms=rms, **made))
-            self.residual = WAYS[self.sub.residual.name](self.sub.residual, d_model, **made)
+            self.residual = WAYS[self.sub.residual.name](self.sub, d_model, rms=rms, **made)
             for name, branch, parts in zip(self.mixers, self.branches, filled, strict=True):
                 module = get(branch.kind).module()
                 self.add_module(name, module(branch.fields, dims, parts=parts.functions, **made))

@@ -13,6 +13,8 @@ from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.kind import Flops, Saved, matmul
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
+from mambadsl.kinds.streams import narrow_flops
 from mambadsl.kinds.sublayer import adapter_weights
 
 #: Bytes of one element in the compute dtype (bfloat16) and in float32.
@@ -111,14 +113,18 @@ def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, in
         case Role.EMBED:
             return NO_FLOPS, 0 if model.embedding_norm.name == "none" else d * NARROW, 0, 0
         case Role.HEAD | Role.MTP_OUT:
-            # Kept: the hidden state, and the logits once in the compute dtype and once in float32.
-            return matmul(model.vocab * d), d * NARROW + model.vocab * (NARROW + WIDE), 0, 0
+            # Kept: the stream, and the logits once in the compute dtype and once in float32.
+            n = graph.streams
+            flops = matmul(model.vocab * d) + narrow_flops(model, n)
+            return flops, n * d * NARROW + model.vocab * (NARROW + WIDE), 0, 0
         case Role.MTP_IN:
             return matmul(2 * d * d), 4 * d * NARROW, 0, 0
     dims = node.dims(d)
-    flops, kv, state = NO_FLOPS, 0, 0
+    sub, kv, state = node.layer.sub, 0, 0
+    form = form_of(sub.residual)
+    flops, saved = form.flops(sub, d), form.saved(sub, d)
     # The residual stream before the norm; branches keep their own inputs.
-    saved = Saved(0 if node.layer.sub.norm.name == "none" else dims.d_in)
+    saved = Saved(saved.narrow + (0 if sub.norm.name == "none" else dims.d_in), saved.wide)
     for _, _, mixer in node.branches():
         kind = get(mixer.kind)
         flops += kind.flops(mixer.fields, dims, length)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from mambadsl.graph.graph import Edge, Frame, LayerGraph, Node, Role
+from mambadsl.kinds.streams import streams_of
 from mambadsl.kinds.values import Values
 from mambadsl.spec.codes import E029, E047, E049, MAX_LAYERS, short_count
 from mambadsl.spec.model import Block, Cut, Element, ModelSpec, Use, count_layers
@@ -50,12 +51,14 @@ def _bounds(spec: ModelSpec) -> list[Diagnostic]:
 def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, ...]:
     """The tensors between nodes that stand in this order."""
     d = model.d_model
+    first = next((node for node in nodes if node.role is Role.LAYER), None)
+    wide = d * streams_of(first.layer.sub) if first else d
     edges: list[Edge] = []
     last, beside = "embed", None
 
     def read(node: Node) -> None:
         nonlocal last, beside
-        edges.append(Edge(last, node.path, "x", d))
+        edges.append(Edge(last, node.path, "x", wide))
         if node.layer.sub.input == "with_embedding":
             edges.append(Edge("embed", node.path, "x0", d))
         if beside:
@@ -65,7 +68,7 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
     for node in nodes:
         if node.path.startswith("stack."):
             read(node)
-    edges.append(Edge(last, "head", "x", d))
+    edges.append(Edge(last, "head", "x", wide))
     hidden = "head"
     for node in nodes:
         match node.role:
@@ -74,7 +77,7 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
                 edges.append(Edge("embed", node.path, "next", d))
                 last, beside = node.path, None
             case Role.MTP_OUT:
-                edges.append(Edge(last, node.path, "x", d))
+                edges.append(Edge(last, node.path, "x", wide))
                 hidden = node.path
             case Role.LAYER if node.tail:
                 read(node)

@@ -37,6 +37,7 @@ class Init:
     lambda_start(): 0.8 - 0.6 exp(-0.3 l) in the l-th layer that mixes tokens, from 0 on
     shift_share(power, rise): (i / n)^(power (1 - depth)) + rise depth of channel i of n, depth from 0 to 1
     decay_speeds(): -5 + 8 (i / (n - 1))^(0.7 + 1.3 depth) · zigzag(): log 0.3 and 0.5 less, as much, 0.5 more in turn
+    one_stream(streams): the l-th layer reads stream l mod N alone, adds to each, and leaves all as they are
     slopes(): 2^(-8 h / H) of head h = 1, ... H, less the deeper the layer: next to nothing in the last
     """
 

@@ -78,7 +78,7 @@ def sublayer_weights(sub: Values, d_model: int) -> tuple[Weight, ...]:
     form = form_of(sub.residual)
     widths = {form.before: input_width(sub, d_model), form.after: d_model}
     norms = (w for name, width in widths.items() if name for w in norm_weights(name, sub.norm, width))
-    return (*norms, *form.weights(sub.residual, d_model))
+    return (*norms, *form.weights(sub, d_model))
 
 
 def adapter_weights(branch: Values, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:

@@ -93,7 +93,7 @@ def units(
         forward, inputs, weights = times[key]
         kept, working = cost.saved_bytes_per_token * tokens, 0
         if node.layer is not None and node.layer.sub.recompute:
-            kept, working = graph.model.d_model * _stream(graph) * tokens, kept
+            kept, working = graph.streams * graph.model.d_model * _stream(graph) * tokens, kept
             inputs += forward
         found.append(Unit(
             path=node.path,
@@ -122,7 +122,7 @@ def _times(
     graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, device: Device
 ) -> tuple[float, float, float]:
     """Seconds of the forward, input-gradient and weight-gradient pass of one microbatch."""
-    stream = 2 * graph.model.d_model * _stream(graph)
+    stream = 2 * graph.streams * graph.model.d_model * _stream(graph)
     touched = 0 if node.role is Role.EMBED else params
     moved = (stream + cost.saved_bytes_per_token) * tokens
     flops = cost.flops

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mambadsl.kinds.fields import Field, Flag, Int, OneOf, OrWord, Real
+from mambadsl.kinds.streams import NARROW, NARROWINGS
 from mambadsl.kinds.sublayer import NORM
 from mambadsl.kinds.values import Values
 from mambadsl.syntax import tables, tree
@@ -32,6 +33,11 @@ MODEL_FIELDS: tuple[Field, ...] = (
     Field("embedding_multiplier", Real(), 1, "scale of the embeddings"),
     Field(
         "embedding_norm", NORM, NORM.convert_word("none"), "norm of the embeddings, before the first layer (RWKV)",
+    ),
+    Field(
+        "narrow", NARROW, NARROW.convert_word("mean"),
+        "what makes one residual stream of several before the final norm: "
+        + "; ".join(f"{name}: {way.says}" for name, way in NARROWINGS.items()),
     ),
     Field("logits_multiplier", Real(), 1, "scale of the logits"),
     Field(
