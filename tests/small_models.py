@@ -16,6 +16,8 @@ VOCAB, D_MODEL = 61, 16
 LAYERS = """
 layer R = mamba1(d_inner=24, d_state=4, d_conv=3, dt_rank=2, chunk=4)
 layer Heads = R(heads=3)
+layer Giver = R(gives=scan)
+layer Memory = gmu(d_inner=24)
 layer M = mamba2(heads=4, head_dim=6, d_state=5, groups=2, d_conv=4, chunk=4)
 layer A = attention(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100))
 layer L = A(window=3, qk_norm=per_head)
@@ -57,12 +59,12 @@ shared Aside = [Side G(residual=aside)]
 #: adapters.
 EVERYTHING = (
     "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
-    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Tuned Tuned"
+    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Giver Tuned Memory Tuned F+Memory"
 )
 #: The cached kinds.
 MIXERS = (
     "R M L G A H S M N S Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
-    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Tuned Tuned"
+    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Giver Tuned Memory Tuned"
 )
 
 

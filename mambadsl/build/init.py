@@ -86,6 +86,11 @@ def _ramp(shape, generator: Generator, *, low: float, high: float) -> Tensor:
     return torch.linspace(low, high, *shape)
 
 
+def _ending(shape, generator: Generator, *, last: float) -> Tensor:
+    """Zeros, and one other at the end."""
+    return torch.tensor([0.0] * (shape[0] - 1) + [last])
+
+
 def _a_uniform(shape, generator: Generator, *, low: float, high: float) -> Tensor:
     """A_log of Mamba-2: -A is uniform in [low, high]."""
     return torch.empty(shape).uniform_(low, high, generator=generator).log()
@@ -154,6 +159,7 @@ LAWS: dict[str, Callable[..., Tensor]] = {
     "ones": lambda shape, generator: torch.ones(shape),
     "const": _const,
     "ramp": _ramp,
+    "ending": _ending,
     "a_uniform": _a_uniform,
     "a_arange": _a_arange,
     "dt_bias": _dt_bias,

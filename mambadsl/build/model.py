@@ -321,8 +321,12 @@ class Model(Ahead, nn.Module):
     def _layer(self, node, stream, tokens, state, last) -> None:
         sublayer = self.get_submodule(node.path)
         states = None if state is None else [state.layers[path] for path, _, _ in node.branches()]
-        given = sublayer(stream["x"], stream.get("x0"), tokens, states, t_BTD=stream.pop("t", None))
-        stream["t" if node.aside else "x"] = given
+        taken = {name: stream[name] for name in self.graph.reads[node.path] & self.graph.carried}
+        y_BTD, given = sublayer(
+            stream["x"], stream.get("x0"), tokens, states, t_BTD=stream.pop("t", None), taken=taken
+        )
+        stream["t" if node.aside else "x"] = y_BTD
+        stream.update(given)
 
     def _head(self, node, stream, tokens, state, last) -> None:
         x_BLD = self.narrow(stream["x"] if last is None else stream["x"][:, -last:])

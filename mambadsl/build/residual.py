@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mambadsl.kinds.module import Declared
-from mambadsl.kinds.norm import rms_norm
-from mambadsl.kinds.residual import form_of
+from mambadsl.kinds.norm import Norm, rms_norm
+from mambadsl.kinds.residual import AFFINE, form_of
 from mambadsl.kinds.values import Values
 
 
@@ -47,6 +47,15 @@ class Add(Declared):
 class Normed(Add):
     def write(self, x_BTD: Tensor, h_BTI: Tensor, y_BTD: Tensor, kept: Any) -> Tensor:
         return scaled(h_BTI, self.form.alpha) + scaled(y_BTD.to(x_BTD.dtype), self.form.beta)
+
+
+class Affine(Add):
+    def __init__(self, sub: Values, d_model: int, **made: Any):
+        super().__init__(sub, d_model, **made)
+        self.out_affine, self.stream_affine = Norm(AFFINE, d_model, **made), Norm(AFFINE, d_model, **made)
+
+    def write(self, x_BTD: Tensor, h_BTI: Tensor, y_BTD: Tensor, kept: Any) -> Tensor:
+        return self.out_affine(y_BTD, dtype=x_BTD.dtype) + self.stream_affine(x_BTD)
 
 
 class Aside(Add):

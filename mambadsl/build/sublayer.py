@@ -14,7 +14,7 @@ Letters: B batch, T time, D d_model, I width that the branches read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mambadsl.build.adapter import adapted
 from mambadsl.build.fill import NOTHING, Filled
-from mambadsl.build.residual import Add, Aside, Normed, scaled
+from mambadsl.build.residual import Add, Affine, Aside, Normed, scaled
 from mambadsl.build.streams import Gated, Hyper, Manifold
 from mambadsl.graph.graph import Node
 from mambadsl.kinds.module import KindModule, add_weights
@@ -38,12 +38,13 @@ from mambadsl.kinds.values import Values
 
 #: Residual form -> its class.
 WAYS: dict[str, type[Add]] = {
-    "pre": Add, "post": Add, "sandwich": Add, "normed": Normed, "aside": Aside,
-    "hyper": Hyper, "mhc": Manifold, "gated": Gated,
+    "pre": Add, "post": Add, "sandwich": Add, "normed": Normed, "affine": Affine,
+    "aside": Aside, "hyper": Hyper, "mhc": Manifold, "gated": Gated,
 }
 
 #: The decoding state of each branch.
 States = Sequence[dict[str, Any]]
+NONE_TAKEN: Mapping[str, Any] = {}
 
 
 class Sublayer(nn.Module):
@@ -99,21 +100,21 @@ class Sublayer(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None, *,
-        t_BTD: Tensor | None = None,
-    ) -> Tensor:
-        """The stream after this sublayer, [B, T, D]; of one that is aside, its t. x0_BTD: needed where the layer reads
-        the first embedding. t_BTD: of the layer before, where that is aside. states: one decoding state per branch,
-        read and written. One token with states of fixed size goes through the fused step, if there is one; it updates
-        `x_BTD` in place."""
+        t_BTD: Tensor | None = None, taken: Mapping[str, Any] = NONE_TAKEN,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The stream after this sublayer, [B, T, D] (of one that is aside, its t), and what it gives to layers below,
+        by name. x0_BTD: needed where the layer reads the first embedding. t_BTD: of the layer before, where that is
+        aside. taken: what layers above gave, by name. states: one decoding state per branch, read and written. One
+        token with states of fixed size goes through the fused step, if there is one; it updates `x_BTD` in place."""
         if self._steps(tokens, states):
             step, position_B = self.mixer_modules()[0].parts["step"], tokens.positions_BT[:, 0].contiguous()
-            return step(self, x_BTD[:, 0], position_B, states[0])[:, None]
+            return step(self, x_BTD[:, 0], position_B, states[0])[:, None], {}
         if self.sub.recompute and self.training and states is None and torch.is_grad_enabled():
             # Reading the generator's state is not allowed while a CUDA graph is captured.
             drops = any(branch.branch.dropout for branch in self.branches)
             how = dict(use_reentrant=False, preserve_rng_state=drops)
-            return checkpoint(self._add, x_BTD, x0_BTD, tokens, None, t_BTD, **how)
-        return self._add(x_BTD, x0_BTD, tokens, states, t_BTD)
+            return checkpoint(self._add, x_BTD, x0_BTD, tokens, None, t_BTD, taken, **how)
+        return self._add(x_BTD, x0_BTD, tokens, states, t_BTD, taken)
 
     def _steps(self, tokens: Tokens, states: States | None) -> bool:
         return (
@@ -123,32 +124,39 @@ class Sublayer(nn.Module):
 
     def _add(
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None,
-        t_BTD: Tensor | None = None,
-    ) -> Tensor:
+        t_BTD: Tensor | None = None, taken: Mapping[str, Any] = NONE_TAKEN,
+    ) -> tuple[Tensor, dict[str, Any]]:
         h_BTI, kept = self.residual.read(x_BTD, t_BTD)
         if self.sub.input == "with_embedding":
             h_BTI = torch.cat((h_BTI, x0_BTD), -1)
         if self.form.before and not self.leaves_norm:
             # Only a stream that goes on with the normed values needs them in its own dtype.
             h_BTI = self.norm(h_BTI, dtype=None if self.form.keeps_normed else self._narrow)
-        y_BTD = self._sum(h_BTI, tokens, states)
+        y_BTD, given = self._sum(h_BTI, tokens, states, taken)
         if self.form.after:
             y_BTD = getattr(self, self.form.after)(y_BTD)
-        return self.residual.write(x_BTD, h_BTI, y_BTD, kept)
+        return self.residual.write(x_BTD, h_BTI, y_BTD, kept), given
 
     @property
     def _narrow(self) -> torch.dtype:
         """What the branches compute in."""
         return self.mixer_modules()[0].dtype
 
-    def _sum(self, h_BTI: Tensor, tokens: Tokens, states: States | None) -> Tensor:
-        total_BTD = None
+    def _sum(
+        self, h_BTI: Tensor, tokens: Tokens, states: States | None, taken: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        total_BTD, given = None, {}
         for i, (mixer, branch) in enumerate(zip(self.mixer_modules(), self.branches)):
             f = branch.branch
             # Left to the part, the norm reads the stream in the stream's own dtype.
             x_BTI = h_BTI if self.leaves_norm else scaled(h_BTI.to(mixer.dtype), f.in_multiplier)
-            norm = {"norm": self.norm} if self.leaves_norm else {}
-            y_BTD = mixer(x_BTI, tokens, states[i] if states is not None else None, **norm)
+            more = {name: taken.get(name) for name in mixer.takes}
+            if self.leaves_norm:
+                more["norm"] = self.norm
+            y_BTD = mixer(x_BTI, tokens, states[i] if states is not None else None, **more)
+            if mixer.gives:
+                y_BTD, own = y_BTD
+                given.update(own)
             y_BTD = scaled(F.dropout(y_BTD, f.dropout, self.training), f.out_multiplier)
             total_BTD = y_BTD if total_BTD is None else total_BTD + y_BTD
-        return total_BTD
+        return total_BTD, given

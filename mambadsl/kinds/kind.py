@@ -30,7 +30,7 @@ class Init:
     """A law for initial values. law is one of the names in `build/init.py`:
 
     normal(std=None: the model's init_std, idle=0: so many last rows are zeros) · uniform(bound) · zeros · ones ·
-    const(value) · ramp(low, high): evenly from one to the other
+    const(value) · ramp(low, high): evenly from one to the other · ending(last): zeros, and one other at the end
     a_uniform(low, high): log of U(low, high) · a_arange(): log(1..d_state) in each row
     dt_bias(low, high, floor): inverse softplus of exp(U(log low, log high)), at least floor
     radius(low, high): exp(-softplus(it)) squared is U(low^2, high^2)
@@ -107,6 +107,29 @@ class State:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A tensor [B, T, *shape] that a layer hands, past the residual stream, to layers below it.
+
+    A layer that takes it by its name gets that of the nearest layer above that gives the name; both declare the same
+    shape. Without `fp32` it has the dtype that the layer computes in. optional: of what is taken; where no layer above
+    gives it, the layer gets None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fp32: bool = False
+    optional: bool = False
+
+    @property
+    def width(self) -> int:
+        return prod(self.shape)
+
+
+def nothing(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    return ()
+
+
+@dataclass(frozen=True)
 class Flops:
     """Floating-point operations for one token (a multiply-add is 2). The backward pass is split as
     zero-bubble schedules split it: gradients of inputs, gradients of weights."""
@@ -174,6 +197,8 @@ class Kind:
 
     weights(f, dims), state(f, dims), flops(f, dims, length), saved(f, dims): the tables, from field
     values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
+    gives(f, dims), takes(f, dims): what goes past the residual stream, to layers below and from layers above. A module
+    gets what it takes by keyword; one that gives something returns (y_BTD, {name: tensor}).
     recurrent: carries order along the sequence without position embeddings (rules W701, I702). local: sees the last
     few tokens only (I704). attends: compares each token with those before it, in an order that `rope`, a field that it
     has, may tell (W701, I702, I704, I705, W211, E207, W501).
@@ -192,6 +217,8 @@ class Kind:
     saved: Callable[[Values, Dims], Saved]
     slots: tuple[Slot, ...] = ()
     source: str = ""
+    gives: Callable[[Values, Dims], tuple[Carried, ...]] = nothing
+    takes: Callable[[Values, Dims], tuple[Carried, ...]] = nothing
     recurrent: bool = False
     local: bool = False
     attends: bool = False
@@ -223,12 +250,12 @@ class Kind:
 
 
 def norm_weights(prefix: str, norm: Any, width: int) -> tuple[Weight, ...]:
-    """The weights of a norm form (see `sublayer.NORM`) over `width` channels."""
+    """The weights of a norm form (see `sublayer.NORM` and `residual.AFFINE`) over `width` channels."""
     if norm.name == "none" or not norm.values.get("weight", True):
         return ()
     init = ZEROS if norm.values.get("zero_centered", False) else ONES
     weight = Weight(f"{prefix}.weight", (width,), init, decay=False, quantise=False)
-    if norm.values.get("bias", False):
+    if norm.values.get("bias", norm.name == "affine"):
         return weight, Weight(f"{prefix}.bias", (width,), ZEROS, decay=False, quantise=False)
     return (weight,)
 

@@ -6,7 +6,8 @@ A kind's `module.py` offers `class Module(KindModule)` with
     def forward(self, x_BTD, tokens, state=None) -> y_BTD
 
 `state` is the layer's decoding state, a dict from `init_state`; forward reads what came before and
-writes what comes after, for any T >= 1 (a prompt, a chunk of one, a single token).
+writes what comes after, for any T >= 1 (a prompt, a chunk of one, a single token). What the kind `takes` comes by
+keyword; where it `gives` something, forward returns (y_BTD, {name: tensor}).
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ class KindModule(Declared):
         super().__init__()
         self.f, self.dims = f, dims
         self.parts = {**self.REFERENCE, **(parts or {})}
+        #: The names of what it gives to layers below, and takes from layers above.
+        self.gives = tuple(c.name for c in self.kind.gives(f, dims))
+        self.takes = tuple(c.name for c in self.kind.takes(f, dims))
         table = self.kind.weights(f, dims)
         self._narrow = next(w.name for w in table if not w.fp32)
         self.declare(table, dtype=dtype, device=device)
@@ -97,8 +101,9 @@ class KindModule(Declared):
         return state if room is None else FixedState(state, capacity=room.capacity, room=room)
 
     def forward(
-        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
-    ) -> Tensor:
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None,
+        **taken: Any,
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         raise NotImplementedError
 
     def enter(self, x_BTD: Tensor, projection: Holder, norm: nn.Module | None) -> Tensor:

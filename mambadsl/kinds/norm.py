@@ -1,6 +1,6 @@
 """Norms over the last axis, computed in float32 whatever the dtype of x. Torch.
 
-`Norm` is built from a form of `sublayer.NORM`; `rms_norm` and `layer_norm` are the functions.
+`Norm` is built from a form of `sublayer.EMBEDDING_NORM`; `rms_norm` and `layer_norm` are the functions.
 Letters: D width.
 """
 
@@ -41,7 +41,7 @@ def layer_norm(
 
 class Norm(nn.Module):
     """A norm form over `width` channels: [..., width] -> [..., width], in `dtype` or in the dtype it has. `none`
-    changes nothing.
+    changes nothing, `affine` shifts and scales: (x + bias) * weight.
 
     Parameters `weight` and `bias` [width], those that `norm_weights` declares. rms: what computes RMS norms, with the
     signature of `rms_norm`. groups: so many equal parts of the channels are normed each by itself.
@@ -52,7 +52,7 @@ class Norm(nn.Module):
         rms: Callable[..., Tensor] = rms_norm, groups: int = 1,
     ):
         super().__init__()
-        if norm.name not in ("rmsnorm", "layernorm", "none"):
+        if norm.name not in ("rmsnorm", "layernorm", "affine", "none"):
             raise ValueError(f"no norm `{norm.name}`")
         self.norm, self.width, self.rms, self.groups = norm, width, rms, groups
         self.register_parameter("weight", None)
@@ -76,6 +76,8 @@ class Norm(nn.Module):
         match self.norm.name:
             case "none":
                 return x if dtype is None else x.to(dtype)
+            case "affine":
+                return ((x.float() + self.bias.float()) * self.weight.float()).to(dtype or x.dtype)
             case "rmsnorm":
                 zero_centered = self.norm.zero_centered
                 return self.rms(x, weight_D, eps=self.norm.eps, zero_centered=zero_centered, dtype=dtype)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mambadsl.kinds.fields import Field, OneForm, Real
-from mambadsl.kinds.kind import Flops, Saved, Weight, mixing
+from mambadsl.kinds.kind import Flops, Saved, Weight, mixing, norm_weights
 from mambadsl.kinds.streams import (
     EPS,
     ITERATIONS,
@@ -52,6 +52,16 @@ class Form:
     saved: Callable[[Values, int], Saved] = lambda sub, d_model: Saved(0)
 
 
+#: No norm, but a learned shift and then a scale of each channel: (x + bias) * weight.
+AFFINE = Variant("affine")
+#: What `residual=affine` shifts and scales: the layer's output, and the stream.
+AFFINE_TERMS = "residual.out_affine", "residual.stream_affine"
+
+
+def _affine_weights(sub: Values, d: int) -> tuple[Weight, ...]:
+    return tuple(w for name in AFFINE_TERMS for w in norm_weights(name, AFFINE, d))
+
+
 FORMS: dict[str, Form] = {
     "pre": Form("x + f(norm(x))"),
     "post": Form("x + norm(f(x))", before="", after="norm"),
@@ -64,6 +74,7 @@ FORMS: dict[str, Form] = {
         ),
         keeps_normed=True,
     ),
+    "affine": Form("(f(norm(x)) + b1)*s1 + (x + b2)*s2, learned by channel", weights=_affine_weights),
     "aside": Form("adds nothing, the next layer reads f(norm(x)) as well", adds=False),
     # Hyper-connections (arXiv:2409.19606).
     "hyper": Form(

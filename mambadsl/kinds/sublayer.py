@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneForm, OneOf, OrWord, Real
 from mambadsl.kinds.kind import ZEROS, Init, Weight, norm_weights
-from mambadsl.kinds.residual import FORMS, RESIDUAL_FORMS, form_of
+from mambadsl.kinds.residual import AFFINE, FORMS, RESIDUAL_FORMS, form_of
 from mambadsl.kinds.values import Values
 
 _EPS = Field("eps", Real(above=0), 1e-5, "added to the mean square (or variance) before the root")
@@ -24,6 +24,7 @@ NORM = OneForm(
     layernorm=(_EPS, _WEIGHT, Field("bias", Flag(), True, "has a learned shift per channel (where it has a scale)")),
     none=(),
 )
+EMBEDDING_NORM = OneForm(**NORM.forms, **{AFFINE.name: ()})
 
 ADAPTER = OneForm(
     none=(),

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 #: Bytes moved for each weight element: read in a forward or input-gradient pass; read, and an fp32 gradient
 #: read and written, in a weight-gradient pass.
 READ, ACCUMULATE = NARROW, NARROW + 2 * WIDE
-#: Tensors that go past the stream: the first embeddings, those of the next tokens (MTP), what a layer gives aside.
-CARRIED = ("x0", "next", "t")
+#: Edges of one tensor by two names: the first embeddings, also as those of the next tokens (MTP); the stream, after the
+#: final norm.
+SAME = {"next": "x0", "h": "x"}
 LOGITS = (Role.HEAD, Role.MTP_OUT)
 
 
@@ -163,18 +164,19 @@ def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
     """Bytes per token that cross a cut after each node: every tensor once, from its maker to its last reader.
     The stream and what is carried past it are sent as two tensors, also where they are still equal."""
     place = {node.path: k for k, node in enumerate(graph.nodes)}
-    until: dict[tuple[str, bool], int] = {}
-    width: dict[tuple[str, bool], int] = {}
+    until: dict[tuple[str, str], int] = {}
+    size: dict[tuple[str, str], int] = {}
+    d_model = graph.model.d_model
     for edge in graph.edges:
-        if edge.tensor != "tokens":
-            tensor = edge.source, edge.tensor in CARRIED
-            until[tensor] = max(until.get(tensor, 0), place[edge.target])
-            width[tensor] = max(width.get(tensor, 0), edge.width)
+        tensor = edge.source, SAME.get(edge.tensor, edge.tensor)
+        until[tensor] = max(until.get(tensor, 0), place[edge.target])
+        given = graph.by_path[edge.source].gives(d_model).get(edge.tensor)
+        element = _stream(graph) if given is None else WIDE if given.fp32 else NARROW
+        size[tensor] = max(size.get(tensor, 0), edge.width * element)
     change = [0] * (len(graph.nodes) + 1)
     for tensor, last in until.items():
-        size = width[tensor] * _stream(graph)
-        change[place[tensor[0]]] += size
-        change[last] -= size
+        change[place[tensor[0]]] += size[tensor]
+        change[last] -= size[tensor]
     return dict(zip(place, accumulate(change)))
 
 

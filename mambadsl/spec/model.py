@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from mambadsl.kinds.fields import Field, Flag, Int, OneOf, OrWord, Real
 from mambadsl.kinds.streams import NARROW, NARROWINGS
-from mambadsl.kinds.sublayer import NORM
+from mambadsl.kinds.sublayer import EMBEDDING_NORM, NORM
 from mambadsl.kinds.values import Values
 from mambadsl.syntax import tables, tree
 from mambadsl.text.source import Span
@@ -32,7 +32,8 @@ MODEL_FIELDS: tuple[Field, ...] = (
     Field("tie_embeddings", Flag(), False, "the head uses the embedding table"),
     Field("embedding_multiplier", Real(), 1, "scale of the embeddings"),
     Field(
-        "embedding_norm", NORM, NORM.convert_word("none"), "norm of the embeddings, before the first layer (RWKV)",
+        "embedding_norm", EMBEDDING_NORM, EMBEDDING_NORM.convert_word("none"),
+        "norm of the embeddings, before the first layer (RWKV); affine: a learned shift and scale by channel (Zaya)",
     ),
     Field(
         "narrow", NARROW, NARROW.convert_word("mean"),

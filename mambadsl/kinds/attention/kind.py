@@ -100,7 +100,8 @@ DIFFERENTIAL = OneForm(
     ),
 )
 
-FIELDS = (
+#: Heads, and what they see.
+HEAD_FIELDS = (
     Field(
         "heads", Int(),
         Computed("d_model // 64, or the next below that divides d_model", lambda v, model: _usual_heads(model.d_model)),
@@ -122,6 +123,9 @@ FIELDS = (
         "window", OrWord("none", Int()), None,
         "a token sees itself and the window - 1 tokens before it", "tokens",
     ),
+)
+FIELDS = (
+    *HEAD_FIELDS,
     Field("qk_norm", QK_NORM, QK_NORM.convert_word("none"), "RMS norm of queries and keys, before rope"),
     Field("scale", OrWord("auto", Real(above=0)), None, "scale of the scores; auto: head_dim ** -0.5"),
     Field("softcap", OrWord("none", Real(above=0)), None, "scores are squashed to cap * tanh(score / cap)"),

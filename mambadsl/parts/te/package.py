@@ -13,9 +13,10 @@ RECURRENT = (
     "mamba2", "mamba1", "short_conv", "gated_delta_net", "kimi_delta", "rg_lru", "lightning", "mamba3", "mlstm",
 )
 ENTRIES = (
-    *(f"{kind}.in_proj" for kind in RECURRENT), "attention.qkv_proj", "mla.in_proj", "mlp.up_proj", "linear.out_proj",
+    *(f"{kind}.in_proj" for kind in RECURRENT), "attention.qkv_proj", "cca.qkv_proj", "mla.in_proj", "mlp.up_proj",
+    "linear.out_proj",
 )
-EXITS = (*(f"{kind}.out_proj" for kind in RECURRENT), "attention.o_proj", "mla.o_proj", "mlp.down_proj")
+EXITS = (*(f"{kind}.out_proj" for kind in RECURRENT), "attention.o_proj", "cca.o_proj", "mla.o_proj", "mlp.down_proj")
 
 PACKAGE = Package(
     name="te",

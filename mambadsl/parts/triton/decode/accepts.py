@@ -40,7 +40,7 @@ def _sublayer(request: Any) -> Iterator[str]:
     if request.sub.residual.name != "pre":
         yield f"the residual form is `{request.sub.residual.name}`, not `pre`"
     if request.beside:
-        yield "the layer reads what the one before gave aside of the stream"
+        yield "the layer reads or gives something that goes past the stream"
     if request.sub.input != "stream":
         yield f"the layer reads `{request.sub.input}`, not the stream alone"
     if request.branch.adapter.name != "none":
