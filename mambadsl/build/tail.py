@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambadsl.build.failure import located
+from mambadsl.build.meta import WithMeta
 from mambadsl.build.state import DecodingState, describe
 from mambadsl.build.streams import Narrow, widen
 from mambadsl.graph.graph import Role
@@ -91,14 +92,14 @@ class Ahead:
         for node in self.stage.tail:
             if node.depth == depth:
                 with located(node):
-                    run[node.role](node, stream, tokens, state, None)
+                    run[node.role](node, stream, WithMeta(tokens), state, None)
         return stream["h"]
 
-    def _join(self, node, stream, tokens, state, last) -> None:
+    def _join(self, node, stream, rows, state, last) -> None:
         x_BTD = self.get_submodule(node.depth_owner).join(stream["x0"], stream["h"])
         stream["x"] = widen(x_BTD.to(stream["x0"].dtype), self.graph.streams)
 
-    def _end(self, node, stream, tokens, state, last) -> None:
+    def _end(self, node, stream, rows, state, last) -> None:
         depth = self.get_submodule(node.depth_owner)
         stream["h"] = depth.final_norm(depth.narrow(stream["x"]), dtype=self._head_weight().dtype)
 

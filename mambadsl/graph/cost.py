@@ -6,6 +6,7 @@ nodes share are owned (counted) by the first that uses them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -66,9 +67,11 @@ def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
     found: dict[str, Cost] = {}
     used_again = {node.owner for node in graph.nodes if node.shared}
     for node in graph.nodes:
-        key = (node.role, node.layer)
+        key = (node.role, node.layer, node.tail)
         if key not in tables:
             tables[key] = _running(graph, node, length)
+            if node.role is Role.LAYER and not node.tail and graph.model.meta_tokens:
+                tables[key] = _with_meta(graph, node, length)
         # A node whose weights no other uses has new paths only: its counts depend on the layer alone.
         own = node.role is Role.LAYER and node.owner not in used_again
         if own and key in shapes:
@@ -104,6 +107,16 @@ def _weights(graph: LayerGraph, node: Node, seen: set[str]) -> tuple[int, int, i
         else:
             buffers += n
     return params, used, int(active), buffers
+
+
+def _with_meta(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, int, int]:
+    """A layer's, where meta tokens stand before each sequence: their work is spread over its tokens, and their keys and
+    values are fixed state."""
+    meta = graph.model.meta_tokens
+    flops, saved, kv, state = _running(graph, node, length + meta)
+    share = Fraction(length + meta, length)
+    parts = (part * share for part in (flops.forward, flops.backward_input, flops.backward_weight))
+    return Flops(*parts), math.ceil(saved * share), kv, state + kv * meta
 
 
 def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, int, int]:

@@ -1,6 +1,6 @@
 """Every weight of a model by its path: the one table that counts, checkpoints and modules share.
 
-Paths are global and stage-free: `embed.weight`, `embed_norm.weight`, `stack.3.norm.weight`,
+Paths are global and stage-free: `embed.weight`, `embed_norm.weight`, `meta.weight`, `stack.3.norm.weight`,
 `stack.3.mixer.in_proj.weight`, `stack.4.1.qkv_proj.weight` (second branch of a sum),
 `shared.S.mixer.qkv_proj.weight`, `stack.7.mixer.adapter.o_proj.up.weight` (per-use), `final_norm.weight`,
 `head.weight`, `mtp.0.eh_proj.weight`.
@@ -25,6 +25,8 @@ def node_weights(graph: LayerGraph, node: Node) -> Iterator[tuple[str, Weight]]:
         case Role.EMBED:
             yield "embed.weight", _table("embed.weight", model)
             yield from _prefixed("", norm_weights("embed_norm", model.embedding_norm, d))
+            if model.meta_tokens:
+                yield "meta.weight", Weight("meta.weight", (model.meta_tokens, d), quantise=False)
         case Role.HEAD:
             yield from _prefixed("", _end(graph))
             yield ("embed.weight" if graph.tied else "head.weight"), _table("head.weight", model)

@@ -36,6 +36,10 @@ MODEL_FIELDS: tuple[Field, ...] = (
         "norm of the embeddings, before the first layer (RWKV); affine: a learned shift and scale by channel (Zaya)",
     ),
     Field(
+        "meta_tokens", Int(0, 65536), 0,
+        "learned vectors before the tokens of each document, at its positions from 0 (Hymba)", "tokens",
+    ),
+    Field(
         "narrow", NARROW, NARROW.convert_word("mean"),
         "what makes one residual stream of several before the final norm: "
         + "; ".join(f"{name}: {way.says}" for name, way in NARROWINGS.items()),

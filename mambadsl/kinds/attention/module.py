@@ -51,9 +51,11 @@ class Module(KindModule):
             q_BTHP, k_BTKP = rotate(q_BTHP, *cos_sin), rotate(k_BTKP, *cos_sin)
         queries = keys = tokens
         if state is not None:
-            seen, queries, keys = extend(state, dict(k=k_BTKP, v=v_BTKP), tokens, window=f.window)
+            seen, queries, keys = extend(state, dict(k=k_BTKP, v=v_BTKP), tokens, window=f.window, keep=f.keep)
             k_BTKP, v_BTKP = seen["k"], seen["v"]
         how = dict(scale=f.head_dim**-0.5 if f.scale is None else f.scale, window=f.window, softcap=f.softcap)
+        if f.keep:
+            how["keep"] = f.keep
         if f.sinks:
             how["sinks_H"] = self.sinks
         mix = self._difference if f.differential.name == "halves" else self.parts["core"]

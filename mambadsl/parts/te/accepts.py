@@ -45,6 +45,8 @@ def attention(request: Request) -> Iterator[str]:
         yield f"head_dim must be a multiple of 8, at most 256, not {request.fields.head_dim}"
     if request.fields.softcap is not None:
         yield "it has no fused kernel with a softcap"
+    if request.fields.keep:
+        yield "its windows keep no first tokens"
     if request.fields.sinks:
         yield "its softmax is used without sinks"
 
