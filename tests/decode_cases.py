@@ -81,7 +81,7 @@ def past_and_future(
     futures, expected, states = [], [], []
     for length in lengths:
         x = torch.randn(1, length + steps, mixer.dims.d_model, generator=generator).to(device, stream)
-        expected.append(made(x, None, Tokens.plain(1, length + steps, device=device))[0][:, length:])
+        expected.append(made(x, None, Tokens.plain(1, length + steps, device=device))[:, length:])
         state = mixer.init_state(1, dtype=mixer.dtype, device=device)
         if length:
             made(x[:, :length], None, Tokens.plain(1, length, device=device), [state])

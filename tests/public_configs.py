@@ -236,6 +236,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     )),
     "xlstm_7b": ("xLSTM", {}),
     "rwkv_4_7b": ("Rwkv", {}),
+    "zaya1_8b": ("Zaya", {}),
     "recurrent_gemma_2b": ("RecurrentGemma", dict(intermediate_size=15360, num_key_value_heads=1)),
     "recurrent_gemma_9b": ("RecurrentGemma", dict(
         hidden_size=4096, intermediate_size=24576, num_hidden_layers=38, num_attention_heads=16,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambadsl.build.carried import closed, relays
 from mambadsl.build.device import device as usable
 from mambadsl.build.failure import located
 from mambadsl.build.fill import fill
@@ -89,6 +90,7 @@ class Model(Ahead, nn.Module):
         super().__init__()
         self.graph, self.stage, self.assignment = graph, stage, assignment
         self.frame = fill(assignment, "model").functions
+        self.relays = relays(graph, stage)
         self.weights = {path: w for node in stage.nodes for path, w in node_weights(graph, node)}
         for node in stage.nodes:
             self._add(node, dtype=dtype, device=device)
@@ -175,7 +177,7 @@ class Model(Ahead, nn.Module):
         stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)[0]
         if self.stage.gives == ("logits",):
             return stream["logits"] if "logits" in stream else self.logits(stream["h"])
-        return tuple(stream[name] for name in self.stage.gives)
+        return tuple(closed(stream[name]) for name in self.stage.gives)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
         if len(inputs) != len(self.stage.takes) or not all(isinstance(x, Tensor) for x in inputs):
@@ -194,6 +196,8 @@ class Model(Ahead, nn.Module):
             raise ValueError(f"the first input must be {wanted}, not {list(inputs[0].shape)}")
         rows, tokens = self._rows(inputs[0], segments=segments, valid=valid, positions=positions, state=state)
         stream = dict(zip(self.stage.takes, inputs))
+        for name, relay in self.relays.items():
+            stream[name] = relay.opened(stream[name], rows.tokens, state)
         if "x" in stream and state is not None:
             stream["x"] = stream["x"].clone()
         for node in self.stage.body:
@@ -240,6 +244,8 @@ class Model(Ahead, nn.Module):
         device = device or self.device
         made = dict(dtype=dtype or self.dtype, device=device, room=room, state_dtype=state_dtype)
         layers = {}
+        if depth is None:
+            layers = {relay.path: relay.init_state(batch, **made) for relay in self.relays.values()}
         for node, sublayer in self.sublayers():
             if node.depth != depth:
                 continue
@@ -341,11 +347,11 @@ class Model(Ahead, nn.Module):
         sublayer = self.get_submodule(node.path)
         states = None if state is None else [state.layers[path] for path, _, _ in node.branches()]
         taken = {name: stream[name] for name in self.graph.reads[node.path] & self.graph.carried}
-        y_BTD, given = sublayer(
-            stream["x"], stream.get("x0"), rows.tokens, states, t_BTD=stream.pop("t", None), taken=taken
-        )
+        y_BTD = sublayer(stream["x"], stream.get("x0"), rows.tokens, states, t_BTD=stream.pop("t", None), taken=taken)
+        if sublayer.gives:
+            y_BTD, given = y_BTD
+            stream.update(given)
         stream["t" if node.aside else "x"] = y_BTD
-        stream.update(given)
 
     def _head(self, node, stream, rows, state, last) -> None:
         stream |= {name: rows.strip(stream[name]) for name in ("x", "x0") if name in stream}

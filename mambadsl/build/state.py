@@ -25,7 +25,8 @@ class DecodingState:
     """What the tokens so far have left behind. Forward passes change it in place; after one that raised it
     is worth nothing.
 
-    layers: branch path (`stack.3`, `stack.4.1`) -> that layer's tensors. position_B: place of each row's
+    layers: branch path (`stack.3`, `stack.4.1`) -> that layer's tensors, also of a branch in an earlier stage whose
+    keys and values are taken here. position_B: place of each row's
     next token in its document. segment_B: document of each row's last token; None while no call has named
     documents or padding. room: of a state of fixed size, whose tensors (position_B too) stay where they are and whose
     rows are one document each; None: it grows. read: tokens so far, of the longest row, of a state that grows.

@@ -80,6 +80,8 @@ class Sublayer(nn.Module):
         if of is not None or not node.shared:
             for name, branch, mixer in zip(self.mixers, self.branches, self.mixer_modules()):
                 self._adapt(name, branch.branch, mixer, **made)
+        #: It gives something to layers below.
+        self.gives = any(mixer.gives for mixer in self.mixer_modules())
         #: The norm is done by the part that fills the only branch's entry projection.
         self.leaves_norm = len(filled) == 1 and filled[0].takes_norm
         #: A part does the whole sublayer for one token.
@@ -101,14 +103,15 @@ class Sublayer(nn.Module):
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None, *,
         t_BTD: Tensor | None = None, taken: Mapping[str, Any] = NONE_TAKEN,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The stream after this sublayer, [B, T, D] (of one that is aside, its t), and what it gives to layers below,
-        by name. x0_BTD: needed where the layer reads the first embedding. t_BTD: of the layer before, where that is
-        aside. taken: what layers above gave, by name. states: one decoding state per branch, read and written. One
-        token with states of fixed size goes through the fused step, if there is one; it updates `x_BTD` in place."""
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """The stream after this sublayer, [B, T, D]; of one that is aside, its t. Where it gives something to layers
+        below, (that, what it gives by name). x0_BTD: needed where the layer reads the first embedding. t_BTD: of the
+        layer before, where that is aside. taken: what layers above gave, by name. states: one decoding state per
+        branch, read and written. One token with states of fixed size goes through the fused step, if there is one; it
+        updates `x_BTD` in place."""
         if self._steps(tokens, states):
             step, position_B = self.mixer_modules()[0].parts["step"], tokens.positions_BT[:, 0].contiguous()
-            return step(self, x_BTD[:, 0], position_B, states[0])[:, None], {}
+            return step(self, x_BTD[:, 0], position_B, states[0])[:, None]
         if self.sub.recompute and self.training and states is None and torch.is_grad_enabled():
             # Reading the generator's state is not allowed while a CUDA graph is captured.
             drops = any(branch.branch.dropout for branch in self.branches)
@@ -125,7 +128,7 @@ class Sublayer(nn.Module):
     def _add(
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None,
         t_BTD: Tensor | None = None, taken: Mapping[str, Any] = NONE_TAKEN,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         h_BTI, kept = self.residual.read(x_BTD, t_BTD)
         if self.sub.input == "with_embedding":
             h_BTI = torch.cat((h_BTI, x0_BTD), -1)
@@ -135,7 +138,8 @@ class Sublayer(nn.Module):
         y_BTD, given = self._sum(h_BTI, tokens, states, taken)
         if self.form.after:
             y_BTD = getattr(self, self.form.after)(y_BTD)
-        return self.residual.write(x_BTD, h_BTI, y_BTD, kept), given
+        y_BTD = self.residual.write(x_BTD, h_BTI, y_BTD, kept)
+        return (y_BTD, given) if self.gives else y_BTD
 
     @property
     def _narrow(self) -> torch.dtype:

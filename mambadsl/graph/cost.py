@@ -152,5 +152,5 @@ def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, in
             if s.per_token and s.window is None:
                 kv += size
             else:
-                state += size * (s.window if s.per_token else 1)
+                state += size * (s.window + s.keep if s.per_token else 1)
     return flops, saved.narrow * NARROW + saved.wide * WIDE, kv, state

@@ -90,7 +90,7 @@ class State:
     """One tensor of a layer's decoding state, for one sequence.
 
     shape: without the batch axis. per_token: the tensor has one such entry for each past token
-    (keys, values), at most `window` of them. fp32: kept in float32 unless asked otherwise.
+    (keys, values), at most `window` of them and the first `keep`. fp32: kept in float32 unless asked otherwise.
     first_innermost: where memory is fixed, the first axis of `shape` lies innermost in it, as kernels read it fastest.
     """
 
@@ -98,6 +98,7 @@ class State:
     shape: tuple[int, ...]
     per_token: bool = False
     window: int | None = None
+    keep: int = 0
     fp32: bool = False
     first_innermost: bool = False
 
@@ -112,13 +113,15 @@ class Carried:
 
     A layer that takes it by its name gets that of the nearest layer above that gives the name; both declare the same
     shape. Without `fp32` it has the dtype that the layer computes in. optional: of what is taken; where no layer above
-    gives it, the layer gets None.
+    gives it, the layer gets None. kept: takers read it of past tokens too; modules hand on a `Seen` (kinds/past.py)
+    with entries of these names, which are the parts of the first axis of `shape` and states of the giver.
     """
 
     name: str
     shape: tuple[int, ...]
     fp32: bool = False
     optional: bool = False
+    kept: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:

@@ -12,14 +12,14 @@ keyword; where it `gives` something, forward returns (y_BTD, {name: tensor}).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mambadsl.kinds.kind import Dims, Kind, Weight
+from mambadsl.kinds.kind import Dims, Kind, State, Weight
 from mambadsl.kinds.rows import Rows
 from mambadsl.kinds.state import FixedState, Room
 from mambadsl.kinds.tokens import Tokens
@@ -91,14 +91,8 @@ class KindModule(Declared):
         """The state before the first token: tensors [B, *shape] of zeros; `dtype`, and `state_dtype` where the table
         asks for float32. Per-token ones are empty, [B, 0, *shape]; with `room`, they are [B, capacity + 1, *shape] and
         the state is a `FixedState`. The last slot is for padding, which nobody reads."""
-        slots = 0 if room is None else room.capacity + 1
-        state: dict[str, Any] = {}
-        for s in self.kind.state(self.f, self.dims):
-            shape = (batch, slots, *s.shape) if s.per_token else (batch, *s.shape)
-            state[s.name] = torch.zeros(shape, dtype=state_dtype if s.fp32 else dtype, device=device)
-            if s.first_innermost and room is not None:
-                state[s.name] = state[s.name].mT.contiguous().mT
-        return state if room is None else FixedState(state, capacity=room.capacity, room=room)
+        table = self.kind.state(self.f, self.dims)
+        return empty_state(table, batch, dtype=dtype, device=device, room=room, state_dtype=state_dtype)
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None,
@@ -119,6 +113,21 @@ class KindModule(Declared):
             x_BTC, self.conv.weight, self.conv.bias,
             segments_BT=rows.segments_BT, lengths_B=rows.lengths_B, state_BCJ=rows.past(state, "conv"),
         )
+
+
+def empty_state(
+    table: Iterable[State], batch: int, *, dtype: torch.dtype, device: Any = None, room: Room | None = None,
+    state_dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """A state of these tensors, as `KindModule.init_state` says."""
+    slots = 0 if room is None else room.capacity + 1
+    state: dict[str, Any] = {}
+    for s in table:
+        shape = (batch, slots, *s.shape) if s.per_token else (batch, *s.shape)
+        state[s.name] = torch.zeros(shape, dtype=state_dtype if s.fp32 else dtype, device=device)
+        if s.first_innermost and room is not None:
+            state[s.name] = state[s.name].mT.contiguous().mT
+    return state if room is None else FixedState(state, capacity=room.capacity, room=room)
 
 
 def add_weights(

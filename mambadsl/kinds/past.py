@@ -8,6 +8,7 @@ Letters: B batch, T time, S past tokens and those of this chunk.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ from torch import Tensor
 from mambadsl.kinds.attend import segments
 from mambadsl.kinds.state import FixedState
 from mambadsl.kinds.tokens import PADDING, Tokens
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a chunk's tokens may look at: entries [B, S, ...] by name, what the chunk's queries are, and what the S keys
+    are. new: the entries of the chunk alone [B, T, ...]."""
+
+    entries: Mapping[str, Tensor]
+    queries: Tokens
+    keys: Tokens
+    new: Mapping[str, Tensor]
+
+
+def see(
+    state: dict[str, Any] | None, new: Mapping[str, Tensor], tokens: Tokens, *, window: int | None = None, keep: int = 0
+) -> Seen:
+    """`extend`; without a state, the chunk is all there is."""
+    if state is None:
+        return Seen(new, tokens, tokens, new)
+    return Seen(*extend(state, new, tokens, window=window, keep=keep), new)
 
 
 def with_places(state: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def _naive(model, tokens_T):
     x_1TD, x0_1TD, tokens = x0_TD[None], x0_TD[None], Tokens.plain(1, T)
     for node, sublayer in model.sublayers():
         if not node.tail:
-            x_1TD, _ = sublayer(x_1TD, x0_1TD, tokens)
+            x_1TD = sublayer(x_1TD, x0_1TD, tokens)
     h_TD = _norm(x_1TD[0], w["final_norm.weight"])
     found = []
     for k in range(model.depths):
@@ -45,7 +45,7 @@ def _naive(model, tokens_T):
         joined_TD = torch.cat((e_TD, h_TD), 1) @ w[f"{own}.eh_proj.weight"].T
         for node, sublayer in model.sublayers():
             if node.path.startswith(f"mtp.{k}."):
-                joined_TD = sublayer(joined_TD[None], x0_TD[None, k + 1 :], Tokens.plain(1, T))[0][0]
+                joined_TD = sublayer(joined_TD[None], x0_TD[None, k + 1 :], Tokens.plain(1, T))[0]
         h_TD = _norm(joined_TD, w[f"{own}.final_norm.weight"])
         found.append(h_TD @ head_VD.T)
     return found

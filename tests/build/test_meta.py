@@ -44,7 +44,7 @@ def by_hand(model, tokens_T):
     w, (T,) = model.tensors(), tokens_T.shape
     x = x0 = torch.cat((w["meta.weight"], w["embed.weight"][tokens_T]))[None]
     for _, sublayer in model.sublayers():
-        x, _ = sublayer(x, x0, describe((1, M + T)))
+        x = sublayer(x, x0, describe((1, M + T)))
     return (model.final_norm(x) @ w["head.weight"].T)[0, M:]
 
 
@@ -241,11 +241,16 @@ def test_streams_have_them_too():
 # Stages.
 
 
+KEYS = f"layer Gv = A(window=3, keep={M}, gives=kv) layer Tk = A(window=2, keep={M}, takes=kv)"
+
+
 @torch.no_grad()
-def test_stages_are_the_whole(model):
+@pytest.mark.parametrize("stack, more", [(STACK, MORE), ("M Gv Tk M F Tk Conv A", KEYS)])
+def test_stages_are_the_whole(stack, more):
+    model = meta(stack, more=more)
     g = model.graph
     paths = [node.path for node in g.nodes]
-    cuts = [0, 1, 4, 8, len(paths)]
+    cuts = [0, 1, 3, 6, len(paths)]
     plan = [paths[a:b] for a, b in zip(cuts, cuts[1:])]
     parts = [shaken(build(g, plan=plan, stage=k).eval()) for k in range(len(plan))]
     assert ["meta.weight" in part.weights for part in parts] == [True, False, False, False]
@@ -307,8 +312,8 @@ def test_a_window_sees_the_first_tokens_of_its_document():
     described = describe((1, 9))
     for t in range(9):
         seen = sorted({p for p in (0, 1, t - 1, t) if 0 <= p <= t})
-        y, _ = sub(x[:, seen], None, describe((1, len(seen))))
-        whole, _ = sub(x, None, described)
+        y = sub(x[:, seen], None, describe((1, len(seen))))
+        whole = sub(x, None, described)
         torch.testing.assert_close(whole[:, t], y[:, -1], **NEAR)
     state = model.init_state(1)
     parts = [model(tokens[:, t : t + 1], state=state) for t in range(9)]

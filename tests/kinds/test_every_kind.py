@@ -35,6 +35,7 @@ from mambadsl.kinds.fields import (
     Word,
 )
 from mambadsl.kinds.kind import Dims, Kind
+from mambadsl.kinds.past import see, with_places
 from mambadsl.kinds.registry import all_kinds, get
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Variant
@@ -115,6 +116,8 @@ class Fed:
 
     def __init__(self, made: Any):
         self.made = made
+        #: By the id of a layer's state, that of its giver.
+        self.past: dict[int, tuple[dict, dict]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.made, name)
@@ -123,8 +126,19 @@ class Fed:
         return Fed(self.made.to(dtype))
 
     def __call__(self, x: Tensor, tokens: Tokens, state: dict | None = None) -> Tensor:
-        y = self.made(x, tokens, state, **taken(self.made, x))
+        more = taken(self.made, x)
+        for carried in self.made.kind.takes(self.f, self.dims):
+            if carried.kept:
+                entries = dict(zip(carried.kept, more[carried.name].unbind(2)))
+                more[carried.name] = see(self._past(state, entries), entries, tokens)
+        y = self.made(x, tokens, state, **more)
         return y[0] if self.made.gives else y
+
+    def _past(self, state: dict | None, entries: dict[str, Tensor]) -> dict | None:
+        if state is None:
+            return None
+        empty = with_places({name: t[:, :0] for name, t in entries.items()})
+        return self.past.setdefault(id(state), (state, empty))[1]
 
 
 def fed(made: Any) -> Any:

@@ -259,6 +259,26 @@ def rwkv(c: Any) -> list[Layer]:
     return [[time], [channel]] * c.num_hidden_layers
 
 
+def zaya(c: Any) -> list[Layer]:
+    assert not c.lm_head_bias and set(c.layer_types) == {"hybrid"}
+    given = c.rope_parameters["hybrid"]
+    attention = Branch("cca", dict(
+        heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim, window=None,
+        rope=("rope", dict(theta=given["rope_theta"], fraction=given["partial_rotary_factor"], scaling="none")),
+        d_conv=c.cca_time0, d_head_conv=c.cca_time1, bias=c.attention_bias,
+    ))
+
+    def experts(carry: str) -> Branch:
+        router = "mlp", dict(d_router=c.router_hidden_size, eps=c.rms_norm_eps, skip=True, carry=carry)
+        return Branch("moe", dict(
+            experts=c.num_experts, top_k=c.num_experts_per_tok, d_ff=c.moe_intermediate_size, act=c.hidden_act,
+            gated=True, router=router, shared_d_ff=0, latent=None,
+        ))
+
+    carries = ["first"] + ["next"] * (c.num_hidden_layers - 1)
+    return [Formed([branch], "affine") for carry in carries for branch in (attention, experts(carry))]
+
+
 def olmo_hybrid(c: Any) -> list[Layer]:
     """Blocks with attention have their norms behind the layers."""
     assert c.rope_parameters["rope_theta"] is None
@@ -421,7 +441,7 @@ FAMILIES = {
     "Lfm2Moe": lfm2_moe, "Lfm3": lfm3, "MiniMax": minimax, "Qwen3_5": qwen3_next, "Qwen3_5Moe": qwen3_next,
     "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next, "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid,
     "RecurrentGemma": recurrent_gemma, "Zamba": zamba, "Zamba2": zamba2, "Samba": samba,
-    "xLSTM": xlstm, "Rwkv": rwkv,
+    "xLSTM": xlstm, "Rwkv": rwkv, "Zaya": zaya,
 }
 
 
@@ -449,9 +469,9 @@ def settings(name: str) -> dict[str, Any]:
     found = dict(
         vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings,
         norm=layer_norm if c.model_type == "rwkv" else ("rmsnorm", dict(eps=eps) | centered),
-        embedding_norm=layer_norm if c.model_type == "rwkv" else "none",
+        embedding_norm={"rwkv": layer_norm, "zaya": "affine"}.get(c.model_type, "none"),
         logits_softcap=getattr(c, "logits_soft_cap", getattr(c, "output_logit_soft_cap", None)),
-        residual_dtype="fp32" if getattr(c, "residual_in_fp32", False) else "model",
+        residual_dtype="fp32" if getattr(c, "residual_in_fp32", c.model_type == "zaya") else "model",
         embedding_multiplier=embedding_multiplier(c),
         logits_multiplier=getattr(c, "lm_head_multiplier", 1) / getattr(c, "logits_scaling", 1),
     )
@@ -496,7 +516,7 @@ def test_layers(name):
 
 @pytest.mark.parametrize("name", [
     "mamba_130m", "mamba2_130m", "falcon_h1_0_5b", "granite_4_0_h_micro", "lfm2_350m", "lfm2_8b_a1b", "zamba_7b_v1",
-    "zamba2_1_2b", "zamba2_2_7b", "zamba2_7b",
+    "zamba2_1_2b", "zamba2_2_7b", "zamba2_7b", "zaya1_8b",
 ])
 def test_hugging_face_counts_the_same_parameters(name):
     assert load(MODELS / f"{name}.mdl").cost().params == hugging_face_params(name)

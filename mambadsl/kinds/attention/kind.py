@@ -16,6 +16,7 @@ from mambadsl.kinds.kind import (
     RESIDUAL,
     STEP,
     ZEROS,
+    Carried,
     Dims,
     Flops,
     Init,
@@ -145,6 +146,11 @@ FIELDS = (
     Field("qkv_bias", Flag(), False, "qkv_proj has a bias"),
     Field("o_bias", Flag(), False, "o_proj has a bias"),
     Field("key_multiplier", Real(), 1, "scale of the keys, after their norm and before rope (Falcon-H1)"),
+    Field("gives", OneOf("none", "kv"), "none", "kv: layers below can take its keys and values"),
+    Field(
+        "takes", OneOf("none", "kv"), "none",
+        "kv: it has queries only, and reads the keys and values of the nearest layer above that gives them",
+    ),
 )
 
 
@@ -161,8 +167,9 @@ def gate_dim(f: Values) -> int:
 
 
 def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
+    kv = (("k", kv_dim(f)), ("v", kv_dim(f))) if f.takes == "none" else ()
     gate = (("gate", gate_dim(f)),) if gate_dim(f) else ()
-    return ("q", q_dim(f)), ("k", kv_dim(f)), ("v", kv_dim(f)), *gate
+    return ("q", q_dim(f)), *kv, *gate
 
 
 def rotary_dim(f: Values) -> int:
@@ -177,8 +184,9 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     table = [*linear("qkv_proj", width, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out")]
     if f.qk_norm.name != "none":
         full, init = f.qk_norm.name == "full_width", ZEROS if f.qk_norm.zero_centered else ONES
-        for name, width in ("q_norm", q if full else f.head_dim), ("k_norm", kv if full else f.head_dim):
-            table.append(Weight(f"{name}.weight", (width,), init, decay=False, quantise=False))
+        for name, width in ("q_norm", q), *([("k_norm", kv)] if f.takes == "none" else []):
+            shape = (width if full else f.head_dim,)
+            table.append(Weight(f"{name}.weight", shape, init, decay=False, quantise=False))
     if f.sinks:
         table.append(Weight("sinks", (f.heads,), fp32=True, decay=False, quantise=False, tp="heads"))
     if f.differential.name != "none":
@@ -193,10 +201,25 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     return tuple(table)
 
 
+def _kv(f: Values) -> tuple[Carried, ...]:
+    return (Carried("kv", (2, f.kv_heads, f.head_dim), kept=("k", "v")),)
+
+
+def gives(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    """Keys as queries meet them: after their norm and rope."""
+    return _kv(f) if f.gives == "kv" else ()
+
+
+def takes(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    return _kv(f) if f.takes == "kv" else ()
+
+
 def state(f: Values, dims: Dims) -> tuple[State, ...]:
+    """Keys and values taken from above are their giver's."""
+    if f.takes == "kv":
+        return ()
     shape = (f.kv_heads, f.head_dim)
-    window = None if f.window is None else f.window + f.keep
-    return tuple(State(name, shape, per_token=True, window=window) for name in ("k", "v"))
+    return tuple(State(name, shape, per_token=True, window=f.window, keep=f.keep) for name in ("k", "v"))
 
 
 def mean_context(length: int, window: int | None, keep: int = 0) -> Fraction:
@@ -221,7 +244,7 @@ def flops(f: Values, dims: Dims, length: int) -> Flops:
 
 
 def saved(f: Values, dims: Dims) -> Saved:
-    """Input, q, k, v, the gate, the core's output and one log-sum-exp per head."""
+    """Input, q, k, v (its own ones), the gate, the core's output and one log-sum-exp per head."""
     return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + q_dim(f), f.heads)
 
 
@@ -237,11 +260,13 @@ KIND = Kind(
     flops=flops,
     saved=saved,
     slots=(
-        Slot("qkv_proj", "x_BTD -> [q | k | v | gate]"),
+        Slot("qkv_proj", "x_BTD -> [q | k | v | gate], without k and v where those are taken"),
         Slot("core", "softmax(scale * q k^T + mask) v with window, softcap and packed documents"),
         Slot("o_proj", "back to d_model"),
         STEP,
     ),
     source="Hugging Face transformers; rope: arXiv:2104.09864",
+    gives=gives,
+    takes=takes,
     attends=True,
 )

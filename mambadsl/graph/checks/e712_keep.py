@@ -1,4 +1,4 @@
-"""E711: first tokens are kept only where a window loses them."""
+"""E712: first tokens are kept only where a window loses them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from mambadsl.graph.checks.subject import Problem, Subject
 from mambadsl.text.diagnostic import declare
 
-E711 = declare(
-    "E711",
+E712 = declare(
+    "E712",
     "first tokens are kept where no window loses them",
     """
     With `keep=128` a layer of attention sees the first 128 tokens of each document through any window: attention sinks
@@ -27,6 +27,6 @@ def check(subject: Subject) -> Iterator[Problem]:
     for site in subject.attending():
         if site.f.get("keep") and site.f.window is None:
             yield site.problem(
-                E711, "`keep` needs a `window`", ("keep",), label=f"{site.f.keep} tokens are kept of all",
+                E712, "`keep` needs a `window`", ("keep",), label=f"{site.f.keep} tokens are kept of all",
                 help=("leave it out, or give a `window`",),
             )
