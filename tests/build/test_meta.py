@@ -21,6 +21,7 @@ from mambadsl.plan.device import DEVICES
 from mambadsl.plan.from_graph import units
 from mambadsl.run.decode import Decoder
 from mambadsl.run.generate import generate
+from mambadsl.run.step import TrainStep
 from mambadsl.text.diagnostic import MdlError
 
 M = 3
@@ -236,6 +237,14 @@ def test_streams_have_them_too():
     state = model.init_state(2)
     chunks = [model(tokens[:, a:b], state=state) for a, b in ((0, 4), (4, 6))]
     torch.testing.assert_close(torch.cat(chunks, 1), model(tokens), **NEAR)
+
+
+@pytest.mark.parametrize("what", [{}, dict(segments=torch.tensor([[0] * 4 + [1] * 5, [0] * 7 + [-1] * 2]))])
+def test_training_steps_are_traced_whole(what):
+    plain, compiled = (meta("A K F", more=MORE).train() for _ in range(2))
+    torch._dynamo.reset()
+    step = TrainStep(compiled, compile=True, backend="aot_eager")
+    torch.testing.assert_close(step.step(ids(2, 9), **what), plain.loss(ids(2, 9), **what))
 
 
 # Stages.

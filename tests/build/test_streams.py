@@ -19,6 +19,7 @@ from mambadsl.graph.weights import all_weights
 from mambadsl.kinds.residual import FORMS
 from mambadsl.plan.from_graph import units
 from mambadsl.run.generate import generate
+from mambadsl.run.step import TrainStep
 from mambadsl.text.diagnostic import MdlError
 
 #: residual, and what fits it as `narrow`.
@@ -309,6 +310,19 @@ def test_recomputing_changes_no_gradient(way):
         found.append({p: t.grad for p, t in model.named_parameters()})
     for path, grad in found[0].items():
         torch.testing.assert_close(found[1][path], grad, atol=1e-6, rtol=1e-5)
+
+
+@every_way
+def test_training_steps_are_traced_whole(way):
+    residual, narrow = WAYS[way]
+    more = f"layer X = A(residual={residual}) layer Y = G(residual={residual})"
+    plain, compiled = (made("X Y", more=more, narrow=narrow).train() for _ in range(2))
+    torch._dynamo.reset()
+    step = TrainStep(compiled, compile=True, backend="aot_eager")
+    torch.testing.assert_close(step.step(ids(2, 9)), plain.loss(ids(2, 9)))
+    plain.loss(ids(2, 9)).backward()
+    for (path, p), (_, q) in zip(plain.named_parameters(), compiled.named_parameters()):
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-6, rtol=1e-4, msg=path)
 
 
 @every_way
