@@ -73,10 +73,10 @@ EVERYTHING = (
 MIXERS = (
     "R M L G A H S M N S Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
     "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Giver Tuned Memory Tuned Lends Borrows M+Near "
-    "Squeezed First Narrow Next"
+    "Squeezed Narrow"
 )
 #: Of those, what takes something of a layer above, and cannot stand alone.
-TAKERS = {"Memory", "Borrows", "M+Near", "Next"}
+TAKERS = {"Memory", "Borrows", "M+Near"}
 
 
 def graph(stack: str, *, more: str = "", **settings: str | int | float) -> LayerGraph:

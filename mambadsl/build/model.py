@@ -91,6 +91,8 @@ class Model(Ahead, nn.Module):
         self.graph, self.stage, self.assignment = graph, stage, assignment
         self.frame = fill(assignment, "model").functions
         self.relays = relays(graph, stage)
+        #: What layers above give and each layer reads, by its path.
+        self.taken = {node.path: tuple(graph.reads[node.path] & graph.carried) for node in stage.nodes}
         self.weights = {path: w for node in stage.nodes for path, w in node_weights(graph, node)}
         for node in stage.nodes:
             self._add(node, dtype=dtype, device=device)
@@ -346,7 +348,7 @@ class Model(Ahead, nn.Module):
     def _layer(self, node, stream, rows, state, last) -> None:
         sublayer = self.get_submodule(node.path)
         states = None if state is None else [state.layers[path] for path, _, _ in node.branches()]
-        taken = {name: stream[name] for name in self.graph.reads[node.path] & self.graph.carried}
+        taken = {name: stream[name] for name in self.taken[node.path]}
         y_BTD = sublayer(stream["x"], stream.get("x0"), rows.tokens, states, t_BTD=stream.pop("t", None), taken=taken)
         if sublayer.gives:
             y_BTD, given = y_BTD

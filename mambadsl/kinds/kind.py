@@ -206,7 +206,7 @@ class Kind:
     few tokens only (I704). attends: compares each token with those before it, in an order that `rope`, a field that it
     has, may tell (W701, I702, I704, I705, W211, E207, W501).
     letter: its usual layer name, for text written by programs. color: its fill in pictures, light.
-    example: a small layer that every kernel takes.
+    example: a small layer that every kernel takes; of a kind that takes something, with the layer that gives it.
     module_code: where the torch module is, `module:Class` or a function that returns the class; of the kinds shipped,
     `Module` in the folder's module.py.
     """

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from mambadsl.graph.cost import NARROW, WIDE, Cost, costs
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
+from mambadsl.kinds.kind import Carried
 from mambadsl.plan import device as devices
 from mambadsl.plan.device import Device
 from mambadsl.plan.plan import Plan, plan_units
@@ -97,7 +98,8 @@ def units(
         forward, inputs, weights = times[key]
         kept, working = cost.saved_bytes_per_token * tokens, 0
         if node.layer is not None and node.layer.sub.recompute:
-            kept, working = graph.streams * graph.model.d_model * _stream(graph) * inside, kept
+            given = sum(map(_bytes, node.gives(graph.model.d_model).values()))
+            kept, working = (graph.streams * graph.model.d_model * _stream(graph) + given) * inside, kept
             inputs += forward
         found.append(Unit(
             path=node.path,
@@ -175,13 +177,18 @@ def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
         tensor = edge.source, SAME.get(edge.tensor, edge.tensor)
         until[tensor] = max(until.get(tensor, 0), place[edge.target])
         given = graph.by_path[edge.source].gives(d_model).get(edge.tensor)
-        element = _stream(graph) if given is None else WIDE if given.fp32 else NARROW
-        size[tensor] = max(size.get(tensor, 0), edge.width * element)
+        sent = edge.width * _stream(graph) if given is None else _bytes(given)
+        size[tensor] = max(size.get(tensor, 0), sent)
     change = [0] * (len(graph.nodes) + 1)
     for tensor, last in until.items():
         change[place[tensor[0]]] += size[tensor]
         change[last] -= size[tensor]
     return dict(zip(place, accumulate(change)))
+
+
+def _bytes(carried: Carried) -> int:
+    """Of one token."""
+    return carried.width * (WIDE if carried.fp32 else NARROW)
 
 
 def _stream(graph: LayerGraph) -> int:

@@ -19,11 +19,11 @@ run() {
 start() { run "$@" & pids+=($!); }
 
 sets=tests/gpu/test_sets.py
-for family in "mamba or samba" falcon_h1 granite nemotron "bamba or jamba or (tiny and not granite)" "lfm or olmo" \
+for family in "mamba or samba or phi" falcon_h1 granite nemotron "bamba or jamba or (tiny and not granite)" "lfm or olmo" \
   "qwen or gemma" "kimi or ling" "zamba or zaya" "minimax or xlstm or rwkv"; do
   start "sets ${family%% *}" $sets -k "($family) and not compiled"
 done
-for family in "falcon_h1 or samba" "granite or bamba or tiny" "nemotron or jamba" "mamba and not bamba and not samba" \
+for family in "falcon_h1 or samba or phi" "granite or bamba or tiny" "nemotron or jamba" "mamba and not bamba and not samba" \
   "lfm or olmo or qwen or gemma or minimax or xlstm or rwkv" "kimi or ling" "zamba or zaya"; do
   start "compiled ${family%% *}" $sets -k "compiled and ($family)"
 done

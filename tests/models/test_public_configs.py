@@ -435,13 +435,35 @@ def samba(c: Any) -> list[Layer]:
     return [[branch] for mixer in mixers for branch in (mixer, mlp(c.intermediate_size))]
 
 
+def phi_4_flash(c: Any) -> list[Layer]:
+    """The middle layer and the one after it give what the upper half reads."""
+    half, inner, layers = c.num_hidden_layers // 2, c.mamba_expand * c.hidden_size, []
+    for i in range(c.num_hidden_layers):
+        upper = i > half + 1
+        if i % c.mb_per_layer:
+            layers.append(Branch("attention", dict(
+                heads=c.num_attention_heads, kv_heads=c.num_key_value_heads,
+                head_dim=c.hidden_size // c.num_attention_heads, window=c.sliding_window if i < half else None,
+                rope="none", differential=("halves", dict(eps=1e-5, weight=True)), qkv_bias=True, o_bias=True,
+                takes="kv" if upper else "none", gives="kv" if i == half + 1 else "none",
+            )))
+        elif upper:
+            layers.append(Branch("gmu", dict(d_inner=inner, act="silu", bias=False)))
+        else:
+            layers.append(Branch("mamba1", dict(
+                d_inner=inner, d_state=c.mamba_d_state, d_conv=c.mamba_d_conv, dt_rank=c.mamba_dt_rank, bias=False,
+                conv_bias=True, dt_bc_norm="none", heads=1, gives="scan" if i == half else "none",
+            )))
+    return [[branch] for mixer in layers for branch in (mixer, mlp(c.intermediate_size))]
+
+
 FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
     "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
     "Lfm2Moe": lfm2_moe, "Lfm3": lfm3, "MiniMax": minimax, "Qwen3_5": qwen3_next, "Qwen3_5Moe": qwen3_next,
     "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next, "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid,
     "RecurrentGemma": recurrent_gemma, "Zamba": zamba, "Zamba2": zamba2, "Samba": samba,
-    "xLSTM": xlstm, "Rwkv": rwkv, "Zaya": zaya,
+    "xLSTM": xlstm, "Rwkv": rwkv, "Zaya": zaya, "Phi4Flash": phi_4_flash,
 }
 
 
@@ -462,6 +484,11 @@ def settings(name: str) -> dict[str, Any]:
         return dict(
             vocab=c.vocab_size, d_model=c.n_embd, norm=("rmsnorm", dict(eps=c.norm_eps)), tie_embeddings=True,
             context=c.block_size, residual_dtype="fp32",
+        )
+    if CONFIGS[name][0] == "Phi4Flash":
+        return dict(
+            vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings, residual_dtype="fp32",
+            norm=("layernorm", dict(eps=c.layer_norm_eps, weight=True, bias=True)),
         )
     eps = next(getattr(c, name) for name in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon") if hasattr(c, name))
     centered = dict(weight=True, zero_centered=CONFIGS[name][0] in ZERO_CENTERED)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
 
 from mambadsl.graph.checks.legal import listed
 from mambadsl.graph.checks.subject import Problem, Subject
 from mambadsl.graph.graph import Node
-from mambadsl.kinds.fields import REQUIRED
-from mambadsl.kinds.kind import Carried, Dims
+from mambadsl.kinds.fields import REQUIRED, Field
+from mambadsl.kinds.kind import Carried, Dims, Kind
 from mambadsl.kinds.registry import all_kinds, get
-from mambadsl.kinds.values import Values
+from mambadsl.kinds.values import Values, Variant
 from mambadsl.spec.make import layer
 from mambadsl.spec.model import Mixer
 from mambadsl.text.diagnostic import Diagnostic, declare
@@ -92,7 +94,7 @@ def _given(node: Node, taken: set[tuple[str, str]], model: Values) -> Iterator[P
         # A layer that takes and gives the same is a link of a chain, and the last link has none after it.
         elif (node.owner, name) not in taken and name not in node.takes(model.d_model):
             message = f"no layer takes the `{name}` that `{mixers[0].kind}` gives here"
-            help = (f"{_which('takes', name, model)} may take it, below this layer; or `gives` is left out",)
+            help = (f"{_which('takes', name, model)} may take it, below this layer; or it is not given",)
             yield Problem(Diagnostic(W708, message, place, "nothing takes this", help=help), (node,))
 
 
@@ -114,17 +116,45 @@ def _other_shape(node: Node, mixer: Mixer, wanted: Carried, giver: Node, found: 
 
 def _which(does: str, name: str, model: Values) -> str:
     """The layers that may give (or take) `name`, as text."""
-    found = []
+    dims, found = Dims(model.d_model, model.d_model), []
     for kind in all_kinds():
-        field = kind.field(does)
-        if field is not None and name in getattr(field.type, "words", ()):
-            found.append(f"`{kind.name}({does}={name})`")
-        elif field is None and all(f.default is not REQUIRED for f in kind.fields):
-            fields, dims = layer(kind.name, model=model).branches[0].fields, Dims(model.d_model, model.d_model)
-            found += [f"`{kind.name}`" for c in getattr(kind, does)(fields, dims) if c.name == name]
+        forms = _forms(kind, model) if all(f.default is not REQUIRED for f in kind.fields) else ()
+        names = (text for text, fields in forms if any(c.name == name for c in getattr(kind, does)(fields, dims)))
+        found += [f"`{text}`" for text in islice(names, 1)]
     return listed(found, word="or") if found else "some layer"
 
 
+def _forms(kind: Kind, model: Values) -> Iterator[tuple[str, Values]]:
+    """A layer with its defaults, and with each other word of a field, or of a field of a form."""
+    usual = layer(kind.name, model=model).branches[0].fields
+    yield kind.name, usual
+    for field in kind.fields:
+        for text, value in _words(field):
+            yield f"{kind.name}({text})", usual.replace(**{field.name: value})
+
+
+def _words(field: Field) -> Iterator[tuple[str, Any]]:
+    for word in getattr(field.type, "words", ()):
+        yield f"{field.name}={word}", word
+    for name, inner in getattr(field.type, "forms", {}).items():
+        if any(f.default is REQUIRED for f in inner):
+            continue
+        form = field.type.convert_word(name)
+        for text, value in chain.from_iterable(map(_words, inner)):
+            key = text.partition("=")[0]
+            yield f"{field.name}={name}({text})", Variant(name, form.values.replace(**{key: value}))
+
+
 def _place(node: Node, mixer: Mixer) -> Span | None:
-    origin = mixer.origins.get("takes") or mixer.origins.get("gives")
-    return (origin.span if origin else None) or mixer.span or node.layer.span or node.span
+    """Where the text says that something is given or taken; otherwise the layer."""
+    kind, dims = get(mixer.kind), Dims(1, 1)
+
+    def carried(fields: Values) -> set[str]:
+        return {c.name for c in (*kind.gives(fields, dims), *kind.takes(fields, dims))}
+
+    for field in kind.fields:
+        origin = mixer.origins.get(field.name)
+        if origin and origin.span and not callable(field.default):
+            if carried(mixer.fields) != carried(mixer.fields.replace(**{field.name: field.default})):
+                return origin.span
+    return mixer.span or node.layer.span or node.span

@@ -11,8 +11,8 @@ E712 = declare(
     "E712",
     "first tokens are kept where no window loses them",
     """
-    With `keep=128` a layer of attention sees the first 128 tokens of each document through any window: attention sinks
-    (arXiv:2309.17453), or the meta tokens of Hymba. Without a window a token sees all before it anyway.
+    With `keep=128` a layer of attention sees the first 128 tokens of each document through any window: attention
+    sinks (arXiv:2309.17453), or the meta tokens of Hymba. Without a window a token sees all before it anyway.
 
     Why: the field would say something that nothing computes.
 

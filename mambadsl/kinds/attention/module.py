@@ -80,7 +80,8 @@ class Module(KindModule):
         values = (half.repeat(1, 1, 2, 1) for half in v_BSKP.chunk(2, 2))
         runs = [self.parts["core"](q_BTHP, k_BSKP, v, *seen, **how) for v in values]
         first, second = torch.cat(runs, -1).chunk(2, 2)
-        q1, k1, q2, k2 = self.get_parameter("lambda").float()
+        # By its key: torch.compile writes `.lambda` for an attribute, which is no Python.
+        q1, k1, q2, k2 = self._parameters["lambda"].float()
         start = self.lambda_start
         share = (q1 @ k1).exp() - (q2 @ k2).exp() + start
         weight = self.sub_norm.weight if form.weight else None

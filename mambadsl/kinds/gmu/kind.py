@@ -46,7 +46,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 KIND = Kind(
     name="gmu",
-    example="gmu(d_inner=512)",
+    example="[mamba1(d_inner=512, d_state=16, chunk=64, gives=scan) gmu(d_inner=512)]",
     letter="U",
     color="#d9bfe3",
     doc="gated memory unit: gates what a scan above gave (SambaY)",
