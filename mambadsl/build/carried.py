@@ -34,17 +34,14 @@ class Relay:
     path: str
     table: tuple[State, ...]
 
-    @property
-    def window(self) -> int | None:
-        return self.table[0].window
-
     def init_state(self, batch: int, **made: Any) -> dict[str, Any]:
         return with_places(empty_state(self.table, batch, **made))
 
     def opened(self, new: Tensor, tokens: Tokens, state: DecodingState | None) -> Seen:
         """new: [B, T, *shape]. With a state, the stage's cache takes it in."""
         entries = dict(zip(self.carried.kept, new.unbind(2)))
-        return see(None if state is None else state.layers[self.path], entries, tokens, window=self.window)
+        own, first = None if state is None else state.layers[self.path], self.table[0]
+        return see(own, entries, tokens, window=first.window, keep=first.keep)
 
 
 def relays(graph: LayerGraph, stage: Stage) -> dict[str, Relay]:

@@ -3,14 +3,10 @@
 A shared layer is one such module with the weights, at its owner's path, and one for each use, at the use's: with its
 own parts, adapters and place in the stream, and the owner's weights.
 
-With f(h) the sum over the branches of out_multiplier * dropout(branch(in_multiplier * h)):
+The residual form's class (`residual.py`) reads the stream, the norm and the branches follow, and it makes the stream
+of what they give: with f(h) the sum over the branches of out_multiplier * dropout(branch(in_multiplier * h)), the
+default form gives x + f(norm(x)).
 
-    pre       x + f(norm(x))                     normed    alpha * h + beta * f(h), h = norm(x)
-    post      x + norm(f(x))                     sandwich  x + post_norm(f(norm(x)))
-    affine    (f(norm(x)) + b) * s + (x + b') * s', with learned vectors
-    aside     t = f(norm(x)), and the stream stays x
-
-The layer after one that is aside reads t in place of x, if it is aside too, else x + t (and adds to x).
 `input=with_embedding`: norm and branches read x and the first embedding x0 side by side, 2 * d_model wide.
 The stream keeps its dtype (float32 with `residual_dtype = fp32`); branches work in that of their weights.
 Letters: B batch, T time, D d_model, I width that the branches read.
@@ -28,14 +24,23 @@ from torch.utils.checkpoint import checkpoint
 
 from mambadsl.build.adapter import adapted
 from mambadsl.build.fill import NOTHING, Filled
+from mambadsl.build.residual import Add, Affine, Aside, Normed, scaled
+from mambadsl.build.streams import Gated, Hyper, Manifold
 from mambadsl.graph.graph import Node
 from mambadsl.kinds.module import KindModule, add_weights
 from mambadsl.kinds.norm import Norm, rms_norm
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
 from mambadsl.kinds.state import FixedState
-from mambadsl.kinds.sublayer import AFFINE, AFFINE_TERMS, adapter_weights
+from mambadsl.kinds.sublayer import adapter_weights
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Values
+
+#: Residual form -> its class.
+WAYS: dict[str, type[Add]] = {
+    "pre": Add, "post": Add, "sandwich": Add, "normed": Normed, "affine": Affine,
+    "aside": Aside, "hyper": Hyper, "mhc": Manifold, "gated": Gated,
+}
 
 #: The decoding state of each branch.
 States = Sequence[dict[str, Any]]
@@ -43,8 +48,8 @@ NONE_TAKEN: Mapping[str, Any] = {}
 
 
 class Sublayer(nn.Module):
-    """Children are named as `graph.weights` names them: `norm`, `post_norm`, `out_affine`, `stream_affine`, and
-    `mixer`, or `0`, `1`, ... for the branches of a sum."""
+    """Children are named as `graph.weights` names them: `norm`, `post_norm`, `residual`, and `mixer`, or `0`, `1`,
+    ... for the branches of a sum."""
 
     def __init__(
         self, node: Node, *, d_model: int, dtype: torch.dtype, device: Any = None, filled: Sequence[Filled] = (),
@@ -54,27 +59,22 @@ class Sublayer(nn.Module):
         use of a shared one."""
         super().__init__()
         self.sub, self.branches = node.layer.sub, node.layer.branches
-        form, dims = self.sub.residual.name, node.dims(d_model)
+        self.form, dims = form_of(self.sub.residual), node.dims(d_model)
         made = dict(dtype=dtype, device=device)
-        # The norm after the branches is `norm` where it is the only one.
-        self.norm_after = {"post": "norm", "sandwich": "post_norm"}.get(form)
-        self.affine = AFFINE_TERMS if form == "affine" else ()
         self._views: tuple[KindModule, ...] = ()
         self.mixers = ("mixer",) if len(self.branches) == 1 else tuple(map(str, range(len(self.branches))))
         filled = filled or [NOTHING] * len(self.branches)
         if of is None:
-            if form != "post":
-                self.norm = Norm(self.sub.norm, dims.d_in, rms=rms, **made)
-            if self.norm_after:
-                self.add_module(self.norm_after, Norm(self.sub.norm, d_model, rms=rms, **made))
-            for name in self.affine:
-                self.add_module(name, Norm(AFFINE, d_model, **made))
+            for norm, width in (self.form.before, dims.d_in), (self.form.after, d_model):
+                if norm:
+                    self.add_module(norm, Norm(self.sub.norm, width, rms=rms, **made))
+            self.residual = WAYS[self.sub.residual.name](self.sub, d_model, rms=rms, **made)
             for name, branch, parts in zip(self.mixers, self.branches, filled, strict=True):
                 module = get(branch.kind).module()
                 self.add_module(name, module(branch.fields, dims, parts=parts.functions, **made))
         else:
             # Held, not registered: the weights have one name each.
-            for name in {"norm", self.norm_after, *self.affine} & set(of._modules):
+            for name in set(of._modules) - set(self.mixers):
                 self.__dict__[name] = of._modules[name]
             self._views = tuple(m.view(p.functions) for m, p in zip(of.mixer_modules(), filled, strict=True))
         if of is not None or not node.shared:
@@ -129,32 +129,17 @@ class Sublayer(nn.Module):
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None,
         t_BTD: Tensor | None = None, taken: Mapping[str, Any] = NONE_TAKEN,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        residual = self.sub.residual
-        aside = residual.name == "aside"
-        h_BTI = x_BTD if t_BTD is None else t_BTD if aside else x_BTD + t_BTD
+        h_BTI, kept = self.residual.read(x_BTD, t_BTD)
         if self.sub.input == "with_embedding":
             h_BTI = torch.cat((h_BTI, x0_BTD), -1)
-        if residual.name != "post" and not self.leaves_norm:
+        if self.form.before and not self.leaves_norm:
             # Only a stream that goes on with the normed values needs them in its own dtype.
-            h_BTI = self.norm(h_BTI, dtype=None if residual.name == "normed" else self._narrow)
+            h_BTI = self.norm(h_BTI, dtype=None if self.form.keeps_normed else self._narrow)
         y_BTD, given = self._sum(h_BTI, tokens, states, taken)
-        if self.norm_after:
-            y_BTD = getattr(self, self.norm_after)(y_BTD)
-        y_BTD = self._onto(x_BTD, h_BTI, y_BTD)
+        if self.form.after:
+            y_BTD = getattr(self, self.form.after)(y_BTD)
+        y_BTD = self.residual.write(x_BTD, h_BTI, y_BTD, kept)
         return (y_BTD, given) if self.gives else y_BTD
-
-    def _onto(self, x_BTD: Tensor, h_BTI: Tensor, y_BTD: Tensor) -> Tensor:
-        """The stream, or t, with what the branches gave. h_BTI: what they read."""
-        residual = self.sub.residual
-        if residual.name == "aside":
-            return y_BTD.to(x_BTD.dtype)
-        if residual.name == "normed":
-            return scaled(h_BTI, residual.alpha) + scaled(y_BTD.to(x_BTD.dtype), residual.beta)
-        if residual.name == "affine":
-            return self.out_affine(y_BTD, dtype=x_BTD.dtype) + self.stream_affine(x_BTD)
-        # The sum widens a narrower y by itself: as a copy, that would be read and written once more.
-        wide = torch.promote_types(x_BTD.dtype, y_BTD.dtype) == x_BTD.dtype
-        return x_BTD + (y_BTD if wide else y_BTD.to(x_BTD.dtype))
 
     @property
     def _narrow(self) -> torch.dtype:
@@ -179,8 +164,3 @@ class Sublayer(nn.Module):
             y_BTD = scaled(F.dropout(y_BTD, f.dropout, self.training), f.out_multiplier)
             total_BTD = y_BTD if total_BTD is None else total_BTD + y_BTD
         return total_BTD, given
-
-
-def scaled(x: Tensor, factor: float) -> Tensor:
-    """x * factor, and x itself for 1 (most layers: no copy)."""
-    return x if factor == 1 else x * factor

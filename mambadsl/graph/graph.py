@@ -14,6 +14,8 @@ from typing import Any
 
 from mambadsl.kinds.kind import Carried, Dims
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
+from mambadsl.kinds.streams import streams_of
 from mambadsl.kinds.sublayer import input_width
 from mambadsl.kinds.values import Values
 from mambadsl.spec.model import ExpectSpec, LayerSpec, Mixer, MtpSpec, PartsSpec
@@ -103,14 +105,15 @@ class Node:
     @property
     def aside(self) -> bool:
         """It adds nothing to the residual stream; the next layer reads what it gives."""
-        return self.layer is not None and self.layer.sub.residual.name == "aside"
+        return self.layer is not None and not form_of(self.layer.sub.residual).adds
 
 
 @dataclass(frozen=True)
 class Edge:
-    """tensor: "x" the residual stream, "x0" the first embedding carried past it, "t" what the layer before gave aside
-    of it, "h" the hidden state after a final norm, which the next depth of `mtp` reads, "next" the embedding of the
-    next token, for the same; other names are what kinds give and take. width: elements per token."""
+    """tensor: "x" the residual stream (all of them, side by side), "x0" the first embedding carried past it, "t" what
+    the layer before gave aside of it, "h" the hidden state after a final norm, which the next depth of `mtp` reads,
+    "next" the embedding of the next token, for the same; other names are what kinds give and take. width: elements per
+    token."""
 
     source: str
     target: str
@@ -158,6 +161,11 @@ class LayerGraph:
     def tied(self) -> bool:
         return self.model.tie_embeddings
 
+    @cached_property
+    def streams(self) -> int:
+        """Residual streams side by side: those of the first layer, which all others have too (E710)."""
+        return streams_of(self.layers[0].layer.sub) if self.layers else 1
+
     @property
     def residual_additions(self) -> int:
         """How many times something is added to the stack's residual stream."""
@@ -183,6 +191,14 @@ class LayerGraph:
         count = len(mixing)
         last = max(count - 1, 0)
         return {n.owner: (before.get(n.owner, last), count) for n in self.nodes if n.role is Role.LAYER}
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """For each owner of a layer, which layer its first use is, from 0."""
+        found: dict[str, int] = {}
+        for i, node in enumerate(node for node in self.nodes if node.role is Role.LAYER):
+            found.setdefault(node.owner, i)
+        return found
 
     def content(self) -> dict[str, Any]:
         """What the graph is; equal graphs have equal content."""

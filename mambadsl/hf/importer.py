@@ -17,7 +17,7 @@ from mambadsl.graph.unroll import connect
 from mambadsl.graph.weights import all_weights, node_weights
 from mambadsl.hf.config import E610, E611, Settings
 from mambadsl.hf.family import Family, Layer, NormAt, both, families
-from mambadsl.kinds.sublayer import AFFINE_TERMS
+from mambadsl.kinds.residual import AFFINE_TERMS
 from mambadsl.spec import make
 from mambadsl.spec.model import LayerSpec, MtpSpec
 from mambadsl.text.diagnostic import Diagnostic, MdlError

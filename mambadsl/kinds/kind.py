@@ -37,6 +37,7 @@ class Init:
     lambda_start(): 0.8 - 0.6 exp(-0.3 l) in the l-th layer that mixes tokens, from 0 on
     shift_share(power, rise): (i / n)^(power (1 - depth)) + rise depth of channel i of n, depth from 0 to 1
     decay_speeds(): -5 + 8 (i / (n - 1))^(0.7 + 1.3 depth) · zigzag(): log 0.3 and 0.5 less, as much, 0.5 more in turn
+    one_stream(streams): the l-th layer reads stream l mod N alone, adds to each, and leaves all as they are
     slopes(): 2^(-8 h / H) of head h = 1, ... H, less the deeper the layer: next to nothing in the last
     """
 
@@ -89,7 +90,7 @@ class State:
     """One tensor of a layer's decoding state, for one sequence.
 
     shape: without the batch axis. per_token: the tensor has one such entry for each past token
-    (keys, values), at most `window` of them. fp32: kept in float32 unless asked otherwise.
+    (keys, values), at most `window` of them and the first `keep`. fp32: kept in float32 unless asked otherwise.
     first_innermost: where memory is fixed, the first axis of `shape` lies innermost in it, as kernels read it fastest.
     """
 
@@ -97,6 +98,7 @@ class State:
     shape: tuple[int, ...]
     per_token: bool = False
     window: int | None = None
+    keep: int = 0
     fp32: bool = False
     first_innermost: bool = False
 
@@ -251,7 +253,7 @@ class Kind:
 
 
 def norm_weights(prefix: str, norm: Any, width: int) -> tuple[Weight, ...]:
-    """The weights of a norm form (see `sublayer.NORM` and `AFFINE`) over `width` channels."""
+    """The weights of a norm form (see `sublayer.NORM` and `residual.AFFINE`) over `width` channels."""
     if norm.name == "none" or not norm.values.get("weight", True):
         return ()
     init = ZEROS if norm.values.get("zero_centered", False) else ONES

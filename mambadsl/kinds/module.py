@@ -26,7 +26,31 @@ from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Values
 
 
-class KindModule(nn.Module):
+class Declared(nn.Module):
+    """Parameters made from a table; those declared float32 stay so."""
+
+    def declare(
+        self, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any = None, below: str = ""
+    ) -> None:
+        """As `add_weights`."""
+        self._wide = tuple(w.name.removeprefix(below) for w in weights if w.fp32)
+        add_weights(self, weights, dtype=dtype, device=device, below=below)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Declared:
+        """`to`, `bfloat16`, `half` and the like leave weights declared float32 (and their gradients) so."""
+        wide = [self.state_dict(keep_vars=True)[name] for name in self._wide]
+        kept = {id(t) for weight in wide for t in (weight, weight.grad) if t is not None}
+
+        def keep(tensor: Tensor) -> Tensor:
+            done = fn(tensor)
+            if id(tensor) not in kept or done.dtype.itemsize >= 4:
+                return done
+            return tensor.to(device=done.device, dtype=torch.float32)
+
+        return super()._apply(keep, recurse)
+
+
+class KindModule(Declared):
     """kind: the tables. REFERENCE: slot name -> pure-torch function, what `parts` may replace. ENTRY: the slot of the
     projection that reads x; a part there may do the norm before it as well (forward then gets it as `norm`)."""
 
@@ -45,9 +69,8 @@ class KindModule(nn.Module):
         self.gives = tuple(c.name for c in self.kind.gives(f, dims))
         self.takes = tuple(c.name for c in self.kind.takes(f, dims))
         table = self.kind.weights(f, dims)
-        self._wide = tuple(w.name for w in table if w.fp32)
         self._narrow = next(w.name for w in table if not w.fp32)
-        add_weights(self, table, dtype=dtype, device=device)
+        self.declare(table, dtype=dtype, device=device)
 
     def view(self, parts: Mapping[str, Callable[..., Any]]) -> KindModule:
         """The same weights with other parts, for one use of a shared layer. The two share the tables that hold the
@@ -60,19 +83,6 @@ class KindModule(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the layer computes in: the dtype of its weights that are not declared float32."""
         return self.get_parameter(self._narrow).dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KindModule:
-        """`to`, `bfloat16`, `half` and the like leave weights declared float32 (and their gradients) so."""
-        wide = [self.state_dict(keep_vars=True)[name] for name in self._wide]
-        kept = {id(t) for weight in wide for t in (weight, weight.grad) if t is not None}
-
-        def keep(tensor: Tensor) -> Tensor:
-            done = fn(tensor)
-            if id(tensor) not in kept or done.dtype.itemsize >= 4:
-                return done
-            return tensor.to(device=done.device, dtype=torch.float32)
-
-        return super()._apply(keep, recurse)
 
     def init_state(
         self, batch: int, *, dtype: torch.dtype, device: Any = None, room: Room | None = None,
@@ -120,11 +130,14 @@ def empty_state(
     return state if room is None else FixedState(state, capacity=room.capacity, room=room)
 
 
-def add_weights(module: nn.Module, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any) -> None:
-    """Registers empty parameters (and buffers, where not trained) under their dotted names."""
+def add_weights(
+    module: nn.Module, weights: tuple[Weight, ...], *, dtype: torch.dtype, device: Any, below: str = ""
+) -> None:
+    """Registers empty parameters (and buffers, where not trained) under their dotted names. below: where the module
+    itself stands, what all names begin with."""
     for w in weights:
         owner = module
-        *path, leaf = w.name.split(".")
+        *path, leaf = w.name.removeprefix(below).split(".")
         for step in path:
             if step not in owner._modules:
                 owner.add_module(step, Holder())

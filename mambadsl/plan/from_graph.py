@@ -75,6 +75,8 @@ def units(
     with Adam; sharding the optimizer over n ranks makes it 6 + 12 / n)."""
     length = length or graph.model.context
     tokens = sequences * length
+    # Those of the rows between embedding and head.
+    inside = sequences * (length + graph.model.meta_tokens)
     table = costs(graph, length=length)
     sent = _sent_bytes_per_token(graph)
     cuttable = True
@@ -91,12 +93,13 @@ def units(
         own, shared, owner = weights_of[what]
         key = node.role, id(node.layer), own + shared
         if key not in times:
-            times[key] = _times(graph, node, cost, params=own + shared, tokens=tokens, device=device)
+            how = dict(tokens=tokens, inside=inside, device=device)
+            times[key] = _times(graph, node, cost, params=own + shared, **how)
         forward, inputs, weights = times[key]
         kept, working = cost.saved_bytes_per_token * tokens, 0
         if node.layer is not None and node.layer.sub.recompute:
             given = sum(map(_bytes, node.gives(graph.model.d_model).values()))
-            kept, working = (graph.model.d_model * _stream(graph) + given) * tokens, kept
+            kept, working = (graph.streams * graph.model.d_model * _stream(graph) + given) * inside, kept
             inputs += forward
         found.append(Unit(
             path=node.path,
@@ -108,7 +111,7 @@ def units(
             static_bytes=int(own * bytes_per_param) + cost.buffers * WIDE,
             activation_bytes=kept,
             working_bytes=working,
-            out_bytes=sent[node.path] * tokens,
+            out_bytes=sent[node.path] * inside,
             can_cut_after=cuttable,
             cut_after=node.cut_after,
             owner=owner,
@@ -122,12 +125,13 @@ def units(
 
 
 def _times(
-    graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, device: Device
+    graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, inside: int, device: Device
 ) -> tuple[float, float, float]:
-    """Seconds of the forward, input-gradient and weight-gradient pass of one microbatch."""
-    stream = 2 * graph.model.d_model * _stream(graph)
+    """Seconds of the forward, input-gradient and weight-gradient pass of one microbatch. tokens: of it; inside: with
+    meta tokens."""
+    stream = 2 * graph.streams * graph.model.d_model * _stream(graph)
     touched = 0 if node.role is Role.EMBED else params
-    moved = (stream + cost.saved_bytes_per_token) * tokens
+    moved = stream * inside + cost.saved_bytes_per_token * tokens
     flops = cost.flops
 
     def roof(operations: float, size: float) -> float:

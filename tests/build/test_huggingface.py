@@ -16,7 +16,7 @@ import torch
 from mambadsl.build.model import build
 from mambadsl.graph.graph import Role
 from mambadsl.graph.unroll import unroll
-from mambadsl.kinds.sublayer import AFFINE_TERMS
+from mambadsl.kinds.residual import AFFINE_TERMS
 from mambadsl.spec.resolve import resolve
 from mambadsl.syntax.read import read
 from mambadsl.text.source import from_text
@@ -149,8 +149,8 @@ ZAYA = {
     "model.input_hidden_states_scale": "model.embed_affine.weight",
     "model.input_hidden_states_bias": "model.embed_affine.bias",
     "post_attention_residual_scale.": "input_layernorm.", "post_mlp_residual_scale.": "post_attention_layernorm.",
-    ".hidden_states_scale": ".out_affine.weight", ".hidden_states_bias": ".out_affine.bias",
-    ".residual_scale": ".stream_affine.weight", ".residual_bias": ".stream_affine.bias",
+    ".hidden_states_scale": ".residual.out_affine.weight", ".hidden_states_bias": ".residual.out_affine.bias",
+    ".residual_scale": ".residual.stream_affine.weight", ".residual_bias": ".residual.stream_affine.bias",
     "self_attn.qkv_proj.": "self_attn.", "v_proj_current": "v_proj", "v_proj_delayed": "v_next_proj",
     "conv_qk_depthwise": "conv", "conv_qk_grouped": "head_conv", "qk_norm.temp": "temperature",
     "gate.down_proj": "router.enter", "gate.router_mlp.out_proj": "router", "gate.router_mlp": "router",

@@ -113,8 +113,8 @@ def test_residual_forms_are_what_they_say():
             "post": lambda: x + sub.norm(f(x)),
             "sandwich": lambda: x + sub.post_norm(f(sub.norm(x))),
             "normed": lambda: 1.5 * sub.norm(x) + 0.5 * f(sub.norm(x)),
-            "affine": lambda: (f(sub.norm(x)) + sub.out_affine.bias) * sub.out_affine.weight
-            + (x + sub.stream_affine.bias) * sub.stream_affine.weight,
+            "affine": lambda: (f(sub.norm(x)) + sub.residual.out_affine.bias) * sub.residual.out_affine.weight
+            + (x + sub.residual.stream_affine.bias) * sub.residual.stream_affine.weight,
         }[form]()
         torch.testing.assert_close(sub(x, None, described), wanted)
 

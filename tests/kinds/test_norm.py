@@ -13,7 +13,8 @@ from transformers.models.zaya.modeling_zaya import ZayaResidualScaling
 from mambadsl.kinds.fields import Word
 from mambadsl.kinds.kind import norm_weights
 from mambadsl.kinds.norm import Norm
-from mambadsl.kinds.sublayer import AFFINE, NORM
+from mambadsl.kinds.residual import AFFINE
+from mambadsl.kinds.sublayer import NORM
 from mambadsl.kinds.values import Variant
 
 

@@ -14,8 +14,8 @@ E711 = declare(
     """
     Attention with `takes=kv` has queries only; keys and values are those of the nearest layer above with
     `gives=kv`. They come as that layer reads them: turned by its `rope`, as old as its `window`. So the two have
-    the same `rope`, and the window of the one that takes is no wider. It has no keys of its own to scale
-    (`key_multiplier`) or to give.
+    the same `rope`, and the window of the one that takes is no wider, nor does it `keep` more first tokens. It has
+    no keys of its own to scale (`key_multiplier`) or to give.
 
     Why: queries and keys that are turned differently do not meet, and in decoding the giver has let go of keys
     older than its window.
@@ -62,3 +62,7 @@ def _differences(site: Site, path: str, given: Values) -> Iterator[Problem]:
         help = (f"`window={given.window}` or less, or a wider one in `{path}`",)
         label = f"`{path}` keeps the last {given.window}"
         yield site.problem(E711, message, ("window", "takes"), label=label, help=help)
+    if given.window is not None and site.f.keep > given.keep:
+        message = f"more first tokens are kept than by `{path}`, which keeps the keys"
+        help = (f"`keep={given.keep}` or less, or more in `{path}`",)
+        yield site.problem(E711, message, ("keep", "takes"), label=f"`{path}` keeps the first {given.keep}", help=help)

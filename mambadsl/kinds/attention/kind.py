@@ -127,6 +127,10 @@ HEAD_FIELDS = (
 )
 FIELDS = (
     *HEAD_FIELDS,
+    Field(
+        "keep", Int(0), 0, "the first tokens of each document are seen through any window (sinks; Hymba's meta tokens)",
+        "tokens",
+    ),
     Field("qk_norm", QK_NORM, QK_NORM.convert_word("none"), "RMS norm of queries and keys, before rope"),
     Field("scale", OrWord("auto", Real(above=0)), None, "scale of the scores; auto: head_dim ** -0.5"),
     Field("softcap", OrWord("none", Real(above=0)), None, "scores are squashed to cap * tanh(score / cap)"),
@@ -215,14 +219,19 @@ def state(f: Values, dims: Dims) -> tuple[State, ...]:
     if f.takes == "kv":
         return ()
     shape = (f.kv_heads, f.head_dim)
-    return tuple(State(name, shape, per_token=True, window=f.window) for name in ("k", "v"))
+    return tuple(State(name, shape, per_token=True, window=f.window, keep=f.keep) for name in ("k", "v"))
 
 
-def mean_context(length: int, window: int | None) -> Fraction:
-    """Mean number of tokens that a token of a sequence sees, itself included."""
+def mean_context(length: int, window: int | None, keep: int = 0) -> Fraction:
+    """Mean number of tokens that a token of a sequence sees: the last `window`, itself included, and the first `keep`.
+    """
     if window is None or window >= length:
         return Fraction(length + 1, 2)
-    return Fraction(window * (window + 1) // 2 + (length - window) * window, length)
+    seen = window * (window + 1) // 2 + (length - window) * window
+    # The k-th token outside of the window sees min(k, keep) more.
+    outside = length - window
+    few = min(outside, keep)
+    return Fraction(seen + few * (few + 1) // 2 + (outside - few) * keep, length)
 
 
 def flops(f: Values, dims: Dims, length: int) -> Flops:
@@ -230,7 +239,7 @@ def flops(f: Values, dims: Dims, length: int) -> Flops:
     pass of the core does 5 products for 2 (flash attention computes the scores again)."""
     proj = matmul(dims.d_in * sum(n for _, n in in_segments(f)), q_dim(f) * dims.d_model)
     products = 6 if f.differential.name == "halves" else 4
-    core = products * q_dim(f) * mean_context(length, f.window)
+    core = products * q_dim(f) * mean_context(length, f.window, f.keep)
     return proj + mixing(core, backward=Fraction(5, 2))
 
 

@@ -47,8 +47,10 @@ class Module(KindModule):
         if kv is None:
             k_BTKP = self._heads(parts["k"], "k", cos_sin)
             v_BTKP = parts["v"].unflatten(-1, (-1, f.head_dim))
-            kv = see(state, dict(k=k_BTKP, v=v_BTKP), tokens, window=f.window)
+            kv = see(state, dict(k=k_BTKP, v=v_BTKP), tokens, window=f.window, keep=f.keep)
         how = dict(scale=f.head_dim**-0.5 if f.scale is None else f.scale, window=f.window, softcap=f.softcap)
+        if f.keep:
+            how["keep"] = f.keep
         if f.sinks:
             how["sinks_H"] = self.sinks
         mix = self._difference if f.differential.name == "halves" else self.parts["core"]

@@ -102,7 +102,7 @@ def naive(
             seen = [
                 (k, v)
                 for (s, p, k, v) in rows[b]
-                if s == document and p <= position and (f.window is None or p > position - f.window)
+                if s == document and p <= position and (f.window is None or p > position - f.window or p < f.keep)
             ]
             heads = [one_head(q_HP[h], seen, h * f.kv_heads // f.heads, f, sinks[h]) for h in range(f.heads)]
             if f.differential.name == "halves":

@@ -65,6 +65,8 @@ def _attention(f: Values) -> Iterator[str]:
         yield "qk_norm is over the full width, not per head"
     elif f.qk_norm.name == "per_head" and f.qk_norm.zero_centered:
         yield "the scale of qk_norm is 1 + weight"
+    if f.keep and f.window is not None:
+        yield "its windows keep no first tokens"
     if f.sinks:
         yield "its softmax has no sinks"
     if f.differential.name != "none":
