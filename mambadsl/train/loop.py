@@ -137,7 +137,7 @@ class Run:
                     troubles.append(unsaved)
                 for trouble in filter(None, troubles):
                     tell(trouble)
-        except NotFinite:
+        except (NotFinite, ValueError):  # ValueError: data that was changed meanwhile.
             # What is being written is of a step before.
             if trouble := self.saver.finish():
                 tell(trouble)

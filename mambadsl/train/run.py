@@ -42,9 +42,7 @@ def train(
             if world.first:
                 stack.enter_context(held(folder))
         with world.agreed():
-            corpus = open_corpus(
-                data, vocab=program.spec.settings.vocab, tokenizer=tokenizer, cache=folder / "data"
-            )
+            corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)
             rows = Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
         run = Run(
             program.layers, rows, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights

@@ -134,12 +134,15 @@ def shape(*, stages: int, tensor: int) -> tuple[int, int, int]:
 
 @contextmanager
 def opened(device: torch.device, *, stages: int = 1, tensor: int = 1, timeout: timedelta = TIMEOUT) -> Iterator[World]:
-    """Joins the other processes, and leaves them at the end."""
+    """Joins the other processes, and leaves them at the end; a group that is there already is used, and stays."""
     sizes = shape(stages=stages, tensor=tensor)
     found = _environment()
     device = _own(device, found)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if found is None:
+    joined = not dist.is_initialized()
+    if not joined:
+        pass
+    elif found is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         _join(backend, timeout)
@@ -148,7 +151,8 @@ def opened(device: torch.device, *, stages: int = 1, tensor: int = 1, timeout: t
         files, words = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         yield World(mesh, device, files, words)
     finally:
-        dist.destroy_process_group()
+        if joined:
+            dist.destroy_process_group()
 
 
 def _own(device: torch.device, found: dict[str, int] | None) -> torch.device:
