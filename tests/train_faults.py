@@ -81,6 +81,28 @@ class InTurn:
             start()
 
 
+@dataclass(frozen=True)
+class Launched:
+    """As `torchrun --nproc-per-node 2 --max-restarts 1` does it, its processes forked too."""
+
+    start: Start
+
+    def __call__(self) -> None:
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        here = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test", start_method="fork")
+        config = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=2, max_restarts=1, monitor_interval=0.1, **here
+        )
+        elastic_launch(config, _attempt)(self.start)
+
+
+def _attempt(start: Start) -> None:
+    with open(start.folder.parent / "attempts", "a") as out:
+        print(os.environ["TORCHELASTIC_RESTART_COUNT"], file=out)
+    start()
+
+
 def words(folder: Path) -> Path:
     file = folder / "words.txt"
     if not file.exists():
@@ -245,8 +267,8 @@ def ended(running: Sequence[tuple[Any, Path]], *, timeout: float = 60) -> Ended:
     return Ended(tuple(process.exitcode for process, _ in running), said, time.monotonic() - begin)
 
 
-def run(start: Start, *, ranks: int = 1) -> Ended:
-    return ended(begun(start, start.folder.parent, ranks=ranks))
+def run(start: Callable[[], None], folder: Path | None = None, *, ranks: int = 1) -> Ended:
+    return ended(begun(start, folder or start.folder.parent, ranks=ranks))
 
 
 def in_turn(starts: Sequence[Start], folder: Path) -> Ended:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
@@ -58,7 +59,7 @@ def _weight(saved: Saved, reader: FileSystemReader, key: str, shape: tuple[int, 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(found, storage_reader=reader, no_dist=True)
-    except Exception as error:  # Of other bytes than were written, anything may come.
+    except (Exception, CheckpointException) as error:  # Of other bytes than were written, anything may come.
         raise damaged(saved, error) from None
     yield key.removeprefix("model."), found[key]
 

@@ -104,6 +104,9 @@ class Run:
             self.notes.append(f"goes on after step {self.start:,}, from `{saved.folder}`")
             if weights is not None:
                 self.notes.append(f"`{weights}` is not read again: the run has begun")
+        # Only now: what was loaded is good.
+        if trouble := self.saver.tidy():
+            self.notes.append(trouble)
 
     def train(self, stop: Stop) -> Result:
         """Every step that is left. NotFinite where one cannot be done."""

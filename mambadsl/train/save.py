@@ -133,9 +133,21 @@ class Saver:
     def __init__(self, run: Path, world: World, pieces: Sequence[Piece], optimizer: Optimizer, *, keep: int):
         self.run, self.world, self.pieces, self.optimizer, self.keep = run, world, pieces, optimizer, keep
         self._going: tuple[Future, Path, dict[str, Any]] | None = None
-        if world.first:
-            for left in (*run.glob(f"step-*{PART}"), *run.glob(f"step-*{OLD}")):
+
+    def tidy(self) -> str | None:
+        """Takes away what runs that were killed have left, and saves past those that are kept."""
+        if self.world.first:
+            for left in (*self.run.glob(f"step-*{PART}"), *self.run.glob(f"step-*{OLD}")):
                 shutil.rmtree(left, ignore_errors=True)
+        return self._prune()
+
+    def _prune(self) -> str | None:
+        try:
+            if self.world.first:
+                prune(self.run, self.keep)
+        except OSError as error:
+            return f"old saves cannot be deleted: {_short(error)}"
+        return None
 
     def tensors(self) -> dict[str, Any]:
         """Key -> this rank's tensor; of copies of one weight, the first."""
@@ -168,16 +180,12 @@ class Saver:
             going.result()
             if self.world.first:
                 complete(part, about)
-        except Exception as error:  # Of another thread, of a disk: whatever it is, training itself is sound.
+        # Of another thread, of a disk: whatever it is, training itself is sound. (torch's own is no Exception.)
+        except (Exception, CheckpointException) as error:
             if self.world.first:
                 shutil.rmtree(part, ignore_errors=True)
             return f"the save of step {about['step']} failed, and is not there: {_short(error)}"
-        try:
-            if self.world.first:
-                prune(self.run, self.keep)
-        except OSError as error:
-            return f"old saves cannot be deleted: {_short(error)}"
-        return None
+        return self._prune()
 
     def load(self, saved: Saved) -> int:
         """Weights and moments of the save; gives its step. ValueError if they cannot be read."""

@@ -3,20 +3,18 @@ and touches nothing."""
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from train_faults import KILLED, REFUSED, STEPS, TEXT, Start, begun, ended, in_turn, listing, outcome, run
+from train_faults import KILLED, REFUSED, STEPS, TEXT, Launched, Start, begun, ended, in_turn, listing, outcome, run
 
-from mambadsl.train.save import newest, saves
+from mambadsl.train.save import newest
 
 WHOLE = [f"step-{step:08d}" for step in (4, 6)]
 
@@ -59,24 +57,22 @@ def test_killed_before_any_request_to_the_disk(never_stopped, tmp_path):
 
 def test_killed_at_any_time(never_stopped, tmp_path):
     """Truly killed, at moments that nobody chose."""
-    draw, start, kills = random.Random(5), Start(tmp_path / "run"), 0
-    while kills < 6:
-        running = begun(start, tmp_path)
-        running[0][0].join(draw.uniform(0.3, 2.0))
-        if running[0][0].exitcode is None:
-            os.kill(running[0][0].pid, signal.SIGKILL)
-            kills += 1
-        elif ended(running).result["step"] == STEPS:
-            break
+    draw, start = random.Random(5), Start(tmp_path / "run")
+    for _ in range(8):
+        [(process, _)] = running = begun(start, tmp_path)
+        process.join(draw.uniform(0.2, 1.2))
+        process.kill()
+        ended(running)
     assert run(start).result["ended"] == "done"
     assert outcome(start.folder) == outcome(never_stopped[0]) and clean(start.folder)
 
 
 def test_a_rank_that_is_lost(tmp_path):
     assert run(Start(tmp_path / "whole"), ranks=2).result["ended"] == "done"
-    lost = run(Start(tmp_path / "run", fault=("step", 3, "exit"), faulty=1), ranks=2)
+    lost = run(Start(tmp_path / "run", fault=("step", 5, "exit"), faulty=1), ranks=2)
     assert lost.codes[1] == KILLED and lost.codes[0] not in (0, None) and lost.seconds < 30
-    assert [f.name for f in saves(tmp_path / "run")] == ["step-00000002"]
+    # The save of step 4 was being written, or was not begun.
+    assert newest(tmp_path / "run")[0].step in (2, 4)
     assert run(Start(tmp_path / "run"), ranks=2).result["ended"] == "done"
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole") and clean(tmp_path / "run")
 
@@ -94,9 +90,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(tmp_path, never_stopped, 
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path):
-    done = run(Start(tmp_path / "run", fault=("step", 3, "signal", int(signal.SIGINT), 2)))
+    done = run(Start(tmp_path / "run", fault=("step", 5, "signal", int(signal.SIGINT), 2)))
     assert done.code == 70 and "KeyboardInterrupt" in done.said[0]
-    assert newest(tmp_path / "run")[0].step == 2
+    assert newest(tmp_path / "run")[0].step in (2, 4)
 
 
 def test_a_full_disk(never_stopped, tmp_path):
@@ -182,7 +178,8 @@ def test_another_run(stopped, other, words):
 
 def test_what_does_not_change_the_run_may_differ(never_stopped, stopped):
     """Layers' names, how fast it is computed, and a schedule whose past is the same."""
-    text = TEXT.replace("layer M", "layer Mix").replace("M F A F", "Mix | F A F").replace("d_ff=32", "d_ff=32, recompute=true")
+    changes = {"layer M": "layer Mix", "M F A F": "Mix | F A F", "d_ff=32": "d_ff=32, recompute=true"}
+    text = functools.reduce(lambda text, old: text.replace(old, changes[old]), changes, TEXT)
     assert run(Start(stopped, text=text, settings={"microbatch": 2})).result["ended"] == "done"
     steady = Start(stopped.parent / "steady", settings={"schedule": "constant", "steps": 2})
     assert run(steady).result["step"] == 2
@@ -191,7 +188,7 @@ def test_what_does_not_change_the_run_may_differ(never_stopped, stopped):
 
 
 def test_a_folder_that_another_run_has(stopped):
-    running = begun(Start(stopped, settings={"steps": 6}, fault=("step", 5, "signal", int(signal.SIGSTOP))), stopped.parent)
+    running = begun(Start(stopped, fault=("step", 5, "signal", int(signal.SIGSTOP))), stopped.parent)
     try:
         while len((stopped / "log.jsonl").read_text().splitlines()) != 5:
             time.sleep(0.05)
@@ -204,7 +201,7 @@ def test_a_folder_that_another_run_has(stopped):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    refused = run(Start(tmp_path / "file" / "run", data=(tmp_path / "file",)))
+    refused = run(Start(tmp_path / "file"))
     assert refused.code == REFUSED and "cannot be written" in refused.said[0]
 
 
@@ -216,18 +213,9 @@ def test_what_one_rank_refuses_all_refuse(tmp_path):
 
 
 def test_torchrun_starts_again(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from pathlib import Path\nfrom train_faults import Start\n"
-        f"Start(Path({str(tmp_path / 'run')!r}), fault=('attempt', 'step', 3, 'exit'), faulty=1)()\n"
-    )
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    done = subprocess.run(
-        [*command, str(script)], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=180, check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1])["ended"] == "done"
+    """With the very command that was started: nothing of what the lost processes said is taken for new."""
+    start = Start(tmp_path / "run", fault=("attempt", "step", 5, "exit"), faulty=1)
+    assert run(Launched(start), tmp_path).codes == (0,)
+    assert sorted((tmp_path / "attempts").read_text().split()) == ["0", "0", "1", "1"]
     assert run(Start(tmp_path / "whole"), ranks=2).result["ended"] == "done"
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
