@@ -1,6 +1,6 @@
 """Training over several GPUs: `mambadsl train` itself, mesh after mesh, each beside one GPU's speed.
 
-    python benchmarks/scale.py [--ranks 2] [--model benchmarks/hybrid_1_7b.mdl] [--only REGEX] [--steps 10] [--json FILE]
+    python benchmarks/scale.py [--ranks 2] [--model benchmarks/hybrid_1_7b.mdl] [--only REGEX] [--json FILE]
     python benchmarks/scale.py --cpu        a check of the benchmark itself: tiny, on the CPU
 
 Each row is a run of its own under torchrun on the same random tokens; its time is the median of the steps without the
@@ -125,7 +125,8 @@ def main() -> int:
                 begun = time.monotonic()
                 run(row, model, folder / "tokens.npy", folder, common, limit=given.limit)
                 rate = f"{row.step_s * 1e3:9.1f} ms  {row.tokens_per_s:10,.0f} tokens/s  {row.memory_gib:6.1f} GiB"
-                print(f"{row.name:36s} {rate}  loss {row.loss:.4f}  {row.note}  ({time.monotonic() - begun:.0f} s)", flush=True)
+                took = time.monotonic() - begun
+                print(f"{row.name:36s} {rate}  loss {row.loss:.4f}  {row.note}  ({took:.0f} s)", flush=True)
     by_name = {row.name: row for row in found}
     for row in found[1:]:
         one = by_name["1 GPU" if "data" in row.name or "tensor" in row.name else found[2].name]

@@ -1,4 +1,6 @@
-"""Runs that many processes make together, case after case: `python -m torch.distributed.run ... train_cases.py CASES OUT`.
+"""Runs that many processes make together, case after case:
+
+    python -m torch.distributed.run ... train_cases.py CASES OUT
 
 CASES is a JSON file, name -> {"model", "settings"}; OUT gets a folder of a run for each. In one process: `alone`.
 """
@@ -18,8 +20,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 import mambadsl
-from mambadsl.train.loop import Keeping
 from mambadsl.train.log import losses
+from mambadsl.train.loop import Keeping
 from mambadsl.train.run import train
 from mambadsl.train.save import newest
 from mambadsl.train.settings import Settings
@@ -32,15 +34,23 @@ layer F = mlp(d_ff=64)
 layer E = moe(experts=4, top_k=2, d_ff=32)
 layer T = attention(heads=4, residual=aside, input=with_embedding)
 layer P = linear(residual=aside)
+layer B = mamba1(d_state=4, dt_rank=4, gives=scan)
+layer G = gmu()
+layer K = attention(heads=4, gives=kv)
+layer C = attention(heads=4, takes=kv)
 shared S = [A F]
 shared Z = T
 """
 #: What is hard about a pipeline, and the usual.
 MODELS = {
-    "tied": f"model tied {{ {HEAD} tie_embeddings = true }} {LAYERS} stack {{ M F A F M F M F A F }}",
-    "untied": f"model untied {{ {HEAD} tie_embeddings = false }} {LAYERS} stack {{ M F A E M F }}",
-    "sharing": f"model sharing {{ {HEAD} tie_embeddings = true }} {LAYERS} stack {{ S M S M Z P M F Z P M F S }}",
-    "ahead": f"model ahead {{ {HEAD} tie_embeddings = true }} {LAYERS} stack {{ M F A F M F }} mtp(depths=2, weights=shared) {{ A F }}",
+    name: f"model {name} {{ {HEAD}  tie_embeddings = {tied} }} {LAYERS} stack {{ {stack} }} {tail}"
+    for name, tied, stack, tail in (
+        ("tied", "true", "M F A F M F M F A F", ""),
+        ("untied", "false", "M F A E M F", ""),
+        ("sharing", "true", "S M S M Z P M F Z P M F S", ""),
+        ("ahead", "true", "M F A F M F", "mtp(depths=2, weights=shared) { A F }"),
+        ("carrying", "false", "B F K F G F C F G C", ""),
+    )
 }
 #: An epsilon that rounding does not turn over: Adam divides what is next to nothing by itself.
 COMMON = dict(length=32, batch=8, steps=4, lr=3e-3, eps=1e-3, parts="reference", seed=3)
@@ -70,7 +80,8 @@ def together(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int, timeout
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(
-        [*command, __file__, str(out / "cases.json"), str(out)], env=env, timeout=timeout, capture_output=True, text=True
+        [*command, __file__, str(out / "cases.json"), str(out)], env=env, timeout=timeout, capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-16000:]
 

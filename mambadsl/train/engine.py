@@ -6,6 +6,7 @@ the planner's own lists of actions, run by torch.distributed.pipelining.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -79,10 +80,34 @@ _FORWARD = {
 }
 
 
+def _examples(
+    graph: LayerGraph, names: tuple[str, ...], *, rows: int, length: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """What crosses between stages, without memory; else torch would run every stage once, on nothing, to see it."""
+    d_model = graph.model.d_model
+    stream = torch.float32 if graph.model.residual_dtype == "fp32" else dtype
+    made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        name: ((rows, length, *c.shape), torch.float32 if c.fp32 else dtype)
+        for node in graph.nodes for name, c in node.gives(d_model).items()
+    }
+    made |= {name: ((rows, length, d_model), stream) for name in ("x0", "t")}
+    made["x"] = (rows, length, graph.streams * d_model), stream
+    made |= {"tokens": ((rows, length), torch.int64), "logits": ((), torch.float32)}
+    return tuple(
+        torch.empty(size, dtype=kind, device="meta", requires_grad=kind.is_floating_point)
+        for size, kind in map(made.__getitem__, names)
+    )
+
+
 class Pipelined:
     """The stages of a plan on the ranks of the pipeline."""
 
     def __init__(self, graph: LayerGraph, plan: Plan, world: World, settings: Settings):
+        if graph.model.meta_tokens:
+            raise ValueError(
+                "a pipeline sends tensors of one shape, and with meta tokens rows are longer the more documents they "
+                "have: train with 1 stage"
+            )
         self.world, self.plan = world, plan
         each, micro = settings.rows(world.ranks("data"))
         self.microbatches = each // micro
@@ -90,17 +115,7 @@ class Pipelined:
         mine = [s for s in cut if rank_of(plan.placement, plan.ranks, s.index) == world.at("pipeline")]
         self.pieces = [piece(graph, s, world, settings) for s in mine]
         group, device = world.group("pipeline"), world.device
-        shape = (micro, settings.length, graph.model.d_model)
-        stream = torch.float32 if graph.model.residual_dtype == "fp32" else DTYPES[settings.dtype]
-
-        def examples(names: tuple[str, ...]) -> tuple[Tensor, ...]:
-            """Shapes are known: without them, torch would run every stage once on what lies in memory to see them."""
-            made = {"tokens": ((micro, settings.length), torch.int64), "logits": ((), torch.float32)}
-            return tuple(
-                torch.empty(size, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
-                for size, dtype in (made.get(name, (shape, stream)) for name in names)
-            )
-
+        examples = partial(_examples, graph, rows=micro, length=settings.length, dtype=DTYPES[settings.dtype])
         splits = BACKWARD_WEIGHT in SCHEDULES[plan.schedule].kinds
         held = [
             PipelineStage(
