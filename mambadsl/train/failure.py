@@ -13,7 +13,8 @@ from mambadsl.build.failure import notes
 from mambadsl.data.rows import Batch
 from mambadsl.graph.graph import Node
 from mambadsl.train.engine import Engine
-from mambadsl.train.pieces import Piece, local
+from mambadsl.train.held import local
+from mambadsl.train.pieces import Piece
 from mambadsl.train.world import World
 
 
@@ -25,7 +26,7 @@ def explain(step: int, loss: float, norm: float, engine: Engine, batch: Batch, c
     """Why step `step` cannot be done. Runs its forward pass again, watching every layer; every rank calls it."""
     found = _forward(engine, batch, counts_K) or _gradient(engine.pieces)
     told: list = [None] * world.size
-    torch.distributed.all_gather_object(told, found, group=world.files)
+    torch.distributed.all_gather_object(told, found, group=world.told)
     what = f"step {step}: the loss is {loss}" if loss != loss or abs(loss) == float("inf") else (
         f"step {step}: the norm of the gradients is {norm}"
     )

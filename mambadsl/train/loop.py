@@ -32,6 +32,7 @@ from mambadsl.train.optimizer import Optimizer
 from mambadsl.train.peak import peak_flops
 from mambadsl.train.save import Saved, Saver, misfit, newest
 from mambadsl.train.settings import Settings, differences
+from mambadsl.train.slices import whole
 from mambadsl.train.stop import Stop
 from mambadsl.train.world import World
 
@@ -87,6 +88,8 @@ class Run:
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
         self.notes = [f"passed over: {doubt}" for doubt in doubts]
+        if alone := whole(graph, world.ranks("tensor")):
+            self.notes.append(f"whole on every tensor rank: {', '.join(alone)}")
         if self.saved is not None:
             self.start = self.saver.load(self.saved)
             self.notes.append(f"goes on after step {self.start:,}, from `{self.saved.folder}`")

@@ -16,6 +16,7 @@ from mambadsl.data.rows import Rows
 from mambadsl.plan.plan import Plan
 from mambadsl.train.loop import Keeping, Result, Run
 from mambadsl.train.settings import Settings
+from mambadsl.train.slices import split
 from mambadsl.train.stop import Stop
 from mambadsl.train.world import opened, shape
 
@@ -31,6 +32,7 @@ def train(
     """
     place = usable(device)
     shape(stages=settings.stages, tensor=settings.tensor)
+    split(program.layers, settings.tensor)
     plan = planning(program, settings, **(planned or {})) if settings.stages > 1 else None
     folder = Path(folder)
     corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)

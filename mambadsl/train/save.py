@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from mambadsl.build.checkpoint import listed
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.graph.weights import all_weights
+from mambadsl.train.held import LoadPlanner, SavePlanner, Sliced, local
 from mambadsl.train.optimizer import Optimizer
 from mambadsl.train.pieces import Piece
 from mambadsl.train.world import World
@@ -100,14 +101,18 @@ class Saver:
         world.barrier()
 
     def tensors(self) -> dict[str, Any]:
-        """Key -> this rank's tensor; of copies of one weight, the first."""
-        found: dict[str, Tensor] = {}
+        """Key -> what this rank has of the tensor; of copies of one weight, the first."""
+        found: dict[str, Tensor | Sliced] = {}
         for made in self.pieces:
             for path, tensor in made.model.tensors().items():
-                found.setdefault(f"model.{path}", tensor.detach())
+                found.setdefault(f"model.{path}", self._held(path, tensor.detach()))
         for path, name, tensor in self.optimizer.state():
-            found.setdefault(f"optim.{path}.{name}", tensor)
+            found.setdefault(f"optim.{path}.{name}", self._held(path, tensor))
         return found
+
+    def _held(self, path: str, tensor: Tensor) -> Tensor | Sliced:
+        held = next((made.slices[path] for made in self.pieces if path in made.slices), None)
+        return tensor if held is None else Sliced(tensor, held)
 
     def start(self, step: int, about: dict[str, Any]) -> str | None:
         """Begins a save; training may go on at once. Gives what went wrong with the one before."""
@@ -116,7 +121,8 @@ class Saver:
         if self.world.first and part.exists():
             shutil.rmtree(part)
         self.world.barrier()
-        going = dcp.async_save(self.tensors(), checkpoint_id=part, process_group=self.world.files)
+        how = dict(planner=SavePlanner(), process_group=self.world.files)
+        going = dcp.async_save(self.tensors(), checkpoint_id=part, **how)
         self._going = going, part, {"step": step, **about}
         return trouble
 
@@ -141,7 +147,7 @@ class Saver:
     def load(self, saved: Saved) -> int:
         """Weights and moments of the save; gives its step."""
         tensors = self.tensors()
-        dcp.load(tensors, checkpoint_id=saved.folder, process_group=self.world.files)
+        dcp.load(tensors, checkpoint_id=saved.folder, planner=LoadPlanner(), process_group=self.world.files)
         for made in self.pieces:
             for path, tensor in made.model.tensors().items():
                 _same(tensor.detach(), tensors[f"model.{path}"])
@@ -151,8 +157,10 @@ class Saver:
         return saved.step
 
 
-def _same(tensor: Tensor, loaded: Tensor) -> None:
+def _same(tensor: Tensor, loaded: Tensor | Sliced) -> None:
     """A second copy of a weight gets what the first one got."""
+    if isinstance(loaded, Sliced):
+        tensor, loaded = local(tensor), loaded.tensor
     if tensor.data_ptr() != loaded.data_ptr():
         tensor.copy_(loaded)
 

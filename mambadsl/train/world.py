@@ -23,12 +23,13 @@ AXES = ("pipeline", "data", "tensor")
 
 @dataclass(frozen=True)
 class World:
-    """mesh: axes `pipeline`, `data`, `tensor`. files: a group over the CPU of all ranks for saving, which runs beside
-    training and must not share its groups."""
+    """mesh: axes `pipeline`, `data`, `tensor`. told: a group over the CPU of all ranks. files: another, for saving
+    alone: it runs beside training, and in one group the two would wait for each other for ever."""
 
     mesh: DeviceMesh
     device: torch.device
-    files: dist.ProcessGroup | None
+    told: dist.ProcessGroup
+    files: dist.ProcessGroup
 
     @property
     def rank(self) -> int:
@@ -55,12 +56,12 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier(group=self.files)
+            dist.barrier(group=self.told)
 
     def everywhere(self, flag: bool) -> bool:
         """Whether any rank says so."""
         told = torch.tensor([float(flag)])
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.files)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.told)
         return bool(told.item())
 
 
@@ -103,7 +104,7 @@ def opened(device: torch.device, *, stages: int = 1, tensor: int = 1, timeout: t
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
-        yield World(mesh, device, dist.new_group(backend="gloo", timeout=timeout))
+        yield World(mesh, device, *(dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)))
     finally:
         if joined:
             dist.destroy_process_group()

@@ -19,6 +19,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -104,6 +105,11 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + 2 * f.d_inner + f.heads * (f.dt_rank + 2 * f.d_state) + f.d_inner)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """By heads: of the channels of one, dt, B and C would have to be added up inside of the layer."""
+    return divided(f, ranks, "heads", "d_inner")
+
+
 KIND = Kind(
     name="mamba1",
     example="mamba1(d_inner=512, d_state=16, chunk=64)",
@@ -115,6 +121,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [x | z]"),
         Slot("conv", "causal depthwise convolution with silu, its last inputs as state"),

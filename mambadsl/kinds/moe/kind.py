@@ -21,6 +21,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
 )
@@ -122,6 +123,11 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + routed + wide * f.shared_d_ff, f.experts)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """Every rank has a part of every expert."""
+    return divided(f, ranks, "d_ff", "shared_d_ff")
+
+
 KIND = Kind(
     name="moe",
     example="moe(experts=4, top_k=2, d_ff=256)",
@@ -133,6 +139,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("router", "scores, choice and weights of experts, in float32"),
         Slot("experts", "the routed experts' two products over tokens sorted by expert"),
