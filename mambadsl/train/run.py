@@ -6,6 +6,7 @@ Refuses (ValueError, MdlError) what its parts refuse, before weights are allocat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mambadsl.data.corpus import open_corpus
 from mambadsl.data.rows import Rows
 from mambadsl.plan.plan import Plan
 from mambadsl.train.loop import Keeping, Result, Run
+from mambadsl.train.save import held
 from mambadsl.train.settings import Settings
 from mambadsl.train.slices import split
 from mambadsl.train.stop import Stop
@@ -24,23 +26,31 @@ from mambadsl.train.world import opened, shape
 def train(
     program: Program, data: Sequence[str | Path], folder: str | Path, settings: Settings, *, device: Any = "cpu",
     tokenizer: str | Path | None = None, held_out: float = 0.0, keeping: Keeping = Keeping(),
-    planned: dict[str, Any] | None = None,
+    planned: dict[str, Any] | None = None, weights: str | Path | None = None,
 ) -> Result:
     """Trains a model, or goes on with the run that is in the folder.
 
-    planned: keywords of the planner beside those that the settings have (`device`, `memory_limit`).
+    planned: keywords of the planner beside those that the settings have (`device`, `memory_limit`). weights: a folder
+    of safetensors that a new run begins with.
     """
     place = usable(device)
-    shape(stages=settings.stages, tensor=settings.tensor)
+    _, ranks, _ = shape(stages=settings.stages, tensor=settings.tensor)
+    settings.rows(ranks)
     split(program.layers, settings.tensor)
     plan = planning(program, settings, **(planned or {})) if settings.stages > 1 else None
-    folder = Path(folder)
-    corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)
-    rows = Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
-    with Stop() as stop, opened(place, stages=settings.stages, tensor=settings.tensor) as world:
-        return Run(
-            program.layers, rows, settings, folder, world=world, plan=plan, keeping=keeping
-        ).train(stop)
+    folder, weights = Path(folder), None if weights is None else Path(weights)
+    with opened(place, stages=settings.stages, tensor=settings.tensor) as world, ExitStack() as stack:
+        with world.agreed():
+            if world.first:
+                stack.enter_context(held(folder))
+        with world.agreed():
+            corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)
+            rows = Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
+        run = Run(
+            program.layers, rows, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights
+        )
+        with Stop() as stop:
+            return run.train(stop)
 
 
 def planning(program: Program, settings: Settings, **how: Any) -> Plan:
@@ -51,4 +61,3 @@ def planning(program: Program, settings: Settings, **how: Any) -> Plan:
         stages=settings.stages, schedule=settings.pipeline, virtual=settings.virtual, microbatches=each // micro,
         length=settings.length, sequences=micro, **how,
     )
-

@@ -1,8 +1,8 @@
 """Which part of a model a tensor rank has: the fields of its layers, and the ranges of each of their weights.
 
 In: a graph and a number of ranks. Out: the graph of one rank's part (all are alike), and a `Slice` for every weight of
-a layer that is split. Refuses (ValueError) a number that no layer splits into. Layers that do not split, embedding,
-norms and head are whole on every rank.
+a layer that is split. Refuses (ValueError) a number that no layer splits into. Layers that do not split, or hand
+something to each other past the stream, embedding, norms and head are whole on every rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mambadsl.graph.checks.legal import listed, near
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
-from mambadsl.kinds.kind import Weight
+from mambadsl.kinds.kind import Dims, Weight
 from mambadsl.kinds.registry import get
 from mambadsl.spec.model import Mixer
 
@@ -47,14 +47,18 @@ def split(graph: LayerGraph, ranks: int) -> LayerGraph:
 
 
 def _split(graph: LayerGraph, ranks: int) -> LayerGraph:
-    def mixer(whole: Mixer) -> Mixer:
-        fields = get(whole.kind).split(whole.fields, ranks) if ranks > 1 else None
+    def mixer(whole: Mixer, dims: Dims) -> Mixer:
+        kind = get(whole.kind)
+        # What layers hand each other would have to be cut alike in all of them.
+        apart = ranks > 1 and not (kind.gives(whole.fields, dims) or kind.takes(whole.fields, dims))
+        fields = kind.split(whole.fields, ranks) if apart else None
         return whole if fields is None else replace(whole, fields=fields)
 
     def node(whole: Node) -> Node:
         if whole.role is not Role.LAYER:
             return whole
-        return replace(whole, layer=replace(whole.layer, branches=tuple(map(mixer, whole.layer.branches))))
+        dims = whole.dims(graph.model.d_model)
+        return replace(whole, layer=replace(whole.layer, branches=tuple(mixer(m, dims) for m in whole.layer.branches)))
 
     return replace(graph, nodes=tuple(map(node, graph.nodes)))
 

@@ -17,7 +17,7 @@ from mambadsl.train.held import boxes
 from mambadsl.train.slices import slices, split, whole
 
 #: Kinds that no number of ranks splits.
-WHOLE = {"lightning", "linear"}
+WHOLE = {"cca", "gmu", "lightning", "linear"}
 MESHES = {
     "tensor": {"tensor": 4}, "tensor x data": {"tensor": 2},
     "tensor x stages": {"tensor": 2, "stages": 2},
