@@ -41,6 +41,7 @@ layer Ling = kimi_delta(heads=4, key_dim=5, value_dim=6, decay=bounded, decay_ra
 layer Latent = mla(heads=4, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7, rope=rope(theta=100), out_gate=per_head)
 layer Turned = mla(heads=4, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7, q_rank=9)
 layer Heads = mamba1(d_inner=24, heads=4, d_state=4, dt_rank=2, dt_bc_norm=learned, chunk=4)
+layer Channelled = mamba1(d_inner=24, d_state=4, dt_rank=2, dt_bc_norm=learned, bias=true, chunk=4)
 layer Turning = mamba3(heads=4, head_dim=6, d_state=8, groups=2, chunk=4)
 layer Many = mamba3(heads=4, head_dim=6, d_state=8, groups=1, rank=2, gated_norm=before_gate, chunk=4)
 layer Exponential = mlstm(heads=4, key_dim=4, value_dim=6, chunk=4)
@@ -59,7 +60,7 @@ STACKS = {
     "usual": "M A F Few G E",
     "linear": "Delta Kimi Ling Exponential Conv Fixed",
     "more": "Latent Turned Heads Turning Many Unit",
-    "older": "Mean Channels Narrow M+A Again",
+    "older": "Mean Channelled Channels Narrow M+A Again",
     "sharing": "S M S Z Proj F S",
     "dropped": "Dropped Again",
 }

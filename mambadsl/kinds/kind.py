@@ -210,7 +210,8 @@ class Kind:
     module_code: where the torch module is, `module:Class` or a function that returns the class; of the kinds shipped,
     `Module` in the folder's module.py.
     split(f, ranks): the fields of one rank's part of a layer that so many compute together; None where it has no such
-    parts. The layer gives the sum of what they give, a bias behind a weight that is split "in" added once. A part's own
+    parts. The layer gives the sum of what they give, a bias behind a weight that is split "in" added once; what such a
+    weight gives inside of a layer goes through the module's `summed`, and must have no bias. A part's own
     tables tell what it has: a segment as large as the layer's is on all ranks, of a smaller one each rank has its own,
     in order; where there are more ranks than different ones, neighbours have the same.
     """

@@ -100,6 +100,17 @@ def _split_prefixes(node: Node, mine: Node) -> Iterator[str]:
             yield from dict.fromkeys((prefix, node.path + prefix.removeprefix(node.owner)))
 
 
+def inner(graph: LayerGraph, part: LayerGraph) -> set[str]:
+    """The split branches that have a projection inside whose channels the ranks share, before the one at their exit."""
+    found = set()
+    for node, mine in zip(graph.nodes, part.nodes):
+        for (path, _, mixer), (_, _, other) in zip(node.branches(), mine.branches()):
+            table = get(mixer.kind).weights(mixer.fields, node.dims(graph.model.d_model))
+            if mixer != other and any(w.tp == "in" and not w.init.residual for w in table):
+                found.add(path)
+    return found
+
+
 def alone(weight: Weight) -> Slice:
     """All of it, on this rank alone."""
     return Slice(weight.shape, 0, (Range(0, weight.shape[0], 1),))

@@ -17,7 +17,7 @@ from torch import Tensor
 from mambadsl.build.model import Model
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.kinds.module import KindModule
-from mambadsl.train.slices import Slice, same, slices
+from mambadsl.train.slices import Slice, inner, same, slices
 from mambadsl.train.world import World
 
 
@@ -35,6 +35,11 @@ def join(model: Model, graph: LayerGraph, world: World) -> dict[str, Slice]:
         if isinstance(mixer, KindModule) and any(name.startswith(f"{path}.") for name in found):
             mixer.register_forward_pre_hook(lambda _, given: (_Enter.apply(given[0], group), *given[1:]))
             mixer.register_forward_hook(lambda _module, _given, y_BTD: _Leave.apply(y_BTD, group))
+    sums = inner(graph, model.graph)
+    for node, sublayer in model.sublayers():
+        for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
+            if path in sums:
+                mixer.summed = lambda y: _Enter.apply(_Leave.apply(y, group), group)
     found.update(_norms(model, found, ranks))
     return {path: held for path, held in found.items() if held is not None and path in model.weights}
 

@@ -112,8 +112,8 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 
 def split(f: Values, ranks: int) -> Values | None:
-    """By heads: of the channels of one, dt, B and C would have to be added up inside of the layer."""
-    return divided(f, ranks, "heads", "d_inner")
+    """By heads; of one head by channels, which all have a part in dt, B and C."""
+    return divided(f, ranks, "d_inner") if f.heads == 1 else divided(f, ranks, "heads", "d_inner")
 
 
 KIND = Kind(
