@@ -18,6 +18,7 @@ from mambadsl.plan.plan import Plan
 from mambadsl.train.loop import Keeping, Result, Run
 from mambadsl.train.save import held
 from mambadsl.train.settings import Settings
+from mambadsl.train.slices import split
 from mambadsl.train.stop import Stop
 from mambadsl.train.world import opened, shape
 
@@ -35,6 +36,7 @@ def train(
     place = usable(device)
     _, ranks, _ = shape(stages=settings.stages, tensor=settings.tensor)
     settings.rows(ranks)
+    split(program.layers, settings.tensor)
     plan = planning(program, settings, **(planned or {})) if settings.stages > 1 else None
     folder, weights = Path(folder), None if weights is None else Path(weights)
     with opened(place, stages=settings.stages, tensor=settings.tensor) as world, ExitStack() as stack:
