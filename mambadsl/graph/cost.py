@@ -53,8 +53,9 @@ class Cost:
         )
 
 
-def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
-    """Cost of each node by path. length: tokens of a sequence (default: the model's context)."""
+def costs(graph: LayerGraph, *, length: int | None = None, narrow: int = NARROW) -> dict[str, Cost]:
+    """Cost of each node by path. length: tokens of a sequence (default: the model's context). narrow: bytes of an
+    element in the compute dtype."""
     length = graph.model.context if length is None else length
     if length < 1:
         raise ValueError(f"length is a number of tokens, at least 1, not {length}")
@@ -66,7 +67,7 @@ def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
     for node in graph.nodes:
         key = (node.role, node.layer)
         if key not in tables:
-            tables[key] = _running(graph, node, length)
+            tables[key] = _running(graph, node, length, narrow)
         # A node whose weights no other uses has new paths only: its counts depend on the layer alone.
         own = node.role is Role.LAYER and node.owner not in used_again
         if own and key in shapes:
@@ -104,17 +105,17 @@ def _weights(graph: LayerGraph, node: Node, seen: set[str]) -> tuple[int, int, i
     return params, used, int(active), buffers
 
 
-def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, int, int]:
+def _running(graph: LayerGraph, node: Node, length: int, narrow: int) -> tuple[Flops, int, int, int]:
     model = graph.model
     d = model.d_model
     match node.role:
         case Role.EMBED:
-            return NO_FLOPS, 0 if model.embedding_norm.name == "none" else d * NARROW, 0, 0
+            return NO_FLOPS, 0 if model.embedding_norm.name == "none" else d * narrow, 0, 0
         case Role.HEAD | Role.MTP_OUT:
             # Kept: the hidden state, and the logits once in the compute dtype and once in float32.
-            return matmul(model.vocab * d), d * NARROW + model.vocab * (NARROW + WIDE), 0, 0
+            return matmul(model.vocab * d), d * narrow + model.vocab * (narrow + WIDE), 0, 0
         case Role.MTP_IN:
-            return matmul(2 * d * d), 4 * d * NARROW, 0, 0
+            return matmul(2 * d * d), 4 * d * narrow, 0, 0
     dims = node.dims(d)
     flops, kv, state = NO_FLOPS, 0, 0
     # The residual stream before the norm; branches keep their own inputs.
@@ -129,9 +130,9 @@ def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, in
             # Between the two factors.
             saved = Saved(saved.narrow + sum(w.shape[0] for w in factors[::2]), saved.wide)
         for s in kind.state(mixer.fields, dims):
-            size = s.elements * (WIDE if s.fp32 else NARROW)
+            size = s.elements * (WIDE if s.fp32 else narrow)
             if s.per_token and s.window is None:
                 kv += size
             else:
                 state += size * (s.window if s.per_token else 1)
-    return flops, saved.narrow * NARROW + saved.wide * WIDE, kv, state
+    return flops, saved.narrow * narrow + saved.wide * WIDE, kv, state

@@ -65,16 +65,16 @@ def plan(
 
 def units(
     graph: LayerGraph, *, device: Device, length: int | None = None, sequences: int = 1,
-    bytes_per_param: float = TRAINING_BYTES_PER_PARAM,
+    bytes_per_param: float = TRAINING_BYTES_PER_PARAM, narrow: int = NARROW,
 ) -> tuple[Unit, ...]:
     """The chain for microbatches of `sequences` sequences of `length` tokens (default: the model's context).
 
     bytes_per_param: weight, gradient and optimizer state of one trained element (default 18: bf16 and fp32
-    with Adam; sharding the optimizer over n ranks makes it 6 + 12 / n)."""
+    with Adam; sharding the optimizer over n ranks makes it 6 + 12 / n). narrow: bytes of an element that layers compute in."""
     length = length or graph.model.context
     tokens = sequences * length
-    table = costs(graph, length=length)
-    sent = _sent_bytes_per_token(graph)
+    table = costs(graph, length=length, narrow=narrow)
+    sent = _sent_bytes_per_token(graph, narrow)
     cuttable = True
     # A repeated layer is one LayerSpec: what it weighs and takes is counted once.
     weights_of: dict[tuple, tuple[int, int, str | None]] = {}
@@ -89,11 +89,11 @@ def units(
         own, shared, owner = weights_of[what]
         key = node.role, id(node.layer), own + shared
         if key not in times:
-            times[key] = _times(graph, node, cost, params=own + shared, tokens=tokens, device=device)
+            times[key] = _times(graph, node, cost, params=own + shared, tokens=tokens, device=device, narrow=narrow)
         forward, inputs, weights = times[key]
         kept, working = cost.saved_bytes_per_token * tokens, 0
         if node.layer is not None and node.layer.sub.recompute:
-            kept, working = graph.model.d_model * _stream(graph) * tokens, kept
+            kept, working = graph.model.d_model * _stream(graph, narrow) * tokens, kept
             inputs += forward
         found.append(Unit(
             path=node.path,
@@ -119,10 +119,10 @@ def units(
 
 
 def _times(
-    graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, device: Device
+    graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, device: Device, narrow: int
 ) -> tuple[float, float, float]:
     """Seconds of the forward, input-gradient and weight-gradient pass of one microbatch."""
-    stream = 2 * graph.model.d_model * _stream(graph)
+    stream = 2 * graph.model.d_model * _stream(graph, narrow)
     touched = 0 if node.role is Role.EMBED else params
     moved = (stream + cost.saved_bytes_per_token) * tokens
     flops = cost.flops
@@ -159,7 +159,7 @@ def _table(graph: LayerGraph) -> str:
     return "embed" if graph.tied else "head"
 
 
-def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
+def _sent_bytes_per_token(graph: LayerGraph, narrow: int) -> dict[str, int]:
     """Bytes per token that cross a cut after each node: every tensor once, from its maker to its last reader.
     The stream and what is carried past it are sent as two tensors, also where they are still equal."""
     place = {node.path: k for k, node in enumerate(graph.nodes)}
@@ -172,14 +172,14 @@ def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
             width[tensor] = max(width.get(tensor, 0), edge.width)
     change = [0] * (len(graph.nodes) + 1)
     for tensor, last in until.items():
-        size = width[tensor] * _stream(graph)
+        size = width[tensor] * _stream(graph, narrow)
         change[place[tensor[0]]] += size
         change[last] -= size
     return dict(zip(place, accumulate(change)))
 
 
-def _stream(graph: LayerGraph) -> int:
-    return WIDE if graph.model.residual_dtype == "fp32" else NARROW
+def _stream(graph: LayerGraph, narrow: int) -> int:
+    return WIDE if graph.model.residual_dtype == "fp32" else narrow
 
 
 def _kind(node: Node) -> str:
