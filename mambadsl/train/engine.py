@@ -98,7 +98,8 @@ class Pipelined:
 
         held = [
             PipelineStage(
-                made, s.index, len(cut), device, input_args=examples(s.takes), output_args=examples(s.gives), group=group
+                made, s.index, len(cut), device, input_args=examples(s.takes), output_args=examples(s.gives),
+                group=group,
             )
             for made, s in zip(self.pieces, mine)
         ]

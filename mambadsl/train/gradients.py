@@ -20,7 +20,7 @@ from mambadsl.train.world import World
 class Gradients:
     """Of a rank's pieces.
 
-    parameters: path -> the rank's copies. groups: ranks of the pipeline that share weights -> their group and the paths.
+    parameters: path -> the rank's copies. groups: of ranks of the pipeline that share weights, and those paths.
     """
 
     def __init__(self, pieces: Sequence[Piece], world: World):

@@ -1,8 +1,8 @@
 """A training run: steps from where the last save left off to the last one, and what happens between them.
 
 In: a graph, rows, settings, a folder. Out: a `Result`; the folder has the log and the saves. A step depends on the
-weights and its number alone (samples, learning rate and dropout are functions of it), so a run that was stopped anywhere
-goes on as if it had not been. Refuses (ValueError) a folder whose run has other settings, another model or other data.
+weights and its number alone (samples, learning rate and dropout are functions of it), so a run that was stopped
+anywhere goes on as if it had not been. Refuses (ValueError) a folder whose run has other settings, another model or other data.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Run:
     """One rank's part of a run. Letters: B rows of this rank, T time, K losses (the head's, and of each depth)."""
 
     def __init__(
-        self, graph: LayerGraph, rows: Rows, settings: Settings, folder: Path, *, world: World, plan: Plan | None = None,
-        keeping: Keeping = Keeping(),
+        self, graph: LayerGraph, rows: Rows, settings: Settings, folder: Path, *, world: World,
+        plan: Plan | None = None, keeping: Keeping = Keeping(),
     ):
         self.graph, self.rows, self.settings, self.folder = graph, rows, settings, folder
         self.world, self.keeping = world, keeping

@@ -20,8 +20,8 @@ FREE = ("microbatch", "parts", "compile", "recompute", "stages", "pipeline", "vi
 class Settings:
     """length: tokens of a row. batch: rows of a step, over all ranks. microbatch: rows that a rank computes at once.
 
-    steps: of the optimizer. lr: the highest; warmup: steps up to it; schedule: how it falls, `decay` of the steps at the
-    end (wsd) down to `floor` times the highest. clip: of the gradients' norm over all weights, None for none.
+    steps: of the optimizer. lr: the highest; warmup: steps up to it; schedule: how it falls, in `decay` of the steps at
+    the end (wsd), down to `floor` times the highest. clip: of the gradients' norm over all weights, None for none.
     dtype: what layers compute in; weights, their gradients and the optimizer are float32. recompute: every layer again
     in the backward pass. stages: ranks of the pipeline; pipeline, virtual: its schedule and stages a rank. tensor:
     ranks that share each layer. The rest of the ranks share the rows.
