@@ -45,8 +45,8 @@ E821 = declare(
     """
     It is a JSON object with `base`, `microbatch_tokens` and `layers`; each layer has `forward_s`,
     `backward_input_s` and `backward_weight_s`, in seconds for one microbatch, and maybe `activation_bytes` and
-    `working_bytes`. `plan --measure FILE` writes it. The message names the key. Times taken with another number of tokens in a microbatch are refused, not
-    scaled: kernels do not scale in proportion.
+    `working_bytes`. `plan --measure FILE` writes it. The message names the key. Times taken with another number
+    of tokens in a microbatch are refused, not scaled: kernels do not scale in proportion.
     """,
 )
 

@@ -70,7 +70,8 @@ def units(
     """The chain for microbatches of `sequences` sequences of `length` tokens (default: the model's context).
 
     bytes_per_param: weight, gradient and optimizer state of one trained element (default 18: bf16 and fp32
-    with Adam; sharding the optimizer over n ranks makes it 6 + 12 / n). narrow: bytes of an element that layers compute in."""
+    with Adam; sharding the optimizer over n ranks makes it 6 + 12 / n). narrow: bytes of an element that layers compute
+    in."""
     length = length or graph.model.context
     tokens = sequences * length
     table = costs(graph, length=length, narrow=narrow)

@@ -2,7 +2,8 @@
 
 In: a graph, rows, settings, a folder. Out: a `Result`; the folder has the log and the saves. A step depends on the
 weights and its number alone (samples, learning rate and dropout are functions of it), so a run that was stopped
-anywhere goes on as if it had not been. Refuses (ValueError) a folder whose run has other settings, another model or other data.
+anywhere goes on as if it had not been. Refuses (ValueError) a folder whose run has other settings, another model or
+other data.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from mambadsl.data.rows import Batch, Rows
 from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
+from mambadsl.train.compare import Comparison, compare
 from mambadsl.train.engine import Engine, engine
 from mambadsl.train.failure import NotFinite, explain
+from mambadsl.train.forecast import Forecast
 from mambadsl.train.gradients import Gradients
 from mambadsl.train.log import Log
 from mambadsl.train.optimizer import Optimizer
@@ -32,13 +35,16 @@ from mambadsl.train.peak import peak_flops
 from mambadsl.train.save import Saved, Saver, misfit, newest
 from mambadsl.train.settings import Settings, differences
 from mambadsl.train.stop import Stop
+from mambadsl.train.tables import compared_text
+from mambadsl.train.watch import Watch
 from mambadsl.train.world import World
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """step: done. ended: "done", or "stopped" by a signal. loss: of the last step; held_out: the last one measured.
-    unsaved: why the last save is not there, if it is not. step_s: the median, without the first steps."""
+    unsaved: why the last save is not there, if it is not. step_s: the median, without the first steps. compared: with
+    what was predicted."""
 
     step: int
     ended: str
@@ -46,9 +52,10 @@ class Result:
     held_out: float | None
     unsaved: str | None
     step_s: float | None
+    compared: Comparison | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "compared": self.compared and self.compared.to_json()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class Run:
 
     def __init__(
         self, graph: LayerGraph, rows: Rows, settings: Settings, folder: Path, *, world: World,
-        plan: Plan | None = None, keeping: Keeping = Keeping(),
+        plan: Plan | None = None, keeping: Keeping = Keeping(), forecast: Forecast | None = None,
     ):
         self.graph, self.rows, self.settings, self.folder = graph, rows, settings, folder
         self.world, self.keeping = world, keeping
@@ -80,6 +87,7 @@ class Run:
             check(self.saved, graph, self.about)
         self.each, _ = settings.rows(world.ranks("data"))
         self.engine: Engine = engine(graph, world, settings, plan)
+        self.forecast, self.watch = forecast, Watch(self.engine, world)
         self.depths = self.engine.pieces[-1].model.trained_depths
         self.gradients = Gradients(self.engine.pieces, world)
         self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
@@ -130,7 +138,12 @@ class Run:
             if log:
                 log.__exit__(None, None, None)
         steady = sorted(times[min(3, len(times) // 2) :])
-        return Result(step, ended, loss, held_out, unsaved, steady[len(steady) // 2] if steady else None)
+        step_s = steady[len(steady) // 2] if steady else None
+        compared = compare(self.forecast, self.watch, step_s, world) if self.forecast and step_s else None
+        if compared and world.first:
+            compared.write(self.folder)
+            tell("\n" + compared_text(compared))
+        return Result(step, ended, loss, held_out, unsaved, step_s, compared)
 
     def step(self, step: int) -> tuple[float, float, float]:
         """The `step`-th update, counted from 0: its loss, the norm of its gradients, its learning rate."""

@@ -5,6 +5,7 @@ Refuses (ValueError, MdlError) what its parts refuse, before weights are allocat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from mambadsl.build.device import device as usable
 from mambadsl.compile import Program
 from mambadsl.data.corpus import open_corpus
 from mambadsl.data.rows import Rows
-from mambadsl.plan.plan import Plan
+from mambadsl.graph.graph import LayerGraph
+from mambadsl.plan import device as devices
+from mambadsl.plan.plan import Plan, plan_units
+from mambadsl.train.forecast import Forecast, chain, forecast
 from mambadsl.train.loop import Keeping, Result, Run
+from mambadsl.train.pieces import recomputed
 from mambadsl.train.settings import Settings
 from mambadsl.train.stop import Stop
 from mambadsl.train.world import opened, shape
@@ -27,28 +32,57 @@ def train(
 ) -> Result:
     """Trains a model, or goes on with the run that is in the folder.
 
-    planned: keywords of the planner beside those that the settings have (`device`, `memory_limit`).
+    planned: keywords of the planner beside those that the settings have (`device`, default by where the run is;
+    `memory_limit`).
     """
     place = usable(device)
     shape(stages=settings.stages, tensor=settings.tensor)
-    plan = planning(program, settings, **(planned or {})) if settings.stages > 1 else None
+    planned = planned or {"device": "cpu" if place.type == "cpu" else "h200"}
+    plan = planning(program, settings, **planned) if settings.stages > 1 else None
+    will = expected(program, settings, plan=plan, fused=place.type == "cuda", **planned)
     folder = Path(folder)
-    corpus = open_corpus(
-        data, vocab=program.spec.settings.vocab, tokenizer=tokenizer, cache=folder / "data"
-    )
-    rows = Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
+    found = rows(program, data, folder, settings, tokenizer, held_out)
     with Stop() as stop, opened(place, stages=settings.stages, tensor=settings.tensor) as world:
         return Run(
-            program.layers, rows, settings, folder, world=world, plan=plan, keeping=keeping
+            program.layers, found, settings, folder, world=world, plan=plan, keeping=keeping, forecast=will
         ).train(stop)
 
 
-def planning(program: Program, settings: Settings, **how: Any) -> Plan:
+def rows(
+    program: Program, data: Sequence[str | Path], folder: Path, settings: Settings, tokenizer: str | Path | None,
+    held_out: float,
+) -> Rows:
+    """The data as rows; what has to be encoded is, once, into the run's folder."""
+    corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer, cache=folder / "data")
+    return Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
+
+
+def planning(
+    program: Program, settings: Settings, *, device: str = "h200", memory_limit: int | None = None,
+    ranks: int | None = None,
+) -> Plan:
     """The pipeline's plan for these settings; the same on every rank."""
-    _, data, _ = shape(stages=settings.stages, tensor=settings.tensor)
+    _, data, _ = shape(stages=settings.stages, tensor=settings.tensor, size=ranks)
     each, micro = settings.rows(data)
-    return program.plan(
-        stages=settings.stages, schedule=settings.pipeline, virtual=settings.virtual, microbatches=each // micro,
-        length=settings.length, sequences=micro, **how,
+    where = devices.device(device)
+    return plan_units(
+        chain(own(program, settings), settings, data=data, device=where), stages=settings.stages,
+        schedule=settings.pipeline, virtual=settings.virtual, microbatches=each // micro, memory_limit=memory_limit,
+        device=where,
     )
 
+
+def expected(
+    program: Program, settings: Settings, *, plan: Plan | None = None, device: str = "h200",
+    memory_limit: int | None = None, ranks: int | None = None, fused: bool = True,
+) -> Forecast:
+    """What so many ranks (default: those that there are) will hold and take, with a pipeline's plan."""
+    ranks = math.prod(shape(stages=settings.stages, tensor=settings.tensor, size=ranks))
+    return forecast(
+        own(program, settings), settings, ranks=ranks, device=device, plan=plan, memory_limit=memory_limit, fused=fused
+    )
+
+
+def own(program: Program, settings: Settings) -> LayerGraph:
+    """The model as the run has it."""
+    return recomputed(program.layers) if settings.recompute else program.layers
