@@ -265,36 +265,30 @@ class _Place:
             return 0
         if not self.layout.regathers:
             return self.layout.narrow * (self.frame + sum(self.layers))
-        # The layer that computes, the next one, gathered ahead, and that in the buffer it came in.
-        return self.layout.narrow * (self.frame + 3 * max(self.layers, default=0))
+        # The layer that computes, and the next one, gathered ahead.
+        return self.layout.narrow * (self.frame + 2 * max(self.layers, default=0))
 
     def _moments(self, summed: dict[int, int]) -> tuple[int, int]:
-        """The most bytes of activations at once, and of activations, gradients and working memory together."""
+        """The most bytes of activations at once, and of activations, gradients and working memory together. Layers need
+        most on top in their backward, when those after them have let go of what they kept; in the first one of a stage
+        its gradients come meanwhile."""
         live, most_live, most, gone = 0, 0, 0, set()
         for kind, stage, _ in self.order:
-            here = self.units[stage]
-            own = sum(u.activation_bytes for u in here)
-            there = sum(summed[s] for s in gone)
-            working = max(u.working_bytes for u in here)
+            here, own = self.units[stage], sum(u.activation_bytes for u in self.units[stage])
             if kind == FORWARD:
                 live += own
-                most_live, most = max(most_live, live), max(most, live + there + working)
-            elif stage in gone:
-                most = max(most, live + there + working)
-            else:
-                # Gradients come as activations go.
-                params = sum(u.params + u.shared_params for u in here) or 1
-                freed = made = 0.0
-                for unit in reversed(here):
-                    most = max(most, int(live + there + made + unit.working_bytes - freed))
-                    made += summed[stage] * (unit.params + unit.shared_params) / params
-                    if kind == BACKWARD:
-                        freed += unit.activation_bytes
-                    most = max(most, int(live + there + made - freed))
-            if kind not in (FORWARD, BACKWARD_INPUT):
-                live -= own
-            if kind != FORWARD:
-                gone.add(stage)
+                most_live, most = max(most_live, live), max(most, live + sum(summed[s] for s in gone))
+                continue
+            params = sum(u.params + u.shared_params for u in here) or 1
+            new = 0 if stage in gone else summed[stage] / params
+            now = live + sum(summed[s] for s in gone)
+            for unit in reversed(here):
+                most = max(most, int(now + unit.working_bytes))
+                now += new * (unit.params + unit.shared_params)
+                most = max(most, int(now))
+                now -= 0 if kind == BACKWARD_INPUT else unit.activation_bytes
+            live -= 0 if kind == BACKWARD_INPUT else own
+            gone.add(stage)
         return most_live, most
 
     def seconds(self, device: Device, microbatches: int, layers_s: float, fused: bool) -> tuple[float, float, float]:

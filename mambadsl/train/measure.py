@@ -5,8 +5,8 @@ layer runs as a stage of its own, once for all that are equal: forward and backw
 added to float32 sums as several microbatches do. The `mtp` tail is measured with the head, whose weights it reads.
 Refuses (MdlError) what cannot be built, (ValueError) what the device has no memory for.
 
-Between forward and backward a layer keeps, on a GPU, what the allocator says; on a CPU, what autograd saved. What it
-needs on top while it runs is measured on a GPU only.
+A layer keeps, from its forward to its backward, what is there after the forward and was not before: what autograd saved
+and what it gives, not what it was given.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mambadsl.plan.from_graph import units
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.train.clock import Clock
 from mambadsl.train.machine import Speeds, speeds
+from mambadsl.train.memory import memory
 from mambadsl.train.pieces import Piece, compile_layers, recomputed
 
 #: Passes before the first that counts, and those that count: as many as fit into the time, within limits.
@@ -172,12 +173,10 @@ class _Bench:
         self.tokens_BT = torch.randint(graph.model.vocab, shape, device=device)
         self.segments_BT = torch.zeros(shape, dtype=torch.int32, device=device)
 
-    def run(self, stage: Stage) -> tuple[float, float | None, float, int, int | None]:
+    def run(self, stage: Stage) -> tuple[float, float | None, float, int, int]:
         """Seconds of the forward, of the backward for inputs alone (None if there are none) and of the whole backward;
         bytes kept in between, and needed on top."""
         model = initialise(Model(self.graph, stage, self.assignment, **self.made))
-        if self.compile:
-            compile_layers(model)
         made = Piece(model).train()
         made.counts_K = counts(self.tokens_BT, depths=model.trained_depths)
         *batch, width = *self.tokens_BT.shape, self.graph.model.d_model
@@ -187,8 +186,11 @@ class _Bench:
         )
         self.sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in made.parameters() if p.dtype != torch.float32}
         self.roots = [torch.randn_like(x) if x.dim() else None for x in self._forward(made)]
-        kept = self._kept(made)
-        working = self._working(made, kept)
+        # On a CPU tensors are counted operator by operator, which compiled layers do not have.
+        early = self._memory(made) if self.device.type != "cuda" else None
+        if self.compile:
+            compile_layers(model)
+        kept, working = early or self._memory(made)
         whole = self._times(made, self._backward)
         floats = [x for x in self.inputs if x.requires_grad]
         alone = self._times(made, lambda made, out: torch.autograd.grad(out, floats, self.roots)) if floats else None
@@ -227,38 +229,16 @@ class _Bench:
         spans = [(self.clock.between(a, b), self.clock.between(b, c)) for a, b, c in found]
         return median(a for a, _ in spans), median(b for _, b in spans)
 
-    def _kept(self, made: Piece) -> int:
-        if self.device.type == "cuda":
-            before = torch.cuda.memory_allocated(self.device)
+    def _memory(self, made: Piece) -> tuple[int, int]:
+        """Bytes kept between forward and backward, and those needed on top while the two run."""
+        self._backward(made, self._forward(made))
+        with memory(self.device) as used:
             out = self._forward(made)
-            kept = torch.cuda.memory_allocated(self.device) - before
+            kept = used.held
             # What only passes through is copied where stages end, not between layers.
             stage = made.model.stage
             through = [x for name, x in zip(stage.gives, out) if name in stage.takes and name not in ("x", "t")]
-            return max(0, kept - sum(x.numel() * x.element_size() for x in through))
-        weights = {t.untyped_storage().data_ptr() for t in made.state_dict(keep_vars=True).values()}
-        saved: dict[int, int] = {}
-
-        def note(x: Tensor) -> Tensor:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in weights:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            out = self._forward(made)
-        node = made.model.stage.nodes[0]
-        if node.layer is not None and node.layer.sub.recompute:
-            # Held by the checkpoint, past autograd.
-            saved |= {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.inputs}
-        del out
-        return sum(saved.values())
-
-    def _working(self, made: Piece, kept: int) -> int | None:
-        if self.device.type != "cuda":
-            return None
-        self._backward(made, self._forward(made))
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self._backward(made, self._forward(made))
-        return max(0, torch.cuda.max_memory_allocated(self.device) - before - kept)
+            kept -= sum(x.numel() * x.element_size() for x in through)
+            del through
+            self._backward(made, out)
+            return kept, max(0, used.most - kept)

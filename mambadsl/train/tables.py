@@ -21,16 +21,16 @@ def forecast_text(forecast: Forecast, settings: Settings, *, rows: int, corpus_t
     mesh = " x ".join(f"{n} {name}" for n, name in zip(f.mesh, AXES))
     ranks = f.mesh[0] * f.mesh[1] * f.mesh[2]
     rows_each = f"{f.rows} a data rank, {f.microbatches} microbatch{'es' * (f.microbatches > 1)} of {f.microbatch_rows}"
+    parts = ("layers", f.layers_s), ("copies", f.copies_s), ("link", f.link_s), ("optimizer", f.optimizer_s)
     lines = [
         ("ranks", f"{ranks:,} = {mesh}; {f.device}"),
         ("rows", f"{settings.batch:,} of {settings.length:,} tokens a step: {rows_each}"),
         ("steps", f"{settings.steps:,}: {count(settings.steps * f.tokens)} tokens, {epochs:.3g} epochs of "
                   f"{count(corpus_tokens)} tokens in {rows:,} rows"),
-        ("step", f"{time(f.step_s)}: layers {time(f.layers_s)}, copies {time(f.copies_s)}, link {time(f.link_s)}, "
-                 f"optimizer {time(f.optimizer_s)}"),
+        ("step", f"{time(f.step_s)}: " + ", ".join(f"{name} {time(s)}" for name, s in parts if s)),
         *([("bubble", f"{f.bubble:.1%} of the layers' time")] if f.mesh[0] > 1 else []),
         ("speed", f"{f.tokens_per_s:,.0f} tokens/s"
-                  + (f", {f.peak_share:.0%} of peak" if f.peak_share is not None else "")),
+                  + (f", {percent(f.peak_share, 1)} of peak" if f.peak_share is not None else "")),
         ("run", _long(settings.steps * f.step_s)),
     ]
     header = ("ranks", "stages", "params", "weights", "copies", "gradients", "optimizer", "activations", "buffers",
@@ -97,8 +97,7 @@ def measurement_text(m: Measurement) -> str:
     table = [
         (row.kind, layers(row.paths), time(row.time.forward_s),
          time(row.time.backward_input_s + row.time.backward_weight_s), time(row.time.backward_input_s),
-         size(row.time.activation_bytes or 0),
-         "not known" if row.time.working_bytes is None else size(row.time.working_bytes),
+         size(row.time.activation_bytes or 0), size(row.time.working_bytes or 0),
          {"measured": "time", "flops": "FLOPs", "none": ""}[row.split])
         for row in m.rows
     ]
