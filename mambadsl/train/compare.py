@@ -47,7 +47,7 @@ class Comparison:
     rows: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{**asdict(row), "off": row.off} for row in self.rows]
+        rows = [{**asdict(row), "ranks": list(row.ranks), "off": row.off} for row in self.rows]
         return {"device": self.device, "nominal": self.nominal, "rows": rows}
 
     def write(self, run: Path) -> None:

@@ -96,7 +96,8 @@ def measurement_text(m: Measurement) -> str:
     header = ("layer", "like", "forward", "backward", "of it inputs", "kept", "working", "split by")
     table = [
         (row.kind, layers(row.paths), time(row.time.forward_s),
-         time(row.time.backward_input_s + row.time.backward_weight_s), time(row.time.backward_input_s),
+         time(row.time.backward_input_s + row.time.backward_weight_s),
+         "" if row.split == "none" else time(row.time.backward_input_s),
          size(row.time.activation_bytes or 0), size(row.time.working_bytes or 0),
          {"measured": "time", "flops": "FLOPs", "none": ""}[row.split])
         for row in m.rows
@@ -105,7 +106,7 @@ def measurement_text(m: Measurement) -> str:
     link = "" if s.link_bytes_per_s is None else f", link {s.link_bytes_per_s / 1e9:,.3g} GB/s"
     title = f"{m.device}, {m.dtype}, parts {m.parts}, {m.microbatch_tokens:,} tokens a microbatch"
     reached = (
-        f"reached: {s.bf16_flops / 1e12:,.3g} TFLOP/s, {s.bytes_per_s / 1e9:,.3g} GB/s{link}; "
+        f"reached: {s.bf16_flops / 1e12:,.3g} TFLOP/s, {s.bytes_per_s / 1e9:,.0f} GB/s{link}; "
         f"{time(s.action_s)} of the host for an action"
     )
     return "\n".join([title, "", *grid(header, table, left=2), "", reached]) + "\n"
