@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from mambadsl.compile import Program
     from mambadsl.data.rows import Rows
     from mambadsl.train.settings import Settings
+    from mambadsl.train.loop import Result
 
 _NUMBER = click.IntRange(min=0)
 
@@ -30,6 +35,28 @@ def _pipelines() -> tuple[str, ...]:
     from mambadsl.plan.schedule import SCHEDULES
 
     return tuple(SCHEDULES)
+
+
+def _speaks() -> bool:
+    """Whether this process tells what is wrong: of each machine's, the first."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _told_once(function: Callable) -> Callable:
+    """Processes that refuse refuse alike: one tells why, the others end with the same code."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **rest: Any) -> int | None:
+        from mambadsl.text.diagnostic import MdlError
+
+        try:
+            return function(*args, **rest)
+        except (MdlError, click.ClickException) as error:
+            if _speaks():
+                raise
+            return getattr(error, "exit_code", 1)
+
+    return inner
 
 
 def _devices() -> tuple[str, ...]:
@@ -66,13 +93,15 @@ def _dry_run(
         "mambadsl train models/tiny.mdl --data README.md --stages 2 --plan-device h200 --dry-run --ranks 4",
     ),
 )
+@_told_once
 @takes_model
 @click.option("--data", multiple=True, required=True, metavar="PATH", help="Text, .jsonl, .bin/.idx; repeatable.")
 @click.option("--tokenizer", type=click.Path(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
 @click.option(
     "-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Of the run: its log, saves and weights; one that is there goes on (default: runs/NAME).",
+    help="Of the run: its log and saves; one that is there goes on (default: runs/NAME).",
 )
+@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="Begin with these, not random ones.")
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a row (default: the model's context).")
 @click.option("--batch", type=COUNT, default=8, show_default=True, metavar="ROWS", help="Of a step, over all ranks.")
 @click.option("--microbatch", type=COUNT, metavar="ROWS", help="That a rank computes at once.")
@@ -112,7 +141,8 @@ def _dry_run(
 @click.option("--ranks", type=COUNT, metavar="N", help="Of the dry run (default: those that there are).")
 @click.option("--tensorboard", is_flag=True, help="Write for TensorBoard too.")
 def run(
-    model: Given, data: tuple[str, ...], tokenizer: str | None, folder: Path | None, length: int | None,
+    model: Given, data: tuple[str, ...], tokenizer: str | None, folder: Path | None, weights: Path | None,
+    length: int | None,
     held_out: float, held_out_every: int, save_every: int, keep: int, dtype: str | None, device: str | None,
     clip: float, plan_device: str | None, memory_limit: int | None, tensorboard: bool, as_json: bool,
     dry_run: bool, ranks: int | None, **how: Any,
@@ -121,6 +151,9 @@ def run(
 
     Under torchrun, ranks that are not stages or tensor ranks share the rows: `torchrun --nproc-per-node 4 -m mambadsl
     train ...`.
+
+    Ctrl-C and SIGTERM end it after the step that is being done, saved, with exit code 130 and 143; a second Ctrl-C
+    ends it at once. Whatever ended it, the same command goes on from the last save.
     """
     program = model.program()
     part_set(how["parts"], program)
@@ -134,12 +167,11 @@ def run(
     from mambadsl.train.loop import Keeping
     from mambadsl.train.run import rows, train
     from mambadsl.train.settings import Settings
-    from mambadsl.train.world import rank_of_process
+    from mambadsl.train.world import lost
 
     there = "cuda" if torch.cuda.is_available() else "cpu"
     # A dry run for another machine needs none of it.
     place = device or ("cuda" if dry_run and plan_device in _devices() and plan_device != "cpu" else there)
-    speaks = rank_of_process() == 0
     try:
         settings = Settings(
             length=length or program.spec.settings.context, dtype=dtype or ("fp32" if place == "cpu" else "bf16"),
@@ -152,23 +184,40 @@ def run(
         folder = folder or Path("runs") / program.spec.name
         if dry_run:
             return _dry_run(
-                program, settings, planned, ranks, rows(program, data, folder, settings, tokenizer, held_out),
-                fused=place != "cpu", as_json=as_json,
+                program, settings, planned, ranks,
+                rows(program, data, settings, tokenizer=tokenizer, held_out=held_out), fused=place != "cpu", as_json=as_json,
             )
         done = train(
             program, data, folder, settings, device=place, tokenizer=tokenizer, held_out=held_out, keeping=keeping,
-            planned=planned,
+            planned=planned, weights=weights,
         )
     except NotFinite as error:
-        if speaks:
-            output.refused(str(error)) if as_json else output.note(str(error))
-        return 1
+        raise click.ClickException(str(error)) from None
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    if not speaks:
-        return None
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(
+            f"a device's memory is full: a smaller --microbatch, --recompute or more ranks need less ({error})"
+        ) from None
+    except RuntimeError as error:
+        if (why := lost(error)) is None:
+            raise
+        raise click.ClickException(f"{why}; started again, the run goes on from its last save") from None
+    except KeyboardInterrupt:
+        # A save that is being written would be waited for; what is there of it is taken away at the next start.
+        output.note("ended at once")
+        os._exit(128 + signal.SIGINT)
+    if os.environ.get("RANK", "0") == "0":
+        _tell(done, settings.steps, folder, as_json=as_json)
+    if done.unsaved:
+        return 1
+    return None if done.ended == "done" else 128 + signal.Signals[done.ended]
+
+
+def _tell(done: Result, steps: int, folder: Path, *, as_json: bool) -> None:
     if as_json:
-        output.json(folder=str(folder), **done.to_json())
+        output.json(ok=done.unsaved is None, folder=str(folder), **done.to_json())
+    elif done.ended == "done":
+        output.text(f"done: {done.step:,} steps; `mambadsl export run {folder} -o DIR` writes the weights")
     else:
-        output.text(f"{done.ended} at step {done.step:,} of {settings.steps:,}; the run is in {folder}")
-    return 1 if done.unsaved else None
+        output.text(f"stopped by {done.ended} at step {done.step:,} of {steps:,}; the same command goes on")

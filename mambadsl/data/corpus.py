@@ -81,7 +81,7 @@ def _text(path: Path, reading: Reading) -> tuple[Piece, np.ndarray]:
     if isinstance(encoder, TokenizerEncoder):
         return _encoded(stamp, reading, "text", lambda: [encoder.long_document(texts.pieces_of(path))])
     reading.cache.fact(stamp, "UTF-8", find=lambda: texts.check(path))
-    return _one(Piece(path, "|u1", stamp.bytes))
+    return _one(Piece.at(path, "|u1", stamp.bytes))
 
 
 def _json_lines(path: Path, reading: Reading) -> tuple[Piece, np.ndarray]:
@@ -120,7 +120,7 @@ def _numpy(path: Path, reading: Reading) -> tuple[Piece, np.ndarray]:
     if not isinstance(array, np.memmap) or array.ndim != 1 or array.dtype.kind not in "iu":
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "several arrays"
         raise ValueError(f"`{path}` must have whole numbers in one dimension, not {found}")
-    piece = Piece(path, array.dtype.str, len(array), array.offset)
+    piece = Piece.at(path, array.dtype.str, len(array), offset=array.offset)
     hold(piece, vocab=reading.vocab, cache=reading.cache)
     return _one(piece)
 

@@ -37,7 +37,7 @@ def read_indexed(name: Path) -> tuple[Piece, np.ndarray]:
     if size != wanted:
         raise ValueError(f"`{ids}` has {size} bytes, and its index speaks of {wanted}: one of the two is damaged")
     ends = stops[bounds[1:]]
-    return Piece(ids, dtype, int(stops[-1])), ends[np.diff(ends, prepend=0) > 0]
+    return Piece.at(ids, dtype, int(stops[-1])), ends[np.diff(ends, prepend=0) > 0]
 
 
 def _index(path: Path) -> tuple[str, np.ndarray, np.ndarray]:

@@ -16,21 +16,28 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` ids of a numpy dtype (`<u2`, ...) in a file, from byte `offset`."""
+    """`count` ids of a numpy dtype (`<u2`, ...) in a file of a certain age, from byte `offset`."""
 
     path: Path
     dtype: str
     count: int
-    offset: int = 0
+    offset: int
+    changed_ns: int
+
+    @classmethod
+    def at(cls, path: Path, dtype: str, count: int, *, offset: int = 0) -> Piece:
+        return cls(path, dtype, count, offset, path.stat().st_mtime_ns)
 
     def array(self) -> np.ndarray:
-        """All ids [count], memory-mapped."""
+        """All ids [count], memory-mapped. ValueError for a file that is another one by now."""
         return _mapped(self)
 
 
 # Each map holds a file descriptor.
 @lru_cache(maxsize=128)
 def _mapped(piece: Piece) -> np.ndarray:
+    if piece.path.stat().st_mtime_ns != piece.changed_ns:
+        raise ValueError(f"`{piece.path}` was changed after it was opened")
     mapped = np.memmap(piece.path, dtype=piece.dtype, mode="r", offset=piece.offset, shape=(piece.count,))
     return mapped.view(np.ndarray)  # Slices of a memmap take ten times as long.
 

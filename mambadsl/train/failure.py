@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mambadsl.build.failure import notes
@@ -24,8 +23,7 @@ class NotFinite(RuntimeError):
 def explain(step: int, loss: float, norm: float, engine: Engine, batch: Batch, counts_K: Tensor, world: World) -> str:
     """Why step `step` cannot be done. Runs its forward pass again, watching every layer; every rank calls it."""
     found = _forward(engine, batch, counts_K) or _gradient(engine.pieces)
-    told: list = [None] * world.size
-    torch.distributed.all_gather_object(told, found, group=world.files)
+    told = world.gathered(found)
     what = f"step {step}: the loss is {loss}" if loss != loss or abs(loss) == float("inf") else (
         f"step {step}: the norm of the gradients is {norm}"
     )

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from mambadsl.data.cache import whole
+
 #: Seconds between lines where the terminal shows no bar.
 EVERY_S = 10
 
@@ -26,7 +28,8 @@ class Log(AbstractContextManager):
         path = run / "log.jsonl"
         if path.exists():
             _cut(path, start)
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "ab", buffering=0)
+        self._due, self._full = b"", False
         self.board = _board(run) if tensorboard else None
         self.bar = None if quiet or not sys.stderr.isatty() else _bar(steps, start)
         self._told = -float("inf")
@@ -60,8 +63,15 @@ class Log(AbstractContextManager):
             print(line, file=sys.stderr, flush=True)
 
     def _write(self, facts: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(facts) + "\n")
-        self.file.flush()
+        self._due += json.dumps(facts).encode() + b"\n"
+        try:
+            while self._due:
+                self._due = self._due[self.file.write(self._due) :]
+            self._full = False
+        except OSError as error:  # A full disk: what is due waits for the next time.
+            if not self._full:
+                self.say(f"the log cannot be written: {error.strerror}")
+            self._full = True
         if self.board is not None:
             for name, value in facts.items():
                 if name != "step":
@@ -87,13 +97,14 @@ def losses(run: Path) -> dict[int, float]:
 def _cut(path: Path, start: int) -> None:
     """Without the lines after step `start`; the last may be half written."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= start:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    with whole(path) as out:
+        out.write("".join(kept).encode())
 
 
 def _bar(steps: int, start: int) -> Any:

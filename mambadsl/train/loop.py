@@ -3,7 +3,7 @@
 In: a graph, rows, settings, a folder. Out: a `Result`; the folder has the log and the saves. A step depends on the
 weights and its number alone (samples, learning rate and dropout are functions of it), so a run that was stopped
 anywhere goes on as if it had not been. Refuses (ValueError) a folder whose run has other settings, another model or
-other data.
+other data, or saves of which none can be read; (MdlError, E905) weights to begin with that are not the model's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mambadsl.build.checkpoint import stored_weights
 from mambadsl.build.loss import IGNORE, counts
 from mambadsl.data.rows import Batch, Rows
 from mambadsl.graph.cost import costs, total
@@ -30,10 +31,12 @@ from mambadsl.train.failure import NotFinite, explain
 from mambadsl.train.forecast import Forecast
 from mambadsl.train.gradients import Gradients
 from mambadsl.train.log import Log
+from mambadsl.train.match import about, check
 from mambadsl.train.optimizer import Optimizer
 from mambadsl.train.peak import peak_flops
-from mambadsl.train.save import Saved, Saver, misfit, newest
-from mambadsl.train.settings import Settings, differences
+from mambadsl.train.pieces import put
+from mambadsl.train.save import Saver, newest, read
+from mambadsl.train.settings import Settings
 from mambadsl.train.stop import Stop
 from mambadsl.train.tables import compared_text
 from mambadsl.train.watch import Watch
@@ -42,13 +45,13 @@ from mambadsl.train.world import World
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """step: done. ended: "done", or "stopped" by a signal. loss: of the last step; held_out: the last one measured.
-    unsaved: why the last save is not there, if it is not. step_s: the median, without the first steps. compared: with
-    what was predicted."""
+    """step: done. ended: "done", or the signal that stopped it: "SIGTERM", "SIGINT". loss: of the last step, None if
+    none was left to do; held_out: the last one measured. unsaved: why the last save is not there, if it is not.
+    step_s: the median, without the first steps. compared: with what was predicted."""
 
     step: int
     ended: str
-    loss: float
+    loss: float | None
     held_out: float | None
     unsaved: str | None
     step_s: float | None
@@ -74,66 +77,81 @@ class Run:
 
     def __init__(
         self, graph: LayerGraph, rows: Rows, settings: Settings, folder: Path, *, world: World,
-        plan: Plan | None = None, keeping: Keeping = Keeping(), forecast: Forecast | None = None,
+        plan: Plan | None = None, keeping: Keeping = Keeping(), weights: Path | None = None,
+        forecast: Forecast | None = None,
     ):
+        """weights: a folder of safetensors to begin with; a run that has a save goes on from that."""
         self.graph, self.rows, self.settings, self.folder = graph, rows, settings, folder
         self.world, self.keeping = world, keeping
-        self.about = {
-            "settings": settings.to_json(), "model": graph.name, "world": world.size,
-            "data": {"tokens": len(rows.corpus.tokens), "rows": rows.count},
-        }
-        self.saved, doubts = newest(folder)
-        if self.saved is not None:
-            check(self.saved, graph, self.about)
-        self.each, _ = settings.rows(world.ranks("data"))
-        self.engine: Engine = engine(graph, world, settings, plan)
+        self.about = about(graph, rows, settings, world=world.size)
+        # As the first rank finds it: a disk may show the others an earlier state.
+        saved, doubts = world.gathered(newest(folder) if world.first else None)[0]
+        with world.agreed():
+            if saved is not None:
+                if isinstance(doubt := read(saved.folder), str):
+                    raise ValueError(f"{doubt}: the folder of a run must be the same one for all machines")
+                check(saved, graph, self.about)
+            elif doubts:
+                raise ValueError("\n".join([f"no save of `{folder}` can be read:", *(f"  {line}" for line in doubts)]))
+            begun = stored_weights(graph, weights) if weights is not None and saved is None else None
+            self.each, _ = settings.rows(world.ranks("data"))
+            self.engine: Engine = engine(graph, world, settings, plan)
         self.forecast, self.watch = forecast, Watch(self.engine, world)
+        if begun is not None:
+            for made in self.engine.pieces:
+                put(made.model, begun.value)
         self.depths = self.engine.pieces[-1].model.trained_depths
         self.gradients = Gradients(self.engine.pieces, world)
         self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
         self.notes = [f"passed over: {doubt}" for doubt in doubts]
-        if self.saved is not None:
-            self.start = self.saver.load(self.saved)
-            self.notes.append(f"goes on after step {self.start:,}, from `{self.saved.folder}`")
+        if saved is not None:
+            self.start = self.saver.load(saved)
+            self.notes.append(f"goes on after step {self.start:,}, from `{saved.folder}`")
+            if weights is not None:
+                self.notes.append(f"`{weights}` is not read again: the run has begun")
+        # Only now: what was loaded is good.
+        if trouble := self.saver.tidy():
+            self.notes.append(trouble)
 
     def train(self, stop: Stop) -> Result:
         """Every step that is left. NotFinite where one cannot be done."""
         settings, world, keeping = self.settings, self.world, self.keeping
-        log = Log(
-            self.folder, steps=settings.steps, start=self.start, quiet=keeping.quiet, tensorboard=keeping.tensorboard
-        ) if world.first else None
+        with world.agreed():
+            log = self._log() if world.first else None
         tell: Callable[[str], None] = log.say if log else lambda line: None
-        step, loss, held_out, unsaved, ended, times = self.start, math.nan, None, None, "done", []
+        step, loss, held_out, unsaved, ended, times = self.start, None, None, None, None, []
         meter = Meter(self.graph, settings, world)
         try:
             for note in self.notes:
                 tell(note)
-            while step < settings.steps:
+            while step < settings.steps and ended is None:
                 begun = time.perf_counter()
                 loss, norm, lr = self.step(step)
                 times.append(time.perf_counter() - begun)
                 step += 1
                 if log:
                     log.step(step, dict(loss=loss, grad_norm=norm, lr=lr, **meter.facts(times[-1])))
-                stopping = stop.asked(world)
-                last = step == settings.steps or stopping
-                if self.rows.held_out_count and (_due(step, keeping.held_out_every) or step == settings.steps):
+                ended = "done" if step == settings.steps else stop.asked(world)
+                if self.rows.held_out_count and (_due(step, keeping.held_out_every) or ended == "done"):
                     held_out = self.held_out()
                     if log:
                         log.held_out(step, held_out)
                 # A save that failed is told, and tried again when the next is due.
                 troubles = [self.saver.finish(wait=False)]
-                if _due(step, keeping.save_every) or last:
+                if _due(step, keeping.save_every) or ended:
                     troubles.append(self.saver.start(step, self.about))
-                if last:
-                    troubles.append(unsaved := self.saver.finish())
+                if ended:
+                    unsaved = next(filter(None, world.gathered(self.saver.finish())), None)
+                    troubles.append(unsaved)
                 for trouble in filter(None, troubles):
                     tell(trouble)
-                if stopping and step < settings.steps:
-                    ended = "stopped"
-                    break
+        except (NotFinite, ValueError):  # ValueError: data that was changed meanwhile.
+            # What is being written is of a step before.
+            if trouble := self.saver.finish():
+                tell(trouble)
+            raise
         finally:
             if log:
                 log.__exit__(None, None, None)
@@ -143,7 +161,17 @@ class Run:
         if compared and world.first:
             compared.write(self.folder)
             tell("\n" + compared_text(compared))
-        return Result(step, ended, loss, held_out, unsaved, step_s, compared)
+        return Result(step, ended or "done", loss, held_out, unsaved, step_s, compared)
+
+    def _log(self) -> Log:
+        keeping = self.keeping
+        try:
+            return Log(
+                self.folder, steps=self.settings.steps, start=self.start, quiet=keeping.quiet,
+                tensorboard=keeping.tensorboard,
+            )
+        except OSError as error:
+            raise ValueError(f"the log in `{self.folder}` cannot be written: {error.strerror or error}") from None
 
     def step(self, step: int) -> tuple[float, float, float]:
         """The `step`-th update, counted from 0: its loss, the norm of its gradients, its learning rate."""
@@ -225,16 +253,6 @@ class Meter:
         if self.device.type == "cuda":
             found["memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return found
-
-
-def check(saved: Saved, graph: LayerGraph, about: dict[str, Any]) -> None:
-    """ValueError if the save is of another run: told before anything is allocated."""
-    found = differences(about["settings"], saved.about["settings"])
-    found += [f"data: {k} were {saved.about['data'].get(k)}, are {v}" for k, v in about["data"].items()
-              if saved.about["data"].get(k) != v]
-    found += misfit(saved, graph)
-    if found:
-        raise ValueError(f"`{saved.folder.parent}` has a run that this one cannot go on with: " + "; ".join(found))
 
 
 def _due(step: int, every: int) -> bool:

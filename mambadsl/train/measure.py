@@ -168,8 +168,14 @@ class _Bench:
         self.graph, self.assignment, self.compile = graph, assignment, compile
         self.made = dict(dtype=DTYPES[dtype], device=device)
         self.device, self.clock = device, Clock(device)
-        stream = torch.float32 if graph.model.residual_dtype == "fp32" else DTYPES[dtype]
-        self.stream = dict(dtype=stream, device=device)
+        model, narrow = graph.model, DTYPES[dtype]
+        stream = torch.float32 if model.residual_dtype == "fp32" else narrow
+        #: Of what stages take, by name: what comes after batch and time, and the dtype.
+        self.taken = {name: ((model.d_model,), stream) for name in ("x0", "t")}
+        self.taken["x"] = (graph.streams * model.d_model,), stream
+        for node in graph.nodes:
+            for name, given in node.gives(model.d_model).items():
+                self.taken[name] = given.shape, torch.float32 if given.fp32 else narrow
         self.tokens_BT = torch.randint(graph.model.vocab, shape, device=device)
         self.segments_BT = torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -179,11 +185,7 @@ class _Bench:
         model = initialise(Model(self.graph, stage, self.assignment, **self.made))
         made = Piece(model).train()
         made.counts_K = counts(self.tokens_BT, depths=model.trained_depths)
-        *batch, width = *self.tokens_BT.shape, self.graph.model.d_model
-        self.inputs = tuple(
-            self.tokens_BT if name == "tokens" else torch.randn(*batch, width, requires_grad=True, **self.stream)
-            for name in stage.takes
-        )
+        self.inputs = tuple(map(self._input, stage.takes))
         self.sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in made.parameters() if p.dtype != torch.float32}
         self.roots = [torch.randn_like(x) if x.dim() else None for x in self._forward(made)]
         # On a CPU tensors are counted operator by operator, which compiled layers do not have.
@@ -195,6 +197,13 @@ class _Bench:
         floats = [x for x in self.inputs if x.requires_grad]
         alone = self._times(made, lambda made, out: torch.autograd.grad(out, floats, self.roots)) if floats else None
         return whole[0], alone and alone[1], whole[1], kept, working
+
+    def _input(self, name: str) -> Tensor:
+        if name == "tokens":
+            return self.tokens_BT
+        (batch, length), (shape, dtype) = self.tokens_BT.shape, self.taken[name]
+        length += self.graph.model.meta_tokens
+        return torch.randn(batch, length, *shape, dtype=dtype, device=self.device, requires_grad=True)
 
     def _forward(self, made: Piece) -> tuple[Tensor, ...]:
         given = made(*self.inputs, targets_BT=self.tokens_BT, segments_BT=self.segments_BT)

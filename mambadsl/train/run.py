@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mambadsl.plan.plan import Plan, plan_units
 from mambadsl.train.forecast import Forecast, chain, forecast
 from mambadsl.train.loop import Keeping, Result, Run
 from mambadsl.train.pieces import recomputed
+from mambadsl.train.save import held
 from mambadsl.train.settings import Settings
 from mambadsl.train.stop import Stop
 from mambadsl.train.world import opened, shape
@@ -28,32 +30,41 @@ from mambadsl.train.world import opened, shape
 def train(
     program: Program, data: Sequence[str | Path], folder: str | Path, settings: Settings, *, device: Any = "cpu",
     tokenizer: str | Path | None = None, held_out: float = 0.0, keeping: Keeping = Keeping(),
-    planned: dict[str, Any] | None = None,
+    planned: dict[str, Any] | None = None, weights: str | Path | None = None,
 ) -> Result:
     """Trains a model, or goes on with the run that is in the folder.
 
     planned: keywords of the planner beside those that the settings have (`device`, default by where the run is;
-    `memory_limit`).
+    `memory_limit`). weights: a folder
+    of safetensors that a new run begins with.
     """
     place = usable(device)
-    shape(stages=settings.stages, tensor=settings.tensor)
+    _, ranks, _ = shape(stages=settings.stages, tensor=settings.tensor)
+    settings.rows(ranks)
     planned = planned or {"device": "cpu" if place.type == "cpu" else "h200"}
     plan = planning(program, settings, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, fused=place.type == "cuda", **planned)
-    folder = Path(folder)
-    found = rows(program, data, folder, settings, tokenizer, held_out)
-    with Stop() as stop, opened(place, stages=settings.stages, tensor=settings.tensor) as world:
-        return Run(
-            program.layers, found, settings, folder, world=world, plan=plan, keeping=keeping, forecast=will
-        ).train(stop)
+    folder, weights = Path(folder), None if weights is None else Path(weights)
+    with opened(place, stages=settings.stages, tensor=settings.tensor) as world, ExitStack() as stack:
+        with world.agreed():
+            if world.first:
+                stack.enter_context(held(folder))
+        with world.agreed():
+            found = rows(program, data, settings, tokenizer=tokenizer, held_out=held_out)
+        run = Run(
+            program.layers, found, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights,
+            forecast=will,
+        )
+        with Stop() as stop:
+            return run.train(stop)
 
 
 def rows(
-    program: Program, data: Sequence[str | Path], folder: Path, settings: Settings, tokenizer: str | Path | None,
-    held_out: float,
+    program: Program, data: Sequence[str | Path], settings: Settings, *, tokenizer: str | Path | None = None,
+    held_out: float = 0.0,
 ) -> Rows:
-    """The data as rows; what has to be encoded is, once, into the run's folder."""
-    corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer, cache=folder / "data")
+    """The data of a run."""
+    corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)
     return Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
 
 

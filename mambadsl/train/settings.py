@@ -12,8 +12,6 @@ from typing import Any
 from mambadsl.train.schedule import SCHEDULES
 
 DTYPES = ("fp32", "bf16")
-#: What may differ when a run goes on: it changes how fast, not what.
-FREE = ("microbatch", "parts", "compile", "recompute", "stages", "pipeline", "virtual", "tensor", "dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +56,8 @@ class Settings:
             raise ValueError(f"there is no schedule `{self.schedule}`: {', '.join(SCHEDULES)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"training computes in {' or '.join(DTYPES)}, not `{self.dtype}`")
+        if self.compile and self.pipeline in ("zb", "zbv") and self.stages > 1:
+            raise ValueError(f"`{self.pipeline}` takes gradients of weights out of the layers, which --compile makes one")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
 
@@ -78,16 +78,6 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def differences(own: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """What a run saved with other settings cannot go on with."""
-    both = {name: (saved.get(name), value) for name, value in own.items() if name not in FREE}
-    return [f"{name} was {a}, is {b}" for name, (a, b) in both.items() if _plain(a) != _plain(b)]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _nearest(batch: int, ranks: int) -> str:

@@ -10,7 +10,10 @@ from mambadsl.train.world import World
 
 
 class Stop:
-    """While it is open, signals are noted. signal: the one that came."""
+    """While it is open, signals are noted. signal: the one that came.
+
+    It is open while steps are done: before, there is nothing to save, and a process ends as any other does.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -30,6 +33,7 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
 
-    def asked(self, world: World) -> bool:
-        """Whether any rank was told to stop: all stop after the same step."""
-        return world.everywhere(self.signal is not None) if world.size > 1 else self.signal is not None
+    def asked(self, world: World) -> str | None:
+        """The name of the signal that any rank has got: all stop after the same step."""
+        number = world.most(self.signal or 0)
+        return signal.Signals(number).name if number else None

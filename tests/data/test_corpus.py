@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_slices_of_many_files(tmp_path_factory, counts, data):
         ids, kind = list(range(len(whole), len(whole) + count)), kinds[number % len(kinds)]
         path = folder / str(number)
         path.write_bytes(b"head" + np.array(ids).astype(kind).tobytes())
-        pieces.append(Piece(path, kind, count, offset=4))
+        pieces.append(Piece.at(path, kind, count, offset=4))
         whole += ids
     tokens = pickle.loads(pickle.dumps(Tokens(pieces)))
     at = st.one_of(st.none(), st.integers(-len(whole) - 2, len(whole) + 2))
@@ -86,6 +87,19 @@ def test_slices_of_many_files(tmp_path_factory, counts, data):
     assert len(tokens) == len(whole) and [tokens[n] for n in (0, -1)] == [whole[0], whole[-1]] == [whole[0], tokens[-1]]
     with pytest.raises(IndexError):
         tokens[len(whole)]
+
+
+def test_a_file_that_was_replaced(folder):
+    Path("a.txt").write_text("one")
+    corpus = open_corpus("a.txt", vocab=256)
+    assert documents(corpus) == [b"one"]
+    Path("b.txt").write_text("two")
+    os.utime("b.txt", ns=(0, 0))
+    os.replace("b.txt", "a.txt")
+    assert documents(open_corpus("a.txt", vocab=256)) == [b"two"]
+    tokens_module._mapped.cache_clear()
+    with pytest.raises(ValueError, match="`a.txt` was changed after it was opened"):
+        corpus.tokens[:]
 
 
 def test_more_files_than_may_be_open(folder):
