@@ -17,6 +17,9 @@ from mambadsl.cli.source import Given, part_set, takes_model
 from mambadsl.cli.types import COUNT, Size, Words
 
 if TYPE_CHECKING:
+    from mambadsl.compile import Program
+    from mambadsl.data.rows import Rows
+    from mambadsl.train.settings import Settings
     from mambadsl.train.loop import Result
 
 _NUMBER = click.IntRange(min=0)
@@ -56,10 +59,38 @@ def _told_once(function: Callable) -> Callable:
     return inner
 
 
+def _devices() -> tuple[str, ...]:
+    from mambadsl.plan.device import DEVICES
+
+    return tuple(DEVICES)
+
+
+def _dry_run(
+    program: Program, settings: Settings, planned: dict[str, Any], ranks: int | None, rows: Rows, *, fused: bool,
+    as_json: bool,
+) -> int:
+    from mambadsl.train.run import expected, planning
+    from mambadsl.train.tables import forecast_text
+
+    plan = planning(program, settings, ranks=ranks, **planned) if settings.stages > 1 else None
+    will = expected(program, settings, plan=plan, ranks=ranks, fused=fused, **planned)
+    facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens))
+    if as_json:
+        epochs = settings.steps * settings.batch / rows.count
+        output.json(
+            ok=not will.too_large, **facts, steps=settings.steps, epochs=epochs, forecast=will.to_json(),
+            plan=plan and plan.to_json(),
+        )
+    else:
+        output.text(forecast_text(will, settings, **facts))
+    return 1 if will.too_large else 0
+
+
 @command(
     "train",
     examples=(
         "mambadsl train models/tiny.mdl --data README.md --length 64 --batch 4 --steps 2 -o build/run",
+        "mambadsl train models/tiny.mdl --data README.md --stages 2 --plan-device h200 --dry-run --ranks 4",
     ),
 )
 @_told_once
@@ -106,13 +137,15 @@ def _told_once(function: Callable) -> Callable:
 @click.option("--tensor", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks that share each layer.")
 @click.option("--plan-device", metavar="NAME|FILE", help="The planner's: h200, ..., or a file of `plan --measure`.")
 @click.option("--memory", "memory_limit", type=Size(), metavar="SIZE", help="Of a rank (default: the device's).")
+@click.option("--dry-run", is_flag=True, help="Say what each rank would hold and take; train nothing.")
+@click.option("--ranks", type=COUNT, metavar="N", help="Of the dry run (default: those that there are).")
 @click.option("--tensorboard", is_flag=True, help="Write for TensorBoard too.")
 def run(
     model: Given, data: tuple[str, ...], tokenizer: str | None, folder: Path | None, weights: Path | None,
     length: int | None,
     held_out: float, held_out_every: int, save_every: int, keep: int, dtype: str | None, device: str | None,
     clip: float, plan_device: str | None, memory_limit: int | None, tensorboard: bool, as_json: bool,
-    **how: Any,
+    dry_run: bool, ranks: int | None, **how: Any,
 ) -> int | None:
     """Train a model, or go on with a run that was stopped.
 
@@ -124,17 +157,21 @@ def run(
     """
     program = model.program()
     part_set(how["parts"], program)
+    if ranks is not None and not dry_run:
+        raise click.UsageError("--ranks is of --dry-run: a run has those that torchrun starts")
     try:
         import torch
     except ModuleNotFoundError:
         raise click.ClickException("train needs PyTorch: pip install 'mambadsl[torch]'") from None
     from mambadsl.train.failure import NotFinite
     from mambadsl.train.loop import Keeping
-    from mambadsl.train.run import train
+    from mambadsl.train.run import rows, train
     from mambadsl.train.settings import Settings
     from mambadsl.train.world import lost
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    # A dry run for another machine needs none of it.
+    place = device or ("cuda" if dry_run and plan_device in _devices() and plan_device != "cpu" else there)
     try:
         settings = Settings(
             length=length or program.spec.settings.context, dtype=dtype or ("fp32" if place == "cpu" else "bf16"),
@@ -145,6 +182,11 @@ def run(
         if memory_limit is not None:
             planned["memory_limit"] = memory_limit
         folder = folder or Path("runs") / program.spec.name
+        if dry_run:
+            return _dry_run(
+                program, settings, planned, ranks,
+                rows(program, data, settings, tokenizer=tokenizer, held_out=held_out), fused=place != "cpu", as_json=as_json,
+            )
         done = train(
             program, data, folder, settings, device=place, tokenizer=tokenizer, held_out=held_out, keeping=keeping,
             planned=planned, weights=weights,

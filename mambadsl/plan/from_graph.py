@@ -67,18 +67,19 @@ def plan(
 
 def units(
     graph: LayerGraph, *, device: Device, length: int | None = None, sequences: int = 1,
-    bytes_per_param: float = TRAINING_BYTES_PER_PARAM,
+    bytes_per_param: float = TRAINING_BYTES_PER_PARAM, narrow: int = NARROW,
 ) -> tuple[Unit, ...]:
     """The chain for microbatches of `sequences` sequences of `length` tokens (default: the model's context).
 
     bytes_per_param: weight, gradient and optimizer state of one trained element (default 18: bf16 and fp32
-    with Adam; sharding the optimizer over n ranks makes it 6 + 12 / n)."""
+    with Adam; sharding the optimizer over n ranks makes it 6 + 12 / n). narrow: bytes of an element that layers compute
+    in."""
     length = length or graph.model.context
     tokens = sequences * length
     # Those of the rows between embedding and head.
     inside = sequences * (length + graph.model.meta_tokens)
-    table = costs(graph, length=length)
-    sent = _sent_bytes_per_token(graph)
+    table = costs(graph, length=length, narrow=narrow)
+    sent = _sent_bytes_per_token(graph, narrow)
     cuttable = True
     # A repeated layer is one LayerSpec: what it weighs and takes is counted once.
     weights_of: dict[tuple, tuple[int, int, str | None]] = {}
@@ -93,13 +94,13 @@ def units(
         own, shared, owner = weights_of[what]
         key = node.role, id(node.layer), own + shared
         if key not in times:
-            how = dict(tokens=tokens, inside=inside, device=device)
+            how = dict(tokens=tokens, inside=inside, device=device, narrow=narrow)
             times[key] = _times(graph, node, cost, params=own + shared, **how)
         forward, inputs, weights = times[key]
         kept, working = cost.saved_bytes_per_token * tokens, 0
         if node.layer is not None and node.layer.sub.recompute:
-            given = sum(map(_bytes, node.gives(graph.model.d_model).values()))
-            kept, working = (graph.streams * graph.model.d_model * _stream(graph) + given) * inside, kept
+            given = sum(_bytes(tensor, narrow) for tensor in node.gives(graph.model.d_model).values())
+            kept, working = (graph.streams * graph.model.d_model * _stream(graph, narrow) + given) * inside, kept
             inputs += forward
         found.append(Unit(
             path=node.path,
@@ -125,11 +126,12 @@ def units(
 
 
 def _times(
-    graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, inside: int, device: Device
+    graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, inside: int, device: Device,
+    narrow: int,
 ) -> tuple[float, float, float]:
     """Seconds of the forward, input-gradient and weight-gradient pass of one microbatch. tokens: of it; inside: with
     meta tokens."""
-    stream = 2 * graph.streams * graph.model.d_model * _stream(graph)
+    stream = 2 * graph.streams * graph.model.d_model * _stream(graph, narrow)
     touched = 0 if node.role is Role.EMBED else params
     moved = stream * inside + cost.saved_bytes_per_token * tokens
     flops = cost.flops
@@ -166,7 +168,7 @@ def _table(graph: LayerGraph) -> str:
     return "embed" if graph.tied else "head"
 
 
-def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
+def _sent_bytes_per_token(graph: LayerGraph, narrow: int) -> dict[str, int]:
     """Bytes per token that cross a cut after each node: every tensor once, from its maker to its last reader.
     The stream and what is carried past it are sent as two tensors, also where they are still equal."""
     place = {node.path: k for k, node in enumerate(graph.nodes)}
@@ -177,7 +179,7 @@ def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
         tensor = edge.source, SAME.get(edge.tensor, edge.tensor)
         until[tensor] = max(until.get(tensor, 0), place[edge.target])
         given = graph.by_path[edge.source].gives(d_model).get(edge.tensor)
-        sent = edge.width * _stream(graph) if given is None else _bytes(given)
+        sent = edge.width * _stream(graph, narrow) if given is None else _bytes(given, narrow)
         size[tensor] = max(size.get(tensor, 0), sent)
     change = [0] * (len(graph.nodes) + 1)
     for tensor, last in until.items():
@@ -186,13 +188,13 @@ def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
     return dict(zip(place, accumulate(change)))
 
 
-def _bytes(carried: Carried) -> int:
+def _bytes(carried: Carried, narrow: int) -> int:
     """Of one token."""
-    return carried.width * (WIDE if carried.fp32 else NARROW)
+    return carried.width * (WIDE if carried.fp32 else narrow)
 
 
-def _stream(graph: LayerGraph) -> int:
-    return WIDE if graph.model.residual_dtype == "fp32" else NARROW
+def _stream(graph: LayerGraph, narrow: int) -> int:
+    return WIDE if graph.model.residual_dtype == "fp32" else narrow
 
 
 def _kind(node: Node) -> str:

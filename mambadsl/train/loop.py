@@ -25,8 +25,10 @@ from mambadsl.data.rows import Batch, Rows
 from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
+from mambadsl.train.compare import Comparison, compare
 from mambadsl.train.engine import Engine, engine
 from mambadsl.train.failure import NotFinite, explain
+from mambadsl.train.forecast import Forecast
 from mambadsl.train.gradients import Gradients
 from mambadsl.train.log import Log
 from mambadsl.train.match import about, check
@@ -37,6 +39,8 @@ from mambadsl.train.save import Saver, newest, read
 from mambadsl.train.settings import Settings
 from mambadsl.train.slices import whole
 from mambadsl.train.stop import Stop
+from mambadsl.train.tables import compared_text
+from mambadsl.train.watch import Watch
 from mambadsl.train.world import World
 
 
@@ -44,7 +48,7 @@ from mambadsl.train.world import World
 class Result:
     """step: done. ended: "done", or the signal that stopped it: "SIGTERM", "SIGINT". loss: of the last step, None if
     none was left to do; held_out: the last one measured. unsaved: why the last save is not there, if it is not.
-    step_s: the median, without the first steps."""
+    step_s: the median, without the first steps. compared: with what was predicted."""
 
     step: int
     ended: str
@@ -52,9 +56,10 @@ class Result:
     held_out: float | None
     unsaved: str | None
     step_s: float | None
+    compared: Comparison | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "compared": self.compared and self.compared.to_json()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ class Run:
     def __init__(
         self, graph: LayerGraph, rows: Rows, settings: Settings, folder: Path, *, world: World,
         plan: Plan | None = None, keeping: Keeping = Keeping(), weights: Path | None = None,
+        forecast: Forecast | None = None,
     ):
         """weights: a folder of safetensors to begin with; a run that has a save goes on from that."""
         self.graph, self.rows, self.settings, self.folder = graph, rows, settings, folder
@@ -91,6 +97,7 @@ class Run:
             begun = stored_weights(graph, weights) if weights is not None and saved is None else None
             self.each, _ = settings.rows(world.ranks("data"))
             self.engine: Engine = engine(graph, world, settings, plan)
+        self.forecast, self.watch = forecast, Watch(self.engine, world)
         if begun is not None:
             for made in self.engine.pieces:
                 put(made, begun.value)
@@ -152,7 +159,12 @@ class Run:
             if log:
                 log.__exit__(None, None, None)
         steady = sorted(times[min(3, len(times) // 2) :])
-        return Result(step, ended or "done", loss, held_out, unsaved, steady[len(steady) // 2] if steady else None)
+        step_s = steady[len(steady) // 2] if steady else None
+        compared = compare(self.forecast, self.watch, step_s, world) if self.forecast and step_s else None
+        if compared and world.first:
+            compared.write(self.folder)
+            tell("\n" + compared_text(compared))
+        return Result(step, ended or "done", loss, held_out, unsaved, step_s, compared)
 
     def _log(self) -> Log:
         keeping = self.keeping

@@ -15,7 +15,9 @@ PEAKS = {
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """None for a device that the table does not know."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peaks.get(dtype) for part, peaks in PEAKS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+def peak_of(name: str, dtype: str) -> float | None:
+    """Of a device by its name, as its driver or the planner says it."""
+    return next((peaks.get(dtype) for part, peaks in PEAKS.items() if part in name.upper()), None)

@@ -120,9 +120,10 @@ def _environment() -> dict[str, int] | None:
     return found
 
 
-def shape(*, stages: int, tensor: int) -> tuple[int, int, int]:
-    """(pipeline, data, tensor) ranks. ValueError if the processes cannot be laid out so."""
-    size = size_of_world()
+def shape(*, stages: int, tensor: int, size: int | None = None) -> tuple[int, int, int]:
+    """(pipeline, data, tensor) ranks. size: processes, if not those that there are. ValueError if they cannot be laid
+    out so."""
+    size = size_of_world() if size is None else size
     if size % (stages * tensor):
         wanted = " x ".join(f"{n} {what}" for n, what in ((stages, "stages"), (tensor, "tensor ranks")) if n > 1)
         raise ValueError(
