@@ -19,8 +19,8 @@ from mambadsl.cli.types import COUNT, Size, Words
 if TYPE_CHECKING:
     from mambadsl.compile import Program
     from mambadsl.data.rows import Rows
-    from mambadsl.train.settings import Settings
     from mambadsl.train.loop import Result
+    from mambadsl.train.settings import Settings
 
 _NUMBER = click.IntRange(min=0)
 
@@ -29,6 +29,12 @@ def _schedules() -> tuple[str, ...]:
     from mambadsl.train.schedule import SCHEDULES
 
     return tuple(SCHEDULES)
+
+
+def _gathers() -> tuple[str, ...]:
+    from mambadsl.train.settings import GATHER
+
+    return GATHER
 
 
 def _pipelines() -> tuple[str, ...]:
@@ -69,9 +75,10 @@ def _dry_run(
     program: Program, settings: Settings, planned: dict[str, Any], ranks: int | None, rows: Rows, *, fused: bool,
     as_json: bool,
 ) -> int:
-    from mambadsl.train.run import expected, planning
+    from mambadsl.train.run import expected, gathering, planning
     from mambadsl.train.tables import forecast_text
 
+    settings = gathering(program, settings, ranks=ranks, fused=fused, **planned)
     plan = planning(program, settings, ranks=ranks, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, ranks=ranks, fused=fused, **planned)
     facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens))
@@ -130,6 +137,8 @@ def _dry_run(
 @click.option("--parts", default="auto", show_default=True, metavar="SET", help="The part set that runs it.")
 @click.option("--compile", is_flag=True, help="Each layer through torch.compile.")
 @click.option("--recompute", is_flag=True, help="Every layer again in the backward pass, for memory.")
+@click.option("--gather", type=Words(_gathers), default="auto", show_default=True, metavar="HOW",
+              help="What data ranks share: all weights once a step, or layers for each pass, for memory.")
 @click.option("--stages", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks of the pipeline.")
 @click.option("--pipeline", type=Words(_pipelines), default="1f1b", show_default=True, metavar="NAME",
               help="Its schedule: gpipe, 1f1b, interleaved, zb or zbv.")
@@ -185,7 +194,8 @@ def run(
         if dry_run:
             return _dry_run(
                 program, settings, planned, ranks,
-                rows(program, data, settings, tokenizer=tokenizer, held_out=held_out), fused=place != "cpu", as_json=as_json,
+                rows(program, data, settings, tokenizer=tokenizer, held_out=held_out), fused=place != "cpu",
+                as_json=as_json,
             )
         done = train(
             program, data, folder, settings, device=place, tokenizer=tokenizer, held_out=held_out, keeping=keeping,

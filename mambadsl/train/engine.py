@@ -24,6 +24,7 @@ from mambadsl.plan.schedule import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FO
 from mambadsl.train.deferred import defer
 from mambadsl.train.pieces import Piece, piece
 from mambadsl.train.settings import Settings
+from mambadsl.train.sharding import regathers
 from mambadsl.train.world import World
 
 
@@ -46,6 +47,7 @@ class Whole:
         [stage] = stages(graph, [[node.path for node in graph.nodes]])
         self.pieces = [piece(graph, stage, world, settings)]
         self.microbatch = settings.rows(world.ranks("data"))[1]
+        self.regathers = regathers(settings, data=world.ranks("data"))
 
     def forward_backward(self, batch: Batch, counts_K: Tensor) -> Tensor:
         return self._run(batch, counts_K, train=True)
@@ -62,7 +64,9 @@ class Whole:
         total = torch.zeros((), device=batch.tokens_BT.device)
         for k, (tokens_BT, targets_BT, segments_BT) in enumerate(zip(*parts)):
             if isinstance(made, FSDPModule):
-                made.set_requires_gradient_sync(k == len(parts[0]) - 1)
+                last = k == len(parts[0]) - 1
+                made.set_requires_gradient_sync(last)
+                made.set_reshard_after_backward(last or self.regathers)
             share = made(tokens_BT, targets_BT=targets_BT, segments_BT=segments_BT)
             if train:
                 share.backward()

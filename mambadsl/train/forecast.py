@@ -27,6 +27,7 @@ from mambadsl.plan.schedule import BACKWARD, BACKWARD_INPUT, FORWARD, Action, ra
 from mambadsl.plan.unit import Unit
 from mambadsl.train.peak import peak_of
 from mambadsl.train.settings import Settings
+from mambadsl.train.sharding import regathers, together
 
 #: Bytes moved for each weight on a rank by one update: AdamW reads weight, gradient and two moments and writes all but
 #: the gradient, in one pass where it is fused, in nine where it is not; the norm reads the gradients, clipping also
@@ -116,7 +117,7 @@ def chain(graph: LayerGraph, settings: Settings, *, data: int, device: Device) -
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the trainer keeps which weight (`pieces.shard` decides; a test holds this to it)."""
+    """Where the trainer keeps which weight (`sharding.shard` decides; a test holds this to it)."""
 
     settings: Settings
     data: int
@@ -133,7 +134,7 @@ class Layout:
     @property
     def regathers(self) -> bool:
         """Whether a pass gathers what it needs and lets it go."""
-        return self.data > 1 and self.settings.stages == 1
+        return regathers(self.settings, data=self.data)
 
     @property
     def sums(self) -> bool:
@@ -234,7 +235,7 @@ class _Place:
             alone = [owner for owner in uses if uses.count(owner) == 1 and owner in paths]
             gathered = {path: layout.elements(w) for path, w in mine.items() if layout.cut(w)}
             sizes = {o: sum(n for path, n in gathered.items() if path.startswith(f"{o}.")) for o in alone}
-            self.layers += sizes.values()
+            self.layers += [sum(map(sizes.__getitem__, group)) for group in together(sizes)]
             self.frame += sum(gathered.values()) - sum(sizes.values())
 
     @property
@@ -299,7 +300,7 @@ class _Place:
         if not layout.sharded:
             return 0.0, 0.0, update
         gathered = self.frame + sum(self.layers)
-        times = 1 if layout.settings.stages > 1 else microbatches * (2 if layout.regathers else 1)
+        times = 2 * microbatches if layout.regathers else 1
         many = data > 1
         copies = gathered * (times * COPIED[many] + REDUCED[many]) / device.bytes_per_s
         if not many:

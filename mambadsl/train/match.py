@@ -19,7 +19,7 @@ from mambadsl.train.schedule import rate
 from mambadsl.train.settings import Settings
 
 #: Settings that may differ.
-FREE = ("microbatch", "parts", "compile", "recompute", "stages", "pipeline", "virtual", "tensor", "dtype")
+FREE = ("microbatch", "parts", "compile", "recompute", "gather", "stages", "pipeline", "virtual", "tensor", "dtype")
 #: Those that the learning rate follows from.
 RATE = ("steps", "lr", "warmup", "schedule", "decay", "floor")
 #: Pieces of the data that stand for all of it, and tokens of each.

@@ -8,18 +8,16 @@ every data rank, and so are their gradients (`gradients.py` adds them up).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from mambadsl.build.init import draw
 from mambadsl.build.machine import machine
-from mambadsl.build.model import DTYPES, Model
+from mambadsl.build.model import Model
 from mambadsl.build.refuse import problems
 from mambadsl.build.stage import Stage
 from mambadsl.graph.graph import LayerGraph, Role
@@ -28,6 +26,7 @@ from mambadsl.plan.assign import assign
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.train.held import boxes
 from mambadsl.train.settings import Settings
+from mambadsl.train.sharding import shard
 from mambadsl.train.slices import Slice, split
 from mambadsl.train.tensor import join
 from mambadsl.train.world import World
@@ -109,35 +108,6 @@ def compile_layers(model: Model) -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * config.recompile_limit)
     for sublayer in layers:
         sublayer.forward = torch.compile(sublayer.forward, fullgraph=True, dynamic=False)
-
-
-def shard(made: Piece, world: World, settings: Settings) -> None:
-    """FSDP2 over the data ranks, a layer at a time; one rank too where layers compute in less than float32."""
-    narrow = DTYPES[settings.dtype]
-    if world.ranks("data") == 1 and narrow == torch.float32:
-        return
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    kept: set[nn.Parameter] = set()
-    if narrow != torch.float32:
-        policy = replace(policy, param_dtype=narrow, reduce_dtype=torch.float32)
-        named = dict(made.model.named_parameters())
-        kept = {p for path, p in named.items() if made.model.weights[path].fp32}
-    # Of a pipeline, gathering anew for each microbatch's backward would cost more than it saves.
-    how = dict(
-        mesh=world.mesh["data"], mp_policy=policy, ignored_params=kept,
-        reshard_after_forward=world.ranks("data") > 1 and world.ranks("pipeline") == 1,
-    )
-    owners = Counter(node.owner for node, _ in made.model.sublayers())
-    for node, sublayer in made.model.sublayers():
-        # What several places use is gathered once, with the frame: only a layer's own call gathers it.
-        if node.owner == node.path and owners[node.owner] == 1:
-            fully_shard(sublayer, **how)
-    fully_shard(made, **how)
-    for module in made.modules():
-        if isinstance(module, FSDPModule):
-            # Losses are shares of the step's already: gradients are added, not averaged.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
 
 
 def put(made: Piece, value: Callable[[str], Tensor]) -> None:

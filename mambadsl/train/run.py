@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ def train(
     """Trains a model, or goes on with the run that is in the folder.
 
     planned: keywords of the planner beside those that the settings have (`device`, default by where the run is;
-    `memory_limit`). weights: a folder
-    of safetensors that a new run begins with.
+    `memory_limit`). weights: a folder of safetensors that a new run begins with.
     """
     place = usable(device)
     _, ranks, _ = shape(stages=settings.stages, tensor=settings.tensor)
     settings.rows(ranks)
     split(program.layers, settings.tensor)
     planned = planned or {"device": "cpu" if place.type == "cpu" else "h200"}
+    settings = gathering(program, settings, **planned)
     plan = planning(program, settings, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, fused=place.type == "cuda", **planned)
     folder, weights = Path(folder), None if weights is None else Path(weights)
@@ -94,6 +95,16 @@ def expected(
     return forecast(
         own(program, settings), settings, ranks=ranks, device=device, plan=plan, memory_limit=memory_limit, fused=fused
     )
+
+
+def gathering(program: Program, settings: Settings, **how: Any) -> Settings:
+    """With `gather` decided: all at once where every rank has room for it."""
+    if settings.gather != "auto":
+        return settings
+    whole = replace(settings, gather="all")
+    if settings.stages > 1 or not expected(program, whole, **how).too_large:
+        return whole
+    return replace(settings, gather="layers")
 
 
 def own(program: Program, settings: Settings) -> LayerGraph:

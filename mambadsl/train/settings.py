@@ -12,6 +12,8 @@ from typing import Any
 from mambadsl.train.schedule import SCHEDULES
 
 DTYPES = ("fp32", "bf16")
+#: Of what data ranks share; `auto` is `all` where that fits into memory, else `layers`.
+GATHER = ("auto", "all", "layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,9 @@ class Settings:
     steps: of the optimizer. lr: the highest; warmup: steps up to it; schedule: how it falls, in `decay` of the steps at
     the end (wsd), down to `floor` times the highest. clip: of the gradients' norm over all weights, None for none.
     dtype: what layers compute in; weights, their gradients and the optimizer are float32. recompute: every layer again
-    in the backward pass. stages: ranks of the pipeline; pipeline, virtual: its schedule and stages a rank. tensor:
-    ranks that share each layer. The rest of the ranks share the rows.
+    in the backward pass. gather: when data ranks gather weights (`sharding.py`). stages: ranks of the pipeline;
+    pipeline, virtual: its schedule and stages a rank. tensor: ranks that share each layer. The rest of the ranks share
+    the rows.
     """
 
     length: int
@@ -43,6 +46,7 @@ class Settings:
     parts: str = "auto"
     compile: bool = False
     recompute: bool = False
+    gather: str = "auto"
     stages: int = 1
     pipeline: str = "1f1b"
     virtual: int | None = None
@@ -56,6 +60,8 @@ class Settings:
             raise ValueError(f"there is no schedule `{self.schedule}`: {', '.join(SCHEDULES)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"training computes in {' or '.join(DTYPES)}, not `{self.dtype}`")
+        if self.gather not in GATHER:
+            raise ValueError(f"weights are gathered as {', '.join(GATHER)}, not `{self.gather}`")
         if self.compile and self.pipeline in ("zb", "zbv") and self.stages > 1:
             raise ValueError(f"`{self.pipeline}` puts gradients of weights off, and --compile makes each layer one")
         if not 0 <= self.warmup <= self.steps:

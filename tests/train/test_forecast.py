@@ -21,9 +21,9 @@ from mambadsl.train import measure as measuring
 from mambadsl.train import pieces
 from mambadsl.train.engine import engine
 from mambadsl.train.forecast import forecast
+from mambadsl.train.held import local
 from mambadsl.train.memory import Counted
 from mambadsl.train.optimizer import Optimizer
-from mambadsl.train.pieces import local
 from mambadsl.train.run import expected, planning
 from mambadsl.train.settings import Settings
 from mambadsl.train.tables import forecast_text
@@ -76,7 +76,7 @@ def world(rank, shape):
     size = shape[0] * shape[1] * shape[2]
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        yield World(init_device_mesh("cpu", shape, mesh_dim_names=AXES), torch.device("cpu"), None)
+        yield World(init_device_mesh("cpu", shape, mesh_dim_names=AXES), torch.device("cpu"), None, None)
     finally:
         dist.destroy_process_group()
 

@@ -113,8 +113,8 @@ def test_parts_of_parts(stack):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_layer_is_the_sum_of_its_parts(stack, ranks):
-    """Each mixer by itself: what parts with the ranks' slices of its weights give adds up to what it gives. (Where ranks
-    share something inside too, runs together tell.)"""
+    """Each mixer by itself: what parts with the ranks' slices of its weights give adds up to what it gives. (Where
+    ranks share something inside too, runs together tell.)"""
     graph = layers(f"{stack} untied")
     part = split(graph, ranks)
     held = [slices(graph, part, ranks=ranks, rank=rank) for rank in range(ranks)]
