@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Piece(nn.Module):
     weight, of layers that tensor ranks share.
     """
 
-    def __init__(self, model: Model, slices: Mapping[str, Slice]):
+    def __init__(self, model: Model, slices: Mapping[str, Slice] = MappingProxyType({})):
         super().__init__()
         self.model, self.slices = model, slices
         self.counts_K: Tensor | None = None
