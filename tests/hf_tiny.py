@@ -219,6 +219,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         **WIDTH, num_hidden_layers=2, attention_hidden_size=48, intermediate_size=56, layer_norm_epsilon=1e-3,
         context_length=64, tie_word_embeddings=True, rescale_every=0,
     )),
+    "zaya": ("zaya", dict(
+        **WIDTH, **ATTENTION, num_hidden_layers=3, head_dim=16, moe_intermediate_size=24, num_experts=4,
+        router_hidden_size=16,
+    )),
+    "zaya windows": ("zaya", dict(
+        **WIDTH, **ATTENTION, num_hidden_layers=4, head_dim=8, moe_intermediate_size=24, num_experts=6,
+        router_hidden_size=12, cca_time0=3, cca_time1=4, attention_bias=True, sliding_window=6, hidden_act="gelu",
+        layer_types=["hybrid", "hybrid_sliding"] * 2, tie_word_embeddings=False,
+    )),
     "recurrent_gemma": ("recurrent_gemma", dict(
         **TOKENS, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=1, lru_width=48, attention_window_size=8,
@@ -248,6 +257,9 @@ def model(name: str) -> Any:
             if tensor.is_floating_point() and not path.endswith(("slope_rate", "_decay")):
                 noise = torch.randn(tensor.shape, generator=generator)
                 tensor.add_(noise * (0.2 if tensor.dim() < 2 or "norm" in path else 0.5 * tensor.shape[-1] ** -0.5))
+            # Whatever a folder says, transformers loads this.
+            if path.endswith("balancing_biases"):
+                tensor[-1] = -1
     return made.eval()
 
 

@@ -9,7 +9,7 @@ files that an index names and the folder lacks, and one name with two different 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from mambadsl.build.model import Model
 from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
+from mambadsl.graph.graph import LayerGraph
 from mambadsl.graph.weights import all_weights
+from mambadsl.kinds.kind import Weight
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
 from mambadsl.text.spell import nearest
 
@@ -60,7 +62,7 @@ def load_weights(model: Model, folder: str | Path, *, device: Any = "cpu") -> Mo
     first. Raises MdlError (E905) before anything is changed."""
     folder = Path(folder)
     stored = _Stored(folder)
-    if problem := _misfit(model, stored):
+    if problem := _misfit(model.graph, model.weights, stored):
         raise MdlError([problem])
     if any(t.is_meta for t in model.tensors().values()):
         model.to_empty(device=device)
@@ -69,6 +71,14 @@ def load_weights(model: Model, folder: str | Path, *, device: Any = "cpu") -> Mo
         for path, value in stored.values(tuple(tensors)):
             tensors[path].copy_(value)
     return model
+
+
+def stored_weights(graph: LayerGraph, folder: str | Path) -> _Stored:
+    """The files of all the model's weights, none of which is read before it is asked for. Raises MdlError (E905)."""
+    stored = _Stored(Path(folder))
+    if problem := _misfit(graph, all_weights(graph), stored):
+        raise MdlError([problem])
+    return stored
 
 
 class _Stored:
@@ -112,6 +122,10 @@ class _Stored:
                 for path in held:
                     yield path, opened.get_tensor(path)
 
+    def value(self, path: str) -> Tensor:
+        [(_, value)] = self.values((path,))
+        return value
+
     def contradictions(self) -> Iterator[str]:
         """Names stored more than once (a tied embedding, shared layers) with values that differ."""
         from safetensors import safe_open
@@ -125,10 +139,10 @@ class _Stored:
                 yield f"`{path}` differs between " + " and ".join(file.name for file in files)
 
 
-def _misfit(model: Model, stored: _Stored) -> Diagnostic | None:
-    """One diagnostic that lists everything, or None."""
-    known = {path: weight.shape for path, weight in all_weights(model.graph).items()}
-    wanted = {path: tuple(weight.shape) for path, weight in model.weights.items()}
+def _misfit(graph: LayerGraph, weights: Mapping[str, Weight], stored: _Stored) -> Diagnostic | None:
+    """One diagnostic that lists everything, or None. weights: those that are needed of the graph's."""
+    known = {path: weight.shape for path, weight in all_weights(graph).items()}
+    wanted = {path: tuple(weight.shape) for path, weight in weights.items()}
     missing = [path for path in wanted if path not in stored.shapes]
     unknown = [path for path in stored.shapes if path not in known]
     facts = [*listed("missing", missing, unknown), *listed("unknown", unknown, missing)]
@@ -145,7 +159,7 @@ def _misfit(model: Model, stored: _Stored) -> Diagnostic | None:
     counts = {"missing": missing, "unknown": unknown, "of another shape": bent}
     counts["stored twice, unequal"] = twice
     summary = ", ".join(f"{len(found)} {what}" for what, found in counts.items() if found)
-    message = f"the weights in `{stored.folder}` do not fit `{model.graph.name}`: {summary}"
+    message = f"the weights in `{stored.folder}` do not fit `{graph.name}`: {summary}"
     return Diagnostic(E905, message, notes=tuple(facts))
 
 

@@ -80,6 +80,15 @@ def later(
     return found
 
 
+def counts(
+    targets_BT: Tensor, *, depths: int, segments: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """How many targets count, of the head and of each depth of `mtp`: int64 [1 + depths]."""
+    padding = dict(segments=segments, valid=valid)
+    targets = later(counted(targets_BT, like=targets_BT, **padding), depths=depths, **padding)
+    return torch.stack([(what != IGNORE).sum() for what in targets])
+
+
 def weighted(losses: Sequence[Tensor], *, loss_weight: float) -> Tensor:
     """The first loss, and `loss_weight` times the mean of the others."""
     first, *others = losses

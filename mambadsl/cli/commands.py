@@ -18,7 +18,7 @@ from mambadsl import __version__
 from mambadsl.cli import output
 
 COMMANDS = (
-    "check", "compile", "plan", "expand", "fmt", "summary", "graph", "explain", "doctor", "generate",
+    "check", "compile", "plan", "train", "expand", "fmt", "summary", "graph", "explain", "doctor", "generate",
     "import", "export", "verify", "completion",
 )
 BUG, INTERRUPTED, READER_GONE = 70, 130, 141

@@ -130,6 +130,6 @@ def _ids(stop: str) -> tuple[int, ...]:
 
 
 def _tokenizer(path: str | None, vocab: int) -> Any:
-    from mambadsl.run.text import tokenizer
+    from mambadsl.text.tokenizer import tokenizer
 
     return tokenizer(path, vocab=vocab)

@@ -32,6 +32,11 @@ def _devices() -> tuple[str, ...]:
     return tuple(DEVICES)
 
 
+def _here(word: str) -> bool:
+    """A device of this machine, which is measured, not planned for."""
+    return word.split(":")[0] == "cuda"
+
+
 #: By keyword: (flag, type, metavar, help).
 _OPTIONS = {
     "stages": ("--stages", COUNT, "N", "Ranks of the pipeline (default: as the text cuts)."),
@@ -39,7 +44,7 @@ _OPTIONS = {
     "microbatches": ("--microbatches", COUNT, "N", "Of a batch (default: 4 a rank)."),
     "virtual": ("--virtual", COUNT, "N", "Stages a rank (default: the schedule's least)."),
     "memory_limit": ("--memory", Size(), "SIZE", "Of a rank, as in 80GiB (default: the device's)."),
-    "device": ("--device", Words(_devices), "NAME", "h200 (default), h100, a100 or cpu."),
+    "device": ("--device", Words(_devices, also=_here), "NAME", "h200 (default), h100, a100 or cpu."),
     "measured": ("--measured", click.Path(dir_okay=False), "FILE", "A .json file of measured layer times."),
     "length": ("--length", COUNT, "TOKENS", "Of a sequence (default: the model's context)."),
     "sequences": ("--batch", COUNT, "N", "Sequences of a microbatch (default 1)."),

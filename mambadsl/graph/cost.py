@@ -6,6 +6,7 @@ nodes share are owned (counted) by the first that uses them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,6 +14,8 @@ from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.kind import Flops, Saved, matmul
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
+from mambadsl.kinds.streams import narrow_flops
 from mambadsl.kinds.sublayer import adapter_weights
 
 #: Bytes of one element in the compute dtype (bfloat16) and in float32.
@@ -53,8 +56,9 @@ class Cost:
         )
 
 
-def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
-    """Cost of each node by path. length: tokens of a sequence (default: the model's context)."""
+def costs(graph: LayerGraph, *, length: int | None = None, narrow: int = NARROW) -> dict[str, Cost]:
+    """Cost of each node by path. length: tokens of a sequence (default: the model's context). narrow: bytes of an
+    element in the compute dtype."""
     length = graph.model.context if length is None else length
     if length < 1:
         raise ValueError(f"length is a number of tokens, at least 1, not {length}")
@@ -64,9 +68,11 @@ def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
     found: dict[str, Cost] = {}
     used_again = {node.owner for node in graph.nodes if node.shared}
     for node in graph.nodes:
-        key = (node.role, node.layer)
+        key = (node.role, node.layer, node.tail)
         if key not in tables:
-            tables[key] = _running(graph, node, length)
+            tables[key] = _running(graph, node, length, narrow)
+            if node.role is Role.LAYER and not node.tail and graph.model.meta_tokens:
+                tables[key] = _with_meta(graph, node, length, narrow)
         # A node whose weights no other uses has new paths only: its counts depend on the layer alone.
         own = node.role is Role.LAYER and node.owner not in used_again
         if own and key in shapes:
@@ -104,21 +110,35 @@ def _weights(graph: LayerGraph, node: Node, seen: set[str]) -> tuple[int, int, i
     return params, used, int(active), buffers
 
 
-def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, int, int]:
+def _with_meta(graph: LayerGraph, node: Node, length: int, narrow: int) -> tuple[Flops, int, int, int]:
+    """A layer's, where meta tokens stand before each sequence: their work is spread over its tokens, and their keys and
+    values are fixed state."""
+    meta = graph.model.meta_tokens
+    flops, saved, kv, state = _running(graph, node, length + meta, narrow)
+    share = Fraction(length + meta, length)
+    parts = (part * share for part in (flops.forward, flops.backward_input, flops.backward_weight))
+    return Flops(*parts), math.ceil(saved * share), kv, state + kv * meta
+
+
+def _running(graph: LayerGraph, node: Node, length: int, narrow: int) -> tuple[Flops, int, int, int]:
     model = graph.model
     d = model.d_model
     match node.role:
         case Role.EMBED:
-            return NO_FLOPS, 0 if model.embedding_norm.name == "none" else d * NARROW, 0, 0
+            return NO_FLOPS, 0 if model.embedding_norm.name == "none" else d * narrow, 0, 0
         case Role.HEAD | Role.MTP_OUT:
-            # Kept: the hidden state, and the logits once in the compute dtype and once in float32.
-            return matmul(model.vocab * d), d * NARROW + model.vocab * (NARROW + WIDE), 0, 0
+            # Kept: the stream, and the logits once in the compute dtype and once in float32.
+            n = graph.streams
+            flops = matmul(model.vocab * d) + narrow_flops(model, n)
+            return flops, n * d * narrow + model.vocab * (narrow + WIDE), 0, 0
         case Role.MTP_IN:
-            return matmul(2 * d * d), 4 * d * NARROW, 0, 0
+            return matmul(2 * d * d), 4 * d * narrow, 0, 0
     dims = node.dims(d)
-    flops, kv, state = NO_FLOPS, 0, 0
+    sub, kv, state = node.layer.sub, 0, 0
+    form = form_of(sub.residual)
+    flops, saved = form.flops(sub, d), form.saved(sub, d)
     # The residual stream before the norm; branches keep their own inputs.
-    saved = Saved(0 if node.layer.sub.norm.name == "none" else dims.d_in)
+    saved = Saved(saved.narrow + (0 if sub.norm.name == "none" else dims.d_in), saved.wide)
     for _, _, mixer in node.branches():
         kind = get(mixer.kind)
         flops += kind.flops(mixer.fields, dims, length)
@@ -129,9 +149,9 @@ def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, in
             # Between the two factors.
             saved = Saved(saved.narrow + sum(w.shape[0] for w in factors[::2]), saved.wide)
         for s in kind.state(mixer.fields, dims):
-            size = s.elements * (WIDE if s.fp32 else NARROW)
+            size = s.elements * (WIDE if s.fp32 else narrow)
             if s.per_token and s.window is None:
                 kv += size
             else:
-                state += size * (s.window if s.per_token else 1)
-    return flops, saved.narrow * NARROW + saved.wide * WIDE, kv, state
+                state += size * (s.window + s.keep if s.per_token else 1)
+    return flops, saved.narrow * narrow + saved.wide * WIDE, kv, state

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mambadsl.adapt.table import Both, Entry, Recipe, both, fixed, key, read_only, words
 from mambadsl.adapt.tensors import Place
@@ -26,16 +26,21 @@ __all__ = [
 ]
 
 
+#: The tensor of a norm's scale, beside which its shift lies as `.bias`; or the names of both.
+NormAt: TypeAlias = "str | tuple[str, str]"
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer of ours. recipes, paths: of its branches, and where their tensors lie. norm, post_norm: the tensors of
-    the norms before and behind it. owner: whose weights it has, where it shares them (`shared.T.0`). names: of its only
-    branch, what the recipe does not know."""
+    the norms before and behind it. affine: of `residual=affine`, those of the output and of the stream. owner: whose
+    weights it has, where it shares them (`shared.T.0`). names: of its only branch, what the recipe does not know."""
 
     recipes: tuple[str, ...]
     paths: tuple[str, ...]
     norm: str = ""
     post_norm: str = ""
+    affine: tuple[NormAt, ...] = ()
     owner: str = ""
     names: Mapping[str, Place] = field(default_factory=dict)
 
@@ -89,7 +94,7 @@ class Family:
     order: Callable[[Sequence[Row]], Mapping[str, Any]]
     demands: Mapping[str, Any] = field(default_factory=dict)
     embed: str = "model.embed_tokens.weight"
-    embed_norm: str = ""
+    embed_norm: NormAt = ""
     final: str = "model.norm.weight"
     head: str = "lm_head.weight"
     empty: tuple[str, ...] = ()

@@ -16,7 +16,8 @@ from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.unroll import connect
 from mambadsl.graph.weights import all_weights, node_weights
 from mambadsl.hf.config import E610, E611, Settings
-from mambadsl.hf.family import Family, Layer, both, families
+from mambadsl.hf.family import Family, Layer, NormAt, both, families
+from mambadsl.kinds.residual import AFFINE_TERMS
 from mambadsl.spec import make
 from mambadsl.spec.model import LayerSpec, MtpSpec
 from mambadsl.text.diagnostic import Diagnostic, MdlError
@@ -152,6 +153,8 @@ def _places(c: Settings, family: Family, graph: LayerGraph, laid: list[Layer]) -
     layers = [node for node in graph.nodes if node.layer is not None]
     for node, layer in zip(layers, laid, strict=True):
         found |= _norm(f"{node.owner}.norm", layer.norm) | _norm(f"{node.owner}.post_norm", layer.post_norm)
+        for term, at in zip(AFFINE_TERMS, layer.affine):
+            found |= _norm(f"{node.owner}.{term}", at)
         for (own, prefix, mixer), recipe, at in zip(node.branches(), layer.recipes, layer.paths, strict=True):
             names = {**family.recipes[recipe].places(mixer.fields), **layer.names}
             # Of a shared layer, some weights are each use's own.
@@ -163,6 +166,7 @@ def _places(c: Settings, family: Family, graph: LayerGraph, laid: list[Layer]) -
     return {path: found[path] for path in all_weights(graph)}
 
 
-def _norm(ours: str, theirs: str) -> dict[str, Rows]:
+def _norm(ours: str, theirs: NormAt) -> dict[str, Rows]:
     """The scale of a norm, and the shift that some have."""
-    return {f"{ours}.{w}": rows(f"{theirs.removesuffix('.weight')}.{w}") for w in ("weight", "bias")}
+    both = (theirs, f"{theirs.removesuffix('.weight')}.bias") if isinstance(theirs, str) else theirs
+    return {f"{ours}.{w}": rows(name) for w, name in zip(("weight", "bias"), both)}

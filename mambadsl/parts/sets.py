@@ -35,14 +35,18 @@ _FUSED: Order = {
     "mamba1.conv": _CONV,
     "short_conv.conv": ("triton.plain_conv",),
     "rg_lru.conv": ("triton.plain_conv",),
+    "cca.conv": ("triton.plain_conv",),
     "gated_delta_net.conv": _CONV,
     "kimi_delta.conv": _CONV,
+    "gated_delta_net.scan": ("fla.gated_delta_rule", REFERENCE),
+    "kimi_delta.scan": ("fla.kimi_delta_rule", REFERENCE),
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
     "lightning.scan": ("triton.scan", "mamba_ssm.scan"),
     "kimi_delta.gate_norm": ("triton.gate_norm",),
     "mamba1.scan": ("mamba_ssm.selective_scan",),
     "attention.core": ("torch.attention",),
     "mla.core": ("torch.attention",),
+    "cca.core": ("torch.attention",),
     "moe.experts": ("torch.grouped_mm", REFERENCE),
     "model.norm": ("triton.rms_norm",),
     "model.loss": ("triton.linear_cross_entropy",),
@@ -55,11 +59,6 @@ _TE: Order = {
     "model.norm": ("te.rms_norm", "triton.rms_norm"),
 }
 _STEP = ("triton.step",)
-#: Not for training yet: they refuse gradients of packed rows.
-_DELTA: Order = {
-    "gated_delta_net.scan": ("fla.gated_delta_rule", REFERENCE),
-    "kimi_delta.scan": ("fla.kimi_delta_rule", REFERENCE),
-}
 _STEPS: Order = {
     **_FUSED,
     "mamba2.step": _STEP,
@@ -69,7 +68,6 @@ _STEPS: Order = {
     "model.head_step": ("triton.head",),
     "model.next_token": ("triton.next_token",),
 }
-_INFERENCE: Order = {**_STEPS, **_DELTA}
 
 SETS: dict[str, PartSet] = {
     s.name: s
@@ -77,7 +75,7 @@ SETS: dict[str, PartSet] = {
         PartSet("reference", "any machine; pure torch; the truth"),
         PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's for Mamba-1", _FUSED),
         PartSet("te", "Transformer Engine linears, norms and attention; the rest as `fused`", _TE),
-        PartSet("inference", "decoding: static caches, step kernels, one CUDA graph a step", _INFERENCE),
+        PartSet("inference", "decoding: static caches, step kernels, one CUDA graph a step", _STEPS),
         PartSet("auto", "for this machine, the fastest that each slot accepts", _STEPS, lenient=True),
     )
 }

@@ -15,7 +15,8 @@ A file of measured layer times:
     }
 
 Every other field of `Device` may stand in the file too (`memory_bytes`, `link_bytes_per_s`, ...). A layer may
-add `activation_bytes`, from a profile of saved tensors.
+add `activation_bytes` (kept from its forward to its backward) and `working_bytes` (on top while it runs).
+`plan --measure` writes such a file.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ E821 = declare(
     "the file of measured layer times is not valid",
     """
     It is a JSON object with `base`, `microbatch_tokens` and `layers`; each layer has `forward_s`,
-    `backward_input_s` and `backward_weight_s`, in seconds for one microbatch, and maybe `activation_bytes`.
-    The message names the key. Times taken with another number of tokens in a microbatch are refused, not
-    scaled: kernels do not scale in proportion.
+    `backward_input_s` and `backward_weight_s`, in seconds for one microbatch, and maybe `activation_bytes` and
+    `working_bytes`. `plan --measure FILE` writes it. The message names the key. Times taken with another number
+    of tokens in a microbatch are refused, not scaled: kernels do not scale in proportion.
     """,
 )
 
@@ -65,6 +66,7 @@ class LayerTime:
     backward_input_s: float
     backward_weight_s: float
     activation_bytes: int | None = None
+    working_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +149,10 @@ def measured(
         time = times.get(unit.path) or times.get(unit.kind)
         if time is None:
             return unit
-        kept = unit.activation_bytes if time.activation_bytes is None else time.activation_bytes
+        known = {name: size for name in _SIZES if (size := getattr(time, name)) is not None}
         return replace(
             unit, forward_s=time.forward_s, backward_input_s=time.backward_input_s,
-            backward_weight_s=time.backward_weight_s, activation_bytes=kept,
+            backward_weight_s=time.backward_weight_s, **known,
         )
 
     return tuple(map(one, units))
@@ -163,6 +165,7 @@ def _kinds(units: Sequence[Unit]) -> str:
 _TEXT, _COUNTS = ("name",), ("memory_bytes", "microbatch_tokens")
 _OWN = {f.name for f in fields(Device)} - {"layer_times"}
 _TIMES = ("forward_s", "backward_input_s", "backward_weight_s")
+_SIZES = ("activation_bytes", "working_bytes")
 
 
 def _from_file(path: Path) -> Device:
@@ -214,8 +217,8 @@ def _from_file(path: Path) -> Device:
             bad(f"`layers.{name}` must be an object, not {_what(entry)}")
             continue
         for key in (*_TIMES, *entry):
-            if key not in (*_TIMES, "activation_bytes"):
-                bad(f"there is no key `layers.{name}.{key}`", f"keys: {', '.join(_TIMES)}, activation_bytes")
+            if key not in (*_TIMES, *_SIZES):
+                bad(f"there is no key `layers.{name}.{key}`", f"keys: {', '.join((*_TIMES, *_SIZES))}")
             elif not (_number(entry.get(key)) and 0 <= entry[key] <= MOST):
                 wrong(f"layers.{name}.{key}", entry.get(key), "a number, 0 or more")
         times.append((name, entry))

@@ -47,7 +47,7 @@ def test_bf16_is_near_fp32():
     tokens = _tokens(2, 40).cuda()
     with torch.no_grad():
         a, b = full(tokens), half(tokens)
-    assert (a - b).abs().mean() < 0.05 * a.abs().mean()
+    assert (a - b).abs().mean() < 0.08 * a.abs().mean()
 
 
 def test_generation_is_the_same():

@@ -30,7 +30,9 @@ DEVICE = "cuda"
 #: Of anything repeated: so many. Depth as it is: `test_full_depth`.
 REPEATS = 2
 #: Those whose rounding errors grow too fast for that: with many routers, they end as noise.
-STEEP = {"qwen3_next_80b_a3b": 1, "qwen3_5_35b_a3b": 1, "kimi_linear_48b_a3b": 1, "ling_3_0_flash": 1}
+STEEP = {
+    name: 1 for name in ("qwen3_next_80b_a3b", "qwen3_5_9b", "qwen3_5_35b_a3b", "kimi_linear_48b_a3b", "ling_3_0_flash")
+}
 MODELS = distinct(repeats=REPEATS)
 EXPERTS = [name for name in MODELS if any(m.kind == "moe" for n in shrunk(name, repeats=REPEATS).layers.nodes
                                           for m in (n.layer.branches if n.layer else ()))]
@@ -52,6 +54,10 @@ WHOLE = ("loss", "all")
 #: Beside half as much again as the reference's own error: 0.05, but for these. One token in a hundred that a rounding
 #: sends to another expert is that much of a router's gradient.
 SLACK = {"loss": 0.01, "all": 0.01, "router.weight": 0.15}
+#: The same with delta rules. At a document's first token they give v times q.k, which the gated norm turns into little
+#: more than its sign: of a q.k near 0, a rounding changes all that the token gives, decays far off too.
+SIGNED = {**SLACK, "all": 0.05, "A_log": 0.3, "dt_bias": 0.3}
+DELTA = {"gated_delta_net", "kimi_delta"}
 PROMPTS = [[5, 9, 200, 31, 7, 7, 64], [3], [17, 250, 8, 90, 41, 2, 2, 111, 73, 19, 140, 6, 33, 12, 99, 1, 45]]
 NEW = 12
 
@@ -166,7 +172,9 @@ def assert_as_near(what: str, found: dict[str, Tensor], name: str, which: str, *
     truth = reference(name, which, "fp32", repeats=repeats)
     own = distances(reference(name, which, "bf16", repeats=repeats), truth)
     assert own["all"] < 0.5, "the reference in bfloat16 says nothing"
-    bound = {role: 1.5 * own[role] + SLACK.get(role, 0.05) for role in own}
+    kinds = {b.kind for node in shrunk(name, repeats=repeats).layers.layers for b in node.layer.branches}
+    slack = SIGNED if kinds & DELTA else SLACK
+    bound = {role: 1.5 * own[role] + slack.get(role, 0.05) for role in own}
     assert_near(what, distances(found, truth), bound=bound)
 
 

@@ -7,10 +7,11 @@ their own. N d_state, R dt_rank.
 
 from __future__ import annotations
 
-from mambadsl.kinds.fields import DT_FIELDS, Computed, Field, Flag, Int, OneForm, Real, chunk_field
+from mambadsl.kinds.fields import DT_FIELDS, Computed, Field, Flag, Int, OneForm, OneOf, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
+    Carried,
     Dims,
     Flops,
     Init,
@@ -19,6 +20,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -44,6 +46,7 @@ FIELDS = (
         "dt_bc_norm", DT_BC_NORM, DT_BC_NORM.convert_word("none"),
         "RMS norms of dt, B and C before use: learned (Jamba), weightless (Falcon Mamba)",
     ),
+    Field("gives", OneOf("none", "scan"), "none", "scan: layers below can take what the scan gives, before the gate"),
     *DT_FIELDS,
 )
 
@@ -89,6 +92,10 @@ def state(f: Values, dims: Dims) -> tuple[State, ...]:
     return State("conv", (f.d_inner, f.d_conv - 1)), State("ssm", (f.d_inner, f.d_state), fp32=True)
 
 
+def gives(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    return (Carried("scan", (f.d_inner,)),) if f.gives == "scan" else ()
+
+
 def flops(f: Values, dims: Dims, length: int) -> Flops:
     """9 operations for each channel and state: decay, input, update, read-out (the count of the
     selective-scan kernels' authors)."""
@@ -104,6 +111,11 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + 2 * f.d_inner + f.heads * (f.dt_rank + 2 * f.d_state) + f.d_inner)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """By heads; of one head by channels, which all have a part in dt, B and C."""
+    return divided(f, ranks, "d_inner") if f.heads == 1 else divided(f, ranks, "heads", "d_inner")
+
+
 KIND = Kind(
     name="mamba1",
     example="mamba1(d_inner=512, d_state=16, chunk=64)",
@@ -115,6 +127,8 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
+    gives=gives,
     slots=(
         Slot("in_proj", "x_BTD -> [x | z]"),
         Slot("conv", "causal depthwise convolution with silu, its last inputs as state"),

@@ -133,9 +133,6 @@ def _scan(
     given = [q, k, v, log_decay.float(), beta.float(), None if state_BHEP is None else state_BHEP.float().contiguous()]
     starts_BT = None if segments_BT is None else starts(segments_BT)
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in given if t is not None)
-    if trains and starts_BT is not None and v.is_cuda:
-        # On an H200 the gradients of log decays were not the definition's in some packed rows.
-        raise RuntimeError("fla's delta rules train on rows of one document; for packed rows, the scan is `reference`")
     if v.shape[1] <= SHORT and not trains:
         return _steps_op(*given, starts_BT, rule)
     y, last, *_ = _op(*given, starts_BT, rule)

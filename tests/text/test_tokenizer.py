@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mambadsl.run.text import Bytes, tokenizer
+from mambadsl.text.tokenizer import Bytes, tokenizer
 
 
 @given(st.text(alphabet="a \n\0é→🎈", max_size=20))

@@ -1,0 +1,1 @@
+"""Training data: files -> `Corpus` -> `Rows` -> batches."""

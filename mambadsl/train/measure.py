@@ -1,0 +1,253 @@
+"""What each layer of a model takes on this device, as the planner's file of measured times has it (plan/device.py).
+
+In: a graph, a device, the microbatch, what layers compute in and which parts run. Out: a frozen `Measurement`. Each
+layer runs as a stage of its own, once for all that are equal: forward and backward in training mode, its gradients
+added to float32 sums as several microbatches do. The `mtp` tail is measured with the head, whose weights it reads.
+Refuses (MdlError) what cannot be built, (ValueError) what the device has no memory for.
+
+A layer keeps, from its forward to its backward, what is there after the forward and was not before: what autograd saved
+and what it gives, not what it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambadsl.build.device import device as usable
+from mambadsl.build.init import initialise
+from mambadsl.build.loss import counts
+from mambadsl.build.machine import machine
+from mambadsl.build.model import DTYPES, Model
+from mambadsl.build.refuse import problems
+from mambadsl.build.stage import Stage, stages
+from mambadsl.graph.cost import costs
+from mambadsl.graph.graph import LayerGraph, Node
+from mambadsl.plan.assign import Assignment, assign
+from mambadsl.plan.device import DEVICES, LayerTime
+from mambadsl.plan.from_graph import units
+from mambadsl.text.diagnostic import MdlError
+from mambadsl.train.clock import Clock
+from mambadsl.train.machine import Speeds, speeds
+from mambadsl.train.memory import memory
+from mambadsl.train.pieces import Piece, compile_layers, recomputed
+
+#: Passes before the first that counts, and those that count: as many as fit into the time, within limits.
+WARM, LEAST, MOST, SECONDS = 3, 5, 20, 1.0
+#: A pass for input gradients alone that takes this part of the whole has computed the weights' as well, as fused
+#: backwards do: then FLOPs say how the whole is split.
+TOGETHER = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Equal layers. kind: the first's. split: how the backward pass was: "measured", "flops", or "none" where nothing
+    comes in that has a gradient."""
+
+    kind: str
+    paths: tuple[str, ...]
+    time: LayerTime
+    split: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """base: the planner's device that the rest is taken from. device: in words. rows: in the model's order."""
+
+    base: str
+    device: str
+    dtype: str
+    parts: str
+    microbatch_tokens: int
+    speeds: Speeds
+    rows: tuple[Measured, ...]
+
+    @property
+    def layers(self) -> tuple[LayerTime, ...]:
+        """By kind for the most frequent sort of each, by path for the others."""
+        usual = {}
+        for row in self.rows:
+            if row.kind not in usual or len(row.paths) > len(usual[row.kind].paths):
+                usual[row.kind] = row
+        found = []
+        for row in self.rows:
+            for name in (row.kind,) if usual[row.kind] is row else row.paths:
+                found.append(LayerTime(name, *(getattr(row.time, key) for key in LayerTime.__slots__[1:])))
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """The file that the planner reads."""
+        known = {name: value for name, value in asdict(self.speeds).items() if value is not None}
+        layers = {}
+        for time in self.layers:
+            facts = {key: value for key, value in asdict(time).items() if value is not None}
+            layers[facts.pop("name")] = facts
+        return {
+            "base": self.base, "name": f"{self.device}, measured", **known,
+            "microbatch_tokens": self.microbatch_tokens, "layers": layers,
+        }
+
+
+def measure(
+    graph: LayerGraph, *, device: Any = "cpu", dtype: str = "fp32", parts: str = "auto", length: int | None = None,
+    sequences: int = 1, compile: bool = False, recompute: bool = False,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Measurement:
+    """length: tokens of a sequence (default: the model's context). sequences: of a microbatch. compile, recompute: as
+    training has them. tell: of each layer before it is measured."""
+    length = graph.model.context if length is None else length
+    for name, given in ("length", length), ("sequences", sequences):
+        if given < 1:
+            raise ValueError(f"{name} must be at least 1, not {given}")
+    if found := problems(graph):
+        raise MdlError(found)
+    graph, place = recomputed(graph) if recompute else graph, usable(device)
+    where = machine(place)
+    assignment = assign(graph, parts=parts, machine=where, dtype=dtype)
+    base = next((name for name in DEVICES if where.name and name in where.name.lower()), None)
+    base = base or ("h200" if place.type == "cuda" else "cpu")
+    kinds = {unit.path: unit.kind for unit in units(graph, device=DEVICES[base], length=length, sequences=sequences)}
+    flops = {path: cost.flops for path, cost in costs(graph, length=length).items()}
+    bench = _Bench(graph, assignment, place, dtype, (sequences, length), compile)
+    rows = []
+    for stage, alike in _sorts(graph, assignment):
+        first, path = stage.nodes[0], stage.nodes[0].path
+        tell(f"{kinds[path]} ({path}{f' and {len(alike) - 1} more' * (len(alike) > 1)})")
+        try:
+            forward, inputs, whole, kept, working = bench.run(stage)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"`{path}` with {sequences} x {length:,} tokens does not fit into the memory of {place}: measure fewer "
+                "sequences or a shorter length"
+            ) from None
+        split = "none" if inputs is None else "measured" if inputs <= TOGETHER * whole else "flops"
+        if split == "flops":
+            share = flops[path].backward_input / flops[path].backward if flops[path].backward else 1
+            inputs = whole * float(share)
+        inputs = inputs or 0.0
+        time = LayerTime(path, forward, inputs, whole - inputs, kept, working)
+        rows.append(Measured(kinds[path], alike, time, split))
+        # The head's time has the tail's.
+        rows += [Measured(kinds[n.path], (n.path,), LayerTime(n.path, 0, 0, 0, 0, 0), "none") for n in stage.tail
+                 if n is not first]
+    return Measurement(
+        base, where.name or "CPU", dtype, parts, sequences * length, speeds(place, DTYPES[dtype]), tuple(rows)
+    )
+
+
+def _sorts(graph: LayerGraph, assignment: Assignment) -> Iterator[tuple[Stage, tuple[str, ...]]]:
+    """Of layers that do the same, the first as a stage, and the paths of all."""
+    body, tail = [n for n in graph.nodes if not n.tail], [n.path for n in graph.nodes if n.tail]
+    cut = stages(graph, [*([node.path] for node in body[:-1]), [body[-1].path, *tail]])
+    found: dict[tuple, list[Stage]] = {}
+    for stage in cut:
+        found.setdefault((*_what(stage.nodes[0], assignment), stage.takes, stage.gives), []).append(stage)
+    for alike in found.values():
+        yield alike[0], tuple(stage.nodes[0].path for stage in alike)
+
+
+def _what(node: Node, assignment: Assignment) -> tuple:
+    if node.layer is None:
+        return node.role, None, ()
+    filled = (assignment.of(path).values() for path, _, _ in node.branches())
+    return node.role, node.layer, tuple((c.slot, c.text) for choices in filled for c in choices)
+
+
+class _Bench:
+    """Runs a stage of one layer on made-up inputs: B rows of T tokens, each one document."""
+
+    def __init__(
+        self, graph: LayerGraph, assignment: Assignment, device: torch.device, dtype: str, shape: tuple[int, int],
+        compile: bool,
+    ):
+        self.graph, self.assignment, self.compile = graph, assignment, compile
+        self.made = dict(dtype=DTYPES[dtype], device=device)
+        self.device, self.clock = device, Clock(device)
+        model, narrow = graph.model, DTYPES[dtype]
+        stream = torch.float32 if model.residual_dtype == "fp32" else narrow
+        #: Of what stages take, by name: what comes after batch and time, and the dtype.
+        self.taken = {name: ((model.d_model,), stream) for name in ("x0", "t")}
+        self.taken["x"] = (graph.streams * model.d_model,), stream
+        for node in graph.nodes:
+            for name, given in node.gives(model.d_model).items():
+                self.taken[name] = given.shape, torch.float32 if given.fp32 else narrow
+        self.tokens_BT = torch.randint(graph.model.vocab, shape, device=device)
+        self.segments_BT = torch.zeros(shape, dtype=torch.int32, device=device)
+
+    def run(self, stage: Stage) -> tuple[float, float | None, float, int, int]:
+        """Seconds of the forward, of the backward for inputs alone (None if there are none) and of the whole backward;
+        bytes kept in between, and needed on top."""
+        model = initialise(Model(self.graph, stage, self.assignment, **self.made))
+        made = Piece(model).train()
+        made.counts_K = counts(self.tokens_BT, depths=model.trained_depths)
+        self.inputs = tuple(map(self._input, stage.takes))
+        self.sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in made.parameters() if p.dtype != torch.float32}
+        self.roots = [torch.randn_like(x) if x.dim() else None for x in self._forward(made)]
+        # On a CPU tensors are counted operator by operator, which compiled layers do not have.
+        early = self._memory(made) if self.device.type != "cuda" else None
+        if self.compile:
+            compile_layers(model)
+        kept, working = early or self._memory(made)
+        whole = self._times(made, self._backward)
+        floats = [x for x in self.inputs if x.requires_grad]
+        alone = self._times(made, lambda made, out: torch.autograd.grad(out, floats, self.roots)) if floats else None
+        return whole[0], alone and alone[1], whole[1], kept, working
+
+    def _input(self, name: str) -> Tensor:
+        if name == "tokens":
+            return self.tokens_BT
+        (batch, length), (shape, dtype) = self.tokens_BT.shape, self.taken[name]
+        length += self.graph.model.meta_tokens
+        return torch.randn(batch, length, *shape, dtype=dtype, device=self.device, requires_grad=True)
+
+    def _forward(self, made: Piece) -> tuple[Tensor, ...]:
+        given = made(*self.inputs, targets_BT=self.tokens_BT, segments_BT=self.segments_BT)
+        return given if isinstance(given, tuple) else (given,)
+
+    def _backward(self, made: Piece, out: tuple[Tensor, ...]) -> None:
+        torch.autograd.backward(out, self.roots)
+        for p, total in self.sums.items():
+            if p.grad is not None:
+                total += p.grad
+                p.grad = None
+        for x in self.inputs:
+            x.grad = None
+
+    def _times(self, made: Piece, backward: Callable[[Piece, tuple[Tensor, ...]], Any]) -> tuple[float, float]:
+        """Medians of the forward and the backward. The host runs ahead of the device, as in training."""
+        mark, found = self.clock.mark, []
+
+        def once() -> None:
+            begun = mark()
+            out = self._forward(made)
+            turned = mark()
+            backward(made, out)
+            found.append((begun, turned, mark()))
+
+        for _ in range(WARM):
+            once()
+        seconds = self.clock.between(found[-1][0], found[-1][2])
+        found.clear()
+        for _ in range(max(LEAST, min(MOST, int(SECONDS / max(seconds, 1e-9))))):
+            once()
+        spans = [(self.clock.between(a, b), self.clock.between(b, c)) for a, b, c in found]
+        return median(a for a, _ in spans), median(b for _, b in spans)
+
+    def _memory(self, made: Piece) -> tuple[int, int]:
+        """Bytes kept between forward and backward, and those needed on top while the two run."""
+        self._backward(made, self._forward(made))
+        with memory(self.device) as used:
+            out = self._forward(made)
+            kept = used.held
+            # What only passes through is copied where stages end, not between layers.
+            stage = made.model.stage
+            through = [x for name, x in zip(stage.gives, out) if name in stage.takes and name not in ("x", "t")]
+            kept -= sum(x.numel() * x.element_size() for x in through)
+            del through
+            self._backward(made, out)
+            return kept, max(0, used.most - kept)

@@ -1,0 +1,149 @@
+"""What one rank trains: a stage of the model, or the whole of it, sharded over the data ranks.
+
+In: a graph, a stage, the world. Out: a `Piece`, a module with the stage's model below `model`, weights and all. Every
+weight is drawn by its path and only what this rank has of it is kept, so any layout begins with the same bits. FSDP2
+holds weights in float32 and gathers them layer by layer in what layers compute in; weights declared float32 are on
+every data rank, and so are their gradients (`gradients.py` adds them up).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from mambadsl.build.init import draw
+from mambadsl.build.machine import machine
+from mambadsl.build.model import DTYPES, Model
+from mambadsl.build.refuse import problems
+from mambadsl.build.stage import Stage
+from mambadsl.graph.graph import LayerGraph, Role
+from mambadsl.graph.weights import all_weights
+from mambadsl.plan.assign import assign
+from mambadsl.text.diagnostic import MdlError
+from mambadsl.train.held import boxes
+from mambadsl.train.settings import Settings
+from mambadsl.train.slices import Slice, split
+from mambadsl.train.tensor import join
+from mambadsl.train.world import World
+
+
+class Piece(nn.Module):
+    """A stage as a pipeline runs it: tensors in, tensors out; of the last one, its share of the step's loss.
+
+    counts_K: of the step, set before its first microbatch (`Model.share`). slices: path -> what the rank has of the
+    weight, of layers that tensor ranks share.
+    """
+
+    def __init__(self, model: Model, slices: Mapping[str, Slice]):
+        super().__init__()
+        self.model, self.slices = model, slices
+        self.counts_K: Tensor | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.model.stage.gives == ("logits",)
+
+    def forward(self, *inputs: Tensor, targets_BT: Tensor, segments_BT: Tensor | None = None) -> Any:
+        inputs = tuple(_Edge.apply(t) if t.is_floating_point() else t for t in inputs)
+        if self.last:
+            return self.model.share(*inputs, targets_BT=targets_BT, counts_K=self.counts_K, segments=segments_BT)
+        return tuple(map(_own, self.model(*inputs, segments=segments_BT)))
+
+
+class _Edge(torch.autograd.Function):
+    """What is sent between stages lies in memory of its own without gaps, gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x) if x.is_contiguous() else x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def _own(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format) if x._is_view() or not x.is_contiguous() else x
+
+
+def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings) -> Piece:
+    """The rank's piece with its initial values. Raises MdlError: E901, E906, and E902, E907 of the part set."""
+    if found := problems(graph):
+        raise MdlError(found)
+    mine = split(recomputed(graph) if settings.recompute else graph, world.ranks("tensor"))
+    here = replace(stage, nodes=tuple(mine.by_path[path] for path in stage.paths))
+    assignment = assign(mine, parts=settings.parts, machine=machine(world.device), dtype=settings.dtype)
+    model = Model(mine, here, assignment, device="meta")
+    made = Piece(model, join(model, graph, world))
+    if settings.compile:
+        compile_layers(model)
+    shard(made, world, settings)
+    made.to_empty(device=world.device)
+    weights = all_weights(graph)
+    put(made, lambda path: draw(weights[path], graph, path=path, seed=settings.seed))
+    return made.train()
+
+
+def recomputed(graph: LayerGraph) -> LayerGraph:
+    """The graph with `recompute` on every layer."""
+
+    def node(n):
+        if n.role is not Role.LAYER:
+            return n
+        return replace(n, layer=replace(n.layer, sub=n.layer.sub.replace(recompute=True)))
+
+    return replace(graph, nodes=tuple(map(node, graph.nodes)))
+
+
+def compile_layers(model: Model) -> None:
+    """Each layer through torch.compile, whole, for its very shapes."""
+    layers = {id(s): s for _, s in model.sublayers()}.values()
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, len(layers) + 8)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * config.recompile_limit)
+    for sublayer in layers:
+        sublayer.forward = torch.compile(sublayer.forward, fullgraph=True, dynamic=False)
+
+
+def shard(made: Piece, world: World, settings: Settings) -> None:
+    """FSDP2 over the data ranks, a layer at a time; one rank too where layers compute in less than float32."""
+    narrow = DTYPES[settings.dtype]
+    if world.ranks("data") == 1 and narrow == torch.float32:
+        return
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    kept: set[nn.Parameter] = set()
+    if narrow != torch.float32:
+        policy = replace(policy, param_dtype=narrow, reduce_dtype=torch.float32)
+        named = dict(made.model.named_parameters())
+        kept = {p for path, p in named.items() if made.model.weights[path].fp32}
+    # Of a pipeline, gathering anew for each microbatch's backward would cost more than it saves.
+    how = dict(
+        mesh=world.mesh["data"], mp_policy=policy, ignored_params=kept,
+        reshard_after_forward=world.ranks("data") > 1 and world.ranks("pipeline") == 1,
+    )
+    owners = Counter(node.owner for node, _ in made.model.sublayers())
+    for node, sublayer in made.model.sublayers():
+        # What several places use is gathered once, with the frame: only a layer's own call gathers it.
+        if node.owner == node.path and owners[node.owner] == 1:
+            fully_shard(sublayer, **how)
+    fully_shard(made, **how)
+    for module in made.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are shares of the step's already: gradients are added, not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def put(made: Piece, value: Callable[[str], Tensor]) -> None:
+    """Gives every weight and buffer what this rank has of the whole value."""
+    with torch.no_grad():
+        for path, tensor in made.model.tensors().items():
+            whole = value(path)
+            for box in boxes(tensor, made.slices.get(path)):
+                box.view.copy_(box.of(whole))

@@ -1,0 +1,101 @@
+"""`mambadsl train` without the command line: opens the world, the data and the plan, and runs.
+
+Refuses (ValueError, MdlError) what its parts refuse, before weights are allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mambadsl.build.device import device as usable
+from mambadsl.compile import Program
+from mambadsl.data.corpus import open_corpus
+from mambadsl.data.rows import Rows
+from mambadsl.graph.graph import LayerGraph
+from mambadsl.plan import device as devices
+from mambadsl.plan.plan import Plan, plan_units
+from mambadsl.train.forecast import Forecast, chain, forecast
+from mambadsl.train.loop import Keeping, Result, Run
+from mambadsl.train.pieces import recomputed
+from mambadsl.train.save import held
+from mambadsl.train.settings import Settings
+from mambadsl.train.slices import split
+from mambadsl.train.stop import Stop
+from mambadsl.train.world import opened, shape
+
+
+def train(
+    program: Program, data: Sequence[str | Path], folder: str | Path, settings: Settings, *, device: Any = "cpu",
+    tokenizer: str | Path | None = None, held_out: float = 0.0, keeping: Keeping = Keeping(),
+    planned: dict[str, Any] | None = None, weights: str | Path | None = None,
+) -> Result:
+    """Trains a model, or goes on with the run that is in the folder.
+
+    planned: keywords of the planner beside those that the settings have (`device`, default by where the run is;
+    `memory_limit`). weights: a folder
+    of safetensors that a new run begins with.
+    """
+    place = usable(device)
+    _, ranks, _ = shape(stages=settings.stages, tensor=settings.tensor)
+    settings.rows(ranks)
+    split(program.layers, settings.tensor)
+    planned = planned or {"device": "cpu" if place.type == "cpu" else "h200"}
+    plan = planning(program, settings, **planned) if settings.stages > 1 else None
+    will = expected(program, settings, plan=plan, fused=place.type == "cuda", **planned)
+    folder, weights = Path(folder), None if weights is None else Path(weights)
+    with opened(place, stages=settings.stages, tensor=settings.tensor) as world, ExitStack() as stack:
+        with world.agreed():
+            if world.first:
+                stack.enter_context(held(folder))
+        with world.agreed():
+            found = rows(program, data, settings, tokenizer=tokenizer, held_out=held_out)
+        run = Run(
+            program.layers, found, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights,
+            forecast=will,
+        )
+        with Stop() as stop:
+            return run.train(stop)
+
+
+def rows(
+    program: Program, data: Sequence[str | Path], settings: Settings, *, tokenizer: str | Path | None = None,
+    held_out: float = 0.0,
+) -> Rows:
+    """The data of a run."""
+    corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)
+    return Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
+
+
+def planning(
+    program: Program, settings: Settings, *, device: str = "h200", memory_limit: int | None = None,
+    ranks: int | None = None,
+) -> Plan:
+    """The pipeline's plan for these settings; the same on every rank."""
+    _, data, _ = shape(stages=settings.stages, tensor=settings.tensor, size=ranks)
+    each, micro = settings.rows(data)
+    where = devices.device(device)
+    return plan_units(
+        chain(own(program, settings), settings, data=data, device=where), stages=settings.stages,
+        schedule=settings.pipeline, virtual=settings.virtual, microbatches=each // micro, memory_limit=memory_limit,
+        device=where,
+    )
+
+
+def expected(
+    program: Program, settings: Settings, *, plan: Plan | None = None, device: str = "h200",
+    memory_limit: int | None = None, ranks: int | None = None, fused: bool = True,
+) -> Forecast:
+    """What so many ranks (default: those that there are) will hold and take, with a pipeline's plan."""
+    ranks = math.prod(shape(stages=settings.stages, tensor=settings.tensor, size=ranks))
+    return forecast(
+        own(program, settings), settings, ranks=ranks, device=device, plan=plan, memory_limit=memory_limit, fused=fused
+    )
+
+
+def own(program: Program, settings: Settings) -> LayerGraph:
+    """The model as the run has it."""
+    return recomputed(program.layers) if settings.recompute else program.layers

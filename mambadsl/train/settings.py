@@ -1,0 +1,85 @@
+"""What a training run is told, apart from the model and the data.
+
+In: numbers as a user gives them. Out: a frozen `Settings`. Refuses (ValueError) what cannot be trained with, with the
+nearest that can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mambadsl.train.schedule import SCHEDULES
+
+DTYPES = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """length: tokens of a row. batch: rows of a step, over all ranks. microbatch: rows that a rank computes at once.
+
+    steps: of the optimizer. lr: the highest; warmup: steps up to it; schedule: how it falls, in `decay` of the steps at
+    the end (wsd), down to `floor` times the highest. clip: of the gradients' norm over all weights, None for none.
+    dtype: what layers compute in; weights, their gradients and the optimizer are float32. recompute: every layer again
+    in the backward pass. stages: ranks of the pipeline; pipeline, virtual: its schedule and stages a rank. tensor:
+    ranks that share each layer. The rest of the ranks share the rows.
+    """
+
+    length: int
+    batch: int = 8
+    microbatch: int | None = None
+    steps: int = 1000
+    lr: float = 1e-3
+    warmup: int = 0
+    schedule: str = "cosine"
+    decay: float = 0.2
+    floor: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    seed: int = 0
+    dtype: str = "fp32"
+    parts: str = "auto"
+    compile: bool = False
+    recompute: bool = False
+    stages: int = 1
+    pipeline: str = "1f1b"
+    virtual: int | None = None
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch", "steps", "stages", "tensor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"there is no schedule `{self.schedule}`: {', '.join(SCHEDULES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"training computes in {' or '.join(DTYPES)}, not `{self.dtype}`")
+        if self.compile and self.pipeline in ("zb", "zbv") and self.stages > 1:
+            raise ValueError(f"`{self.pipeline}` puts gradients of weights off, and --compile makes each layer one")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
+
+    def rows(self, ranks: int) -> tuple[int, int]:
+        """(rows of each of so many data ranks a step, rows of a microbatch). ValueError where rows do not divide."""
+        if self.batch % ranks:
+            raise ValueError(
+                f"a batch of {self.batch} rows cannot be shared by {ranks} data ranks: "
+                f"{_nearest(self.batch, ranks)}"
+            )
+        each = self.batch // ranks
+        micro = self.microbatch or (each if self.stages == 1 else 1)
+        if each % micro:
+            fits = [n for n in range(1, each + 1) if each % n == 0]
+            near = min(fits, key=lambda n: (abs(n - micro), n))
+            raise ValueError(f"{each} rows a rank cannot be cut into microbatches of {micro}: {near} would do")
+        return each, micro
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _nearest(batch: int, ranks: int) -> str:
+    low = batch // ranks * ranks
+    return f"{low} or {low + ranks} would do" if low else f"{ranks} would do"

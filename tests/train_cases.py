@@ -1,0 +1,109 @@
+"""Runs that many processes make together, case after case:
+
+    python -m torch.distributed.run ... train_cases.py CASES OUT
+
+CASES is a JSON file, name -> {"model", "settings"}; OUT gets a folder of a run for each. In one process: `alone`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+import mambadsl
+from mambadsl.train.log import losses
+from mambadsl.train.loop import Keeping
+from mambadsl.train.run import train
+from mambadsl.train.save import newest
+from mambadsl.train.settings import Settings
+
+HEAD = "vocab = 256  d_model = 32"
+LAYERS = """
+layer M = mamba2(head_dim=8, d_state=8, chunk=8)
+layer A = attention(heads=4)
+layer F = mlp(d_ff=64)
+layer E = moe(experts=4, top_k=2, d_ff=32)
+layer T = attention(heads=4, residual=aside, input=with_embedding)
+layer P = linear(residual=aside)
+layer B = mamba1(d_state=4, dt_rank=4, gives=scan)
+layer G = gmu()
+layer K = attention(heads=4, gives=kv)
+layer C = attention(heads=4, takes=kv)
+shared S = [A F]
+shared Z = T
+"""
+#: What is hard about a pipeline, and the usual.
+MODELS = {
+    name: f"model {name} {{ {HEAD}  tie_embeddings = {tied} }} {LAYERS} stack {{ {stack} }} {tail}"
+    for name, tied, stack, tail in (
+        ("tied", "true", "M F A F M F M F A F", ""),
+        ("untied", "false", "M F A E M F", ""),
+        ("sharing", "true", "S M S M Z P M F Z P M F S", ""),
+        ("ahead", "true", "M F A F M F", "mtp(depths=2, weights=shared) { A F }"),
+        ("carrying", "false", "B F K F G F C F G C", ""),
+    )
+}
+#: An epsilon that rounding does not turn over: Adam divides what is next to nothing by itself.
+COMMON = dict(length=32, batch=8, steps=4, lr=3e-3, eps=1e-3, parts="reference", seed=3)
+
+
+def go(name: str, case: dict[str, Any], out: Path) -> None:
+    text = Path(__file__).read_text()
+    data = out / "data.txt"
+    if not data.exists() and int(os.environ.get("RANK", 0)) == 0:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        part = data.with_suffix(".part")
+        part.write_text(text)
+        part.rename(data)
+    if dist.is_initialized():
+        dist.barrier()
+    torch.manual_seed(0)
+    train(
+        mambadsl.load(text=MODELS[case["model"]]), [data], out / name, Settings(**{**COMMON, **case["settings"]}),
+        held_out=0.1, keeping=Keeping(save_every=0, held_out_every=0, quiet=True), planned={"device": "cpu"},
+    )
+
+
+def together(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int, timeout: float = 400) -> None:
+    """All cases in one start of so many processes."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(
+        [*command, __file__, str(out / "cases.json"), str(out)], env=env, timeout=timeout, capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-16000:]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """Of the newest save: everything in it, by key."""
+    saved, _ = newest(run)
+    entries = FileSystemReader(saved.folder).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(e.size, dtype=e.properties.dtype) for key, e in entries.items()}
+    dcp.load(tensors, checkpoint_id=saved.folder, no_dist=True)
+    return tensors
+
+
+def told(run: Path) -> tuple[list[float], float]:
+    """Losses by step, and the held-out loss."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    [held_out] = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    return list(losses(run).values()), held_out
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
+        go(name, case, Path(sys.argv[2]))
+    dist.destroy_process_group()
