@@ -3,8 +3,8 @@
     python benchmarks/convert.py [--model lfm2_1_2b] [--shard 500] [--folder DIR]
 
 Makes a folder of random bfloat16 tensors in shards of so many MB, then imports and exports it, each in a process of its
-own: seconds, GB/s of tensors, and the process's largest memory beyond what it has before (pages of mapped files apart).
-Beside it the disk's own speed: the same files copied.
+own: seconds until all is on the disk, GB/s of tensors, seconds of a core, and the process's largest memory beyond what
+it has before (pages of mapped files apart). Beside it the disk's own speed: the same files copied.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def work(what: str, folder: Path, scratch: Path) -> dict:
 
     from mambadsl.hf.folder import export_hf, import_hf
 
-    memory, start = Anonymous(), time.monotonic()
+    memory, start, cpu = Anonymous(), time.monotonic(), time.process_time()
     if what == "import":
         import_hf(folder, weights=scratch / "ours")
     elif what == "export":
@@ -92,7 +92,7 @@ def work(what: str, folder: Path, scratch: Path) -> dict:
     os.sync()
     seconds = time.monotonic() - start
     return {
-        "seconds": seconds, "memory": memory.most - memory.first,
+        "seconds": seconds, "cpu": time.process_time() - cpu, "memory": memory.most - memory.first,
         "all_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -119,6 +119,7 @@ def main() -> None:
             found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             print(
                 f"{what:7} {found['seconds']:6.2f} s  {size / GB / found['seconds']:5.2f} GB/s  "
+                f"cpu {found['cpu']:6.2f} s  "
                 f"memory {found['memory'] / GB:.2f} GB, with mapped files {found['all_memory'] / GB:.2f} GB"
             )
 
