@@ -43,10 +43,13 @@ def cases(meshes: dict[str, dict], models: list[str]) -> dict[str, dict]:
 
 TWO = cases({"tensor": {"tensor": 2}}, ["dropped untied", "usual tied"])
 FOUR = {
-    **cases(MESHES, ["usual untied", "sharing tied"]),
-    **cases({"tensor": {"tensor": 4}, "tensor x data": {"tensor": 2}}, ["linear tied", "more untied", "older untied"]),
+    **cases(MESHES, ["usual untied"]),
+    **cases({"tensor x stages": {"tensor": 2, "stages": 2}}, ["sharing tied"]),
+    **cases({"tensor x data": {"tensor": 2}}, ["linear tied", "more untied", "older untied"]),
     **cases({"tensor x data": {"tensor": 2, "dtype": "bf16"}}, ["usual tied"]),
 }
+#: How far rounding is carried: a delta rule divides by the length of keys, a first token's next to none.
+LOOSE = {"linear tied": 20}
 
 
 @pytest.mark.parametrize("ranks, runs", [(2, TWO), (4, FOUR)])
@@ -56,7 +59,8 @@ def test_as_one_process(tmp_path, ranks, runs):
     for name, case in runs.items():
         # bfloat16 rounds what the ranks add up; Adam makes a step of it.
         dtype = case["settings"].get("dtype", "fp32")
-        rtol, atol = {"fp32": (2e-4, 2e-5), "bf16": (1e-2, 2e-2)}[dtype]
+        rtol, atol = {"fp32": (5e-5, 1e-5), "bf16": (1e-2, 2e-2)}[dtype]
+        rtol, atol = (limit * LOOSE.get(case["model"], 1) for limit in (rtol, atol))
         truth = f"{case['model']} {dtype} alone"
         if truth not in truths:
             truths[truth] = alone(case, tmp_path, truth)
@@ -113,8 +117,8 @@ def test_parts_of_parts(stack):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_layer_is_the_sum_of_its_parts(stack, ranks):
-    """Each mixer by itself: what parts with the ranks' slices of its weights give adds up to what it gives. (Where
-    ranks share something inside too, runs together tell.)"""
+    """Each mixer by itself: what parts with the ranks' slices of its weights give adds up to what it gives. (Of those
+    that add up something inside too, runs together tell.)"""
     graph = layers(f"{stack} untied")
     part = split(graph, ranks)
     held = [slices(graph, part, ranks=ranks, rank=rank) for rank in range(ranks)]
