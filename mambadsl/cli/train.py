@@ -19,8 +19,8 @@ from mambadsl.cli.types import COUNT, Size, Words
 if TYPE_CHECKING:
     from mambadsl.compile import Program
     from mambadsl.data.rows import Rows
-    from mambadsl.train.settings import Settings
     from mambadsl.train.loop import Result
+    from mambadsl.train.settings import Settings
 
 _NUMBER = click.IntRange(min=0)
 
@@ -183,10 +183,8 @@ def run(
             planned["memory_limit"] = memory_limit
         folder = folder or Path("runs") / program.spec.name
         if dry_run:
-            return _dry_run(
-                program, settings, planned, ranks,
-                rows(program, data, settings, tokenizer=tokenizer, held_out=held_out), fused=place != "cpu", as_json=as_json,
-            )
+            found = rows(program, data, settings, tokenizer=tokenizer, held_out=held_out)
+            return _dry_run(program, settings, planned, ranks, found, fused=place != "cpu", as_json=as_json)
         done = train(
             program, data, folder, settings, device=place, tokenizer=tokenizer, held_out=held_out, keeping=keeping,
             planned=planned, weights=weights,

@@ -48,7 +48,7 @@ def test_a_few_steps_of_a_pipeline_are_watched(monkeypatch):
     plan = planning(program, settings, ranks=2)
     dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
-        world = World(init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=AXES), torch.device("cpu"), None)
+        world = World(init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=AXES), torch.device("cpu"), None, None)
         runs = engine(program.layers, world, settings, plan)
         watch = Watch(runs, world)
         assert watch.bubble() is None

@@ -76,7 +76,7 @@ def world(rank, shape):
     size = shape[0] * shape[1] * shape[2]
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
-        yield World(init_device_mesh("cpu", shape, mesh_dim_names=AXES), torch.device("cpu"), None)
+        yield World(init_device_mesh("cpu", shape, mesh_dim_names=AXES), torch.device("cpu"), None, None)
     finally:
         dist.destroy_process_group()
 
