@@ -89,8 +89,8 @@ def _dry_run(
 @command(
     "train",
     examples=(
-        "mambadsl train models/tiny.mdl --data README.md --length 64 --batch 4 --steps 2 -o build/run",
-        "mambadsl train models/tiny.mdl --data README.md --stages 2 --plan-device h200 --dry-run --ranks 4",
+        "mambadsl train models/tiny.mdl --data docs/language.md --length 64 --batch 4 --steps 2 -o build/run",
+        "mambadsl train models/tiny.mdl --data docs/language.md --stages 2 --plan-device h200 --dry-run --ranks 4",
     ),
 )
 @_told_once
