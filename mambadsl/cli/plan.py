@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     examples=(
         "mambadsl plan models/nemotron_h_8b.mdl --stages 8",
         "mambadsl plan models/nemotron_h_8b.mdl --stages 4 --schedule zbv --microbatches 16 --device h100",
-        "mambadsl plan models/tiny.mdl --stages 2 --memory 1GiB --length 128 --batch 4",
         "mambadsl plan models/nemotron_h_8b.mdl --stages 4 --parts auto",
-        "mambadsl plan models/tiny.mdl --measure build/times.json --device cpu --length 64 --stages 2",
+        "mambadsl plan models/tiny.mdl --measure build/times.json --device cpu --length 16 --stages 2",
     ),
 )
 @takes_model

@@ -96,8 +96,8 @@ def _dry_run(
 @command(
     "train",
     examples=(
-        "mambadsl train models/tiny.mdl --data README.md --length 64 --batch 4 --steps 2 -o build/run",
-        "mambadsl train models/tiny.mdl --data README.md --stages 2 --plan-device h200 --dry-run --ranks 4",
+        "mambadsl train models/tiny.mdl --data docs/language.md --length 64 --batch 4 --steps 2 -o build/run",
+        "mambadsl train models/tiny.mdl --data docs/language.md --stages 2 --plan-device h200 --dry-run --ranks 4",
     ),
 )
 @_told_once
@@ -192,11 +192,8 @@ def run(
             planned["memory_limit"] = memory_limit
         folder = folder or Path("runs") / program.spec.name
         if dry_run:
-            return _dry_run(
-                program, settings, planned, ranks,
-                rows(program, data, settings, tokenizer=tokenizer, held_out=held_out), fused=place != "cpu",
-                as_json=as_json,
-            )
+            found = rows(program, data, settings, tokenizer=tokenizer, held_out=held_out)
+            return _dry_run(program, settings, planned, ranks, found, fused=place != "cpu", as_json=as_json)
         done = train(
             program, data, folder, settings, device=place, tokenizer=tokenizer, held_out=held_out, keeping=keeping,
             planned=planned, weights=weights,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from mambadsl.train.forecast import Forecast
 from mambadsl.train.watch import Watch
@@ -60,8 +59,7 @@ def compare(forecast: Forecast, watch: Watch, step_s: float, world: World) -> Co
     """step_s: the median of this rank's. All ranks come here together."""
     cuda = world.device.type == "cuda"
     own = watch.bubble(), torch.cuda.max_memory_allocated(world.device) if cuda else None
-    everyone: list = [None] * world.size
-    dist.all_gather_object(everyone, own, group=world.files)
+    everyone = world.gathered(own)
     rows = [
         Row("step", "s", forecast.step_s, step_s),
         Row("tokens a second", "tokens/s", forecast.tokens_per_s, forecast.tokens / step_s),

@@ -38,7 +38,7 @@ from mambadsl.train.memory import memory
 from mambadsl.train.pieces import Piece, compile_layers, recomputed
 
 #: Passes before the first that counts, and those that count: as many as fit into the time, within limits.
-WARM, LEAST, MOST, SECONDS = 3, 5, 20, 1.0
+WARM, LEAST, MOST, SECONDS = 3, 5, 20, 0.4
 #: A pass for input gradients alone that takes this part of the whole has computed the weights' as well, as fused
 #: backwards do: then FLOPs say how the whole is split.
 TOGETHER = 0.9
