@@ -122,6 +122,7 @@ def run(
     Ctrl-C and SIGTERM end it after the step that is being done, saved, with exit code 130 and 143; a second Ctrl-C
     ends it at once. Whatever ended it, the same command goes on from the last save.
     """
+    _paths(data)
     program = model.program()
     part_set(how["parts"], program)
     try:
@@ -170,6 +171,16 @@ def run(
     if done.unsaved:
         return 1
     return None if done.ended == "done" else 128 + signal.Signals[done.ended]
+
+
+def _paths(data: tuple[str, ...]) -> None:
+    if "" in data:
+        raise click.UsageError("--data is empty: this folder is `.`")
+    given: set[Path] = set()
+    for path in map(Path, data):
+        if path.resolve() in given:
+            raise click.UsageError(f"--data `{path}` is given twice")
+        given.add(path.resolve())
 
 
 def _tell(done: Result, steps: int, folder: Path, *, as_json: bool) -> None:

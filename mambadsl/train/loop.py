@@ -221,7 +221,7 @@ class Run:
     def _seed(self, step: int) -> None:
         """Dropout draws by the step and the rank's place, not by what was drawn before."""
         place = self.world.at("data") * self.world.ranks("pipeline") + self.world.at("pipeline")
-        torch.manual_seed((self.settings.seed << 40) ^ (step << 12) ^ place)
+        torch.manual_seed(((self.settings.seed << 40) ^ (step << 12) ^ place) % 2**63)
 
 
 class Meter:
