@@ -27,7 +27,7 @@ GB = 1e9
 def make(name: str, folder: Path, shard_bytes: int) -> None:
     import torch
 
-    from mambadsl.build.shards import Unit, save_shards
+    from mambadsl.build.shards import Unit, blank, save_shards
     from mambadsl.compile import load
     from mambadsl.files import MODELS
     from mambadsl.graph.weights import all_weights
@@ -45,7 +45,7 @@ def make(name: str, folder: Path, shard_bytes: int) -> None:
         return [(name, torch.empty(shape, dtype=torch.bfloat16).normal_())]
 
     units = [
-        Unit(2 * torch.Size(shape).numel(), lambda name=name, shape=shape: one(name, shape))
+        Unit({name: blank(shape, torch.bfloat16)}, lambda name=name, shape=shape: one(name, shape))
         for name, shape in sorted(shapes.items())
     ]
     save_shards(
@@ -72,7 +72,7 @@ class Anonymous(threading.Thread):
     def run(self) -> None:
         while True:
             self.most = max(self.most, self.now())
-            time.sleep(0.005)
+            time.sleep(0.02)
 
 
 def work(what: str, folder: Path, scratch: Path) -> dict:
@@ -89,7 +89,7 @@ def work(what: str, folder: Path, scratch: Path) -> dict:
     else:
         for file in sorted(folder.glob("*.safetensors")):
             shutil.copyfile(file, scratch / file.name)
-        os.sync()
+    os.sync()
     seconds = time.monotonic() - start
     return {
         "seconds": seconds, "memory": memory.most - memory.first,

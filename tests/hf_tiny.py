@@ -49,6 +49,10 @@ KIMI = dict(
     num_hidden_layers=4, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
 )
 
+LING_YARN = dict(
+    **KIMI, head_dim=8, layer_group_size=1, first_k_dense_replace=3, num_local_experts=8, num_experts_per_tok=2,
+    n_group=1, topk_group=1, num_mtp_layers=0, max_position_embeddings=64,
+)
 ZAMBA2 = dict(
     **WIDTH, intermediate_size=48, num_hidden_layers=6, mamba_d_state=8, n_mamba_heads=8, chunk_size=8,
     num_attention_heads=4, num_key_value_heads=4, adapter_rank=4, tie_word_embeddings=True,
@@ -171,6 +175,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         **KIMI, head_dim=8, layer_group_size=4, first_k_dense_replace=2, num_local_experts=8, num_experts_per_tok=2,
         n_group=1, topk_group=1, num_mtp_layers=0, kda_safe_gate=False,
     )),
+    "bailing_hybrid yarn": ("bailing_hybrid", dict(
+        **LING_YARN, rope_parameters=dict(
+            rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=8.0,
+            beta_slow=1.0, mscale=1.0, mscale_all_dim=0.5,
+        ),
+    )),
+    "bailing_hybrid yarn alone": ("bailing_hybrid", dict(
+        **LING_YARN, rope_parameters=dict(
+            rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, mscale_all_dim=2.0,
+        ),
+    )),
+    "bailing_hybrid linear": ("bailing_hybrid", dict(
+        **LING_YARN, rope_parameters=dict(rope_type="linear", rope_theta=100.0, factor=4.0),
+    )),
     "zamba": ("zamba", dict(
         **WIDTH, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, n_mamba_heads=2, mamba_d_state=8,
         num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
@@ -201,6 +219,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         **WIDTH, num_hidden_layers=2, attention_hidden_size=48, intermediate_size=56, layer_norm_epsilon=1e-3,
         context_length=64, tie_word_embeddings=True, rescale_every=0,
     )),
+    "zaya": ("zaya", dict(
+        **WIDTH, **ATTENTION, num_hidden_layers=3, head_dim=16, moe_intermediate_size=24, num_experts=4,
+        router_hidden_size=16,
+    )),
+    "zaya windows": ("zaya", dict(
+        **WIDTH, **ATTENTION, num_hidden_layers=4, head_dim=8, moe_intermediate_size=24, num_experts=6,
+        router_hidden_size=12, cca_time0=3, cca_time1=4, attention_bias=True, sliding_window=6, hidden_act="gelu",
+        layer_types=["hybrid", "hybrid_sliding"] * 2, tie_word_embeddings=False,
+    )),
     "recurrent_gemma": ("recurrent_gemma", dict(
         **TOKENS, hidden_size=32, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=1, lru_width=48, attention_window_size=8,
@@ -230,6 +257,9 @@ def model(name: str) -> Any:
             if tensor.is_floating_point() and not path.endswith(("slope_rate", "_decay")):
                 noise = torch.randn(tensor.shape, generator=generator)
                 tensor.add_(noise * (0.2 if tensor.dim() < 2 or "norm" in path else 0.5 * tensor.shape[-1] ** -0.5))
+            # Whatever a folder says, transformers loads this.
+            if path.endswith("balancing_biases"):
+                tensor[-1] = -1
     return made.eval()
 
 

@@ -120,6 +120,13 @@ def _samba(d: int, n: int, h: int, ff: int) -> tuple[str, dict]:
     )
 
 
+#: As microsoft/Phi-4-mini-flash-reasoning says; sizes of Mamba-1 are its class's defaults.
+PHI_4_MINI_FLASH = dict(
+    vocab_size=200064, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=40,
+    num_key_value_heads=20, sliding_window=512, layer_norm_eps=1e-5, mb_per_layer=2, mamba_d_state=16, mamba_d_conv=4,
+    mamba_expand=2, mamba_dt_rank=160, tie_word_embeddings=True,
+)
+
 #: name of the .mdl file: (class, what differs from the class's defaults).
 CONFIGS: dict[str, tuple[str, dict]] = {
     "mamba_130m": _mamba(768, 24),
@@ -236,6 +243,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     )),
     "xlstm_7b": ("xLSTM", {}),
     "rwkv_4_7b": ("Rwkv", {}),
+    "zaya1_8b": ("Zaya", {}),
     "recurrent_gemma_2b": ("RecurrentGemma", dict(intermediate_size=15360, num_key_value_heads=1)),
     "recurrent_gemma_9b": ("RecurrentGemma", dict(
         hidden_size=4096, intermediate_size=24576, num_hidden_layers=38, num_attention_heads=16,
@@ -255,6 +263,7 @@ CONFIGS: dict[str, tuple[str, dict]] = {
     ),
     "zamba2_2_7b": _zamba2(2560, 54, [6, 12, 18, 24, 30, 36, 42, 47, 51], num_mem_blocks=2),
     "zamba2_7b": _zamba2(3584, 81, [6, *range(11, 78, 6)], mamba_ngroups=2, num_mem_blocks=2, use_mem_rope=True),
+    "phi_4_mini_flash": ("Phi4Flash", PHI_4_MINI_FLASH),
     "samba_421m": _samba(1536, 12, 12, 4096),
     "samba_1_3b": _samba(2304, 18, 18, 6144),
 }
@@ -266,9 +275,9 @@ CONFIG_CLASSES = {"Qwen3_5": "Qwen3_5TextConfig", "Qwen3_5Moe": "Qwen3_5MoeTextC
 
 @cache
 def config(name: str) -> Any:
-    """The configuration object (Samba has no class: its plain values)."""
+    """The configuration object (of what has no class: its plain values)."""
     family, given = CONFIGS[name]
-    if family == "Samba":
+    if family in ("Samba", "Phi4Flash"):
         return SimpleNamespace(**given)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers

@@ -49,6 +49,10 @@ def _attention(f: Values) -> dict[str, Any]:
     return small if f.window is None else {**small, "window": WINDOW}
 
 
+def _cca(f: Values) -> dict[str, Any]:
+    return _attention(f)
+
+
 def _mlp(f: Values) -> dict[str, Any]:
     return dict(d_ff=128)
 
@@ -106,12 +110,16 @@ def _mamba3(f: Values) -> dict[str, Any]:
     return dict(heads=8, head_dim=32, d_state=32, groups=min(f.groups, 2), chunk=32)
 
 
+def _gmu(f: Values) -> dict[str, Any]:
+    return dict(d_inner=128)
+
+
 #: Kind -> the fields to set, from those of the whole model.
 SMALL: Mapping[str, Callable[[Values], dict[str, Any]]] = {
     "mamba1": _mamba1, "mamba2": _mamba2, "attention": _attention, "mlp": _mlp, "moe": _moe,
     "short_conv": _short_conv, "gated_delta_net": _gated_delta_net, "rg_lru": _rg_lru,
     "kimi_delta": _kimi_delta, "mla": _mla, "linear": _linear, "lightning": _lightning, "mamba3": _mamba3,
-    "mlstm": _mlstm, "wkv4": _wkv4, "channel_mix": _channel_mix,
+    "mlstm": _mlstm, "wkv4": _wkv4, "channel_mix": _channel_mix, "gmu": _gmu, "cca": _cca,
 }
 
 

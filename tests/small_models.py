@@ -16,6 +16,8 @@ VOCAB, D_MODEL = 61, 16
 LAYERS = """
 layer R = mamba1(d_inner=24, d_state=4, d_conv=3, dt_rank=2, chunk=4)
 layer Heads = R(heads=3)
+layer Giver = R(gives=scan)
+layer Memory = gmu(d_inner=24)
 layer M = mamba2(heads=4, head_dim=6, d_state=5, groups=2, d_conv=4, chunk=4)
 layer A = attention(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100))
 layer L = A(window=3, qk_norm=per_head)
@@ -35,9 +37,16 @@ layer Mean = wkv4(d_inner=12, chunk=4)
 layer Channels = channel_mix(d_ff=20)
 layer Turning = mamba3(heads=4, head_dim=6, d_state=8, groups=2, chunk=4)
 layer Many = Turning(rank=2, gated_norm=before_gate)
+layer Lends = A(gives=kv, qk_norm=per_head)
+layer Borrows = A(takes=kv, qk_norm=per_head)
+layer Near = Borrows(window=3, sinks=true, out_gate=per_head)
 layer Sunk = A(sinks=true)
 layer Apart = A(differential=halves, window=5)
 layer Gated = A(out_gate=elementwise, qk_norm=per_head(zero_centered=true))
+layer Squeezed = cca(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100))
+layer Narrow = Squeezed(window=3, d_conv=3, bias=true, residual=affine)
+layer First = moe(experts=3, top_k=1, d_ff=10, router=mlp(d_router=8, carry=first), residual=affine)
+layer Next = First(router=mlp(d_router=8, carry=next))
 layer P = A(residual=post)
 layer W = G(residual=sandwich)
 layer N = M(residual=normed(alpha=1.5, beta=0.5))
@@ -57,13 +66,17 @@ shared Aside = [Side G(residual=aside)]
 #: adapters.
 EVERYTHING = (
     "R M A L F G E P W N Z C H M+A B S R S B Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
-    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Tuned Tuned"
+    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside Z Low Giver Tuned Memory Tuned F+Memory Lends "
+    "Borrows M+Near Squeezed First Narrow Next Next"
 )
 #: The cached kinds.
 MIXERS = (
     "R M L G A H S M N S Conv Delta Unit Fixed Exponential Mean Channels Turning Many Sunk Apart "
-    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Tuned Tuned"
+    "Gated Kimi Ling Latent Turned Aside Proj M Heads Aside M Low Giver Tuned Memory Tuned Lends Borrows M+Near "
+    "Squeezed Narrow"
 )
+#: Of those, what takes something of a layer above, and cannot stand alone.
+TAKERS = {"Memory", "Borrows", "M+Near"}
 
 
 def graph(stack: str, *, more: str = "", **settings: str | int | float) -> LayerGraph:

@@ -72,7 +72,7 @@ def together(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int, timeout
     done = subprocess.run(
         [*command, __file__, str(out / "cases.json"), str(out)], env=env, timeout=timeout, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-6000:]
+    assert done.returncode == 0, done.stderr[-16000:]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -1,14 +1,14 @@
-"""The tensors in a folder of somebody else's: safetensors files, or pytorch_model.bin; read one by one.
+"""The tensors in a folder of somebody else's, or of ours: safetensors files, or pytorch_model.bin; read one by one.
 
 Out: `Files`, with names, shapes and dtypes at once and values when asked for. Raises MdlError (E613) for a folder
-without tensors, damaged files, and indices that name what is not there. `.bin` files are loaded as weights only: no
-code in them runs.
+without tensors, damaged files, indices that name what is not there, and one name with two values. `.bin` files are
+loaded as weights only: no code in them runs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mambadsl.build.checkpoint import LISTED, listed
+from mambadsl.build.shards import DTYPES
 from mambadsl.kinds.kind import Weight
 from mambadsl.text.diagnostic import Diagnostic, MdlError, declare
 
@@ -49,13 +50,22 @@ class Files:
         for file in found:
             for name, shape, dtype in self._listed(file):
                 if name in self.file_of:
-                    raise refuse(f"`{name}` is in `{self.file_of[name].name}` and in `{file.name}`")
-                self.shapes[name], self.dtypes[name], self.file_of[name] = shape, dtype, file
+                    self._same(name, self.file_of[name], file)
+                else:
+                    self.shapes[name], self.dtypes[name], self.file_of[name] = shape, dtype, file
 
     def get(self, name: str) -> Tensor:
-        file = self.file_of[name]
+        return self._get(name, self.file_of[name])
+
+    def _get(self, name: str, file: Path) -> Tensor:
         opened = self._opened(file)
         return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def _same(self, name: str, *files: Path) -> None:
+        """Stages of a pipeline each save the tied table, and layers that they share."""
+        one, other = (self._get(name, file) for file in files)
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            raise refuse(f"`{name}` differs between `{files[0].name}` and `{files[1].name}`")
 
     def _opened(self, file: Path) -> Any:
         """The last two files stay open: a weight of ours may come from both sides of a border."""
@@ -86,6 +96,8 @@ class Files:
             if (self.folder / usual).is_file():
                 return [self.folder / usual]
             if found := sorted(self.folder.glob(pattern)):
+                for index in sorted(self.folder.glob("weights-stage-*.index.json")):
+                    self._indexed(index)
                 return found
         return []
 
@@ -93,13 +105,24 @@ class Files:
         return sorted(self.folder.glob("weights.index.json")) if pattern == "*.safetensors" else []
 
     def _indexed(self, index: Path) -> list[Path]:
-        try:
-            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise refuse(f"`{index}` is no index of tensors: it has no `weight_map`") from None
+        named = {str(name) for name in _read_index(index).values()}
         if lost := sorted(name for name in named if not (self.folder / name).is_file()):
             raise refuse(f"`{self.folder}` lacks files that `{index.name}` names", notes=lost)
         return [self.folder / name for name in sorted(named)]
+
+
+def names(folder: Path) -> Collection[str]:
+    """Of the tensors in a folder: by its index, where it has one, which needs no other file."""
+    for index in sorted(folder.glob("*.index.json")):
+        return _read_index(index).keys()
+    return Files(folder).shapes.keys()
+
+
+def _read_index(index: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise refuse(f"`{index}` is no index of tensors: it has no `weight_map`") from None
 
 
 def _open(file: Path) -> Any:
@@ -132,10 +155,3 @@ def hold(files: Files, weights: Mapping[str, Weight]) -> None:
             for p in bent[:LISTED]
         ]
         raise MdlError([Diagnostic(E613, f"the weights in `{files.folder}` do not fit the model", notes=tuple(facts))])
-
-
-#: safetensors' names.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}

@@ -76,6 +76,12 @@ class Rows:
         """shapes: that some tensors had, where a table allows several."""
         yield from self._write(tensor, weight)
 
+    def written(
+        self, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, shape) of each tensor that `write` gives."""
+        yield from self.shapes(weight)
+
     def _shapes(self, weight: Weight, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
         sizes = dict(weight.segments)
         for piece, segments in self.held(weight):
@@ -110,7 +116,9 @@ class Rows:
         sizes = dict(weight.segments)
         parts = dict(zip(sizes, tensor.split(list(sizes.values()))))
         for piece, segments in self.held(weight):
-            theirs = torch.cat([parts[s].unflatten(0, (piece.groups, -1)) for s in segments], 1).flatten(0, 1)
+            theirs = parts[segments[0]]
+            if len(segments) > 1:
+                theirs = torch.cat([parts[s].unflatten(0, (piece.groups, -1)) for s in segments], 1).flatten(0, 1)
             yield piece.name, theirs if piece.shape is None else theirs.reshape(piece.shape)
 
     def held(self, weight: Weight) -> Iterator[tuple[Piece, tuple[str, ...]]]:
@@ -174,9 +182,14 @@ class Cut(Rows):
     def write(
         self, tensor: Tensor, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}
     ) -> Iterator[tuple[str, Tensor]]:
-        wanted = {name: tuple(shapes.get(name, shape)) for name, shape in self.shapes(weight)}
+        wanted = dict(self.written(weight, shapes))
         parts = tensor.split([shape[0] for shape in wanted.values()])
         yield from ((name, part.reshape(shape)) for (name, shape), part in zip(wanted.items(), parts))
+
+    def written(
+        self, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield from ((name, tuple(shapes.get(name, shape))) for name, shape in self.shapes(weight))
 
 
 #: What a table may say for a weight.

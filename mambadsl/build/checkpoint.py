@@ -46,7 +46,7 @@ def save_weights(
     """Writes the model's weights and returns the files. Earlier weights of the same stem go; files appear
     complete or not at all."""
     stem = _stem(model)
-    units = [Unit(t.nbytes, partial(_one, path, t)) for path, t in model.tensors().items()]
+    units = [Unit({path: t}, partial(_one, path, t)) for path, t in model.tensors().items()]
     about = {"format": "pt", "model": model.graph.name}
     return save_shards(
         Path(folder), stem, units, index=f"{stem}.index.json", about=about, max_file_bytes=max_file_bytes

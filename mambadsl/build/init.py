@@ -57,9 +57,14 @@ def arguments(init: Init, graph: LayerGraph, *, path: str) -> dict[str, float]:
         scale = init.residual and graph.model.scale_residual_init
         args["std"] = std / math.sqrt(max(1, graph.residual_additions)) if scale else std
     if init.law in BY_DEPTH:
-        owner = next(owner for owner in graph.depths if path.startswith(f"{owner}."))
-        args["before"], args["count"] = graph.depths[owner]
+        args["before"], args["count"] = graph.depths[_owner(graph, path)]
+    if init.law in BY_PLACE:
+        args["place"] = graph.places[_owner(graph, path)]
     return args
+
+
+def _owner(graph: LayerGraph, path: str) -> str:
+    return next(owner for owner in graph.places if path.startswith(f"{owner}."))
 
 
 def _normal(shape, generator: Generator, *, std: float, idle: int = 0) -> Tensor:
@@ -79,6 +84,11 @@ def _const(shape, generator: Generator, *, value: float) -> Tensor:
 def _ramp(shape, generator: Generator, *, low: float, high: float) -> Tensor:
     """Evenly from low to high."""
     return torch.linspace(low, high, *shape)
+
+
+def _ending(shape, generator: Generator, *, last: float) -> Tensor:
+    """Zeros, and one other at the end."""
+    return torch.tensor([0.0] * (shape[0] - 1) + [last])
 
 
 def _a_uniform(shape, generator: Generator, *, low: float, high: float) -> Tensor:
@@ -117,6 +127,13 @@ def _lambda_start(shape, generator: Generator, *, before: int, count: int) -> Te
     return torch.full(shape, 0.8 - 0.6 * math.exp(-0.3 * before))
 
 
+def _one_stream(shape, generator: Generator, *, streams: int, place: int) -> Tensor:
+    """Hyper-connections that are, to begin with, the usual residual sum (arXiv:2409.19606, equation 14)."""
+    pre = torch.zeros(streams)
+    pre[place % streams] = 1
+    return torch.cat((pre, torch.ones(streams), torch.eye(streams).flatten()))
+
+
 def _shift_share(shape, generator: Generator, *, power: float, rise: float, before: int, count: int) -> Tensor:
     """Of RWKV's token shift: the later the channel, and the deeper the layer, the more a token is itself."""
     series = torch.arange(shape[0]) / shape[0]
@@ -142,10 +159,12 @@ LAWS: dict[str, Callable[..., Tensor]] = {
     "ones": lambda shape, generator: torch.ones(shape),
     "const": _const,
     "ramp": _ramp,
+    "ending": _ending,
     "a_uniform": _a_uniform,
     "a_arange": _a_arange,
     "dt_bias": _dt_bias,
     "radius": _radius,
+    "one_stream": _one_stream,
     "slopes": _slopes,
     "shift_share": _shift_share,
     "decay_speeds": _decay_speeds,
@@ -154,6 +173,8 @@ LAWS: dict[str, Callable[..., Tensor]] = {
 }
 #: Laws that are told how many layers that mix tokens come before theirs, and how many there are.
 BY_DEPTH = "slopes", "lambda_start", "shift_share", "decay_speeds"
+#: Laws that are told which layer theirs is.
+BY_PLACE = ("one_stream",)
 
 
 def param_groups(model: Model, *, weight_decay: float = 0.1) -> list[dict[str, Any]]:

@@ -16,22 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambadsl.build.carried import closed, relays
 from mambadsl.build.device import device as usable
 from mambadsl.build.failure import located
 from mambadsl.build.fill import fill
 from mambadsl.build.init import initialise
 from mambadsl.build.loss import IGNORE, counted, cross_entropy, later, next_tokens, weighted
 from mambadsl.build.machine import machine
+from mambadsl.build.meta import WithMeta, ahead, packed
 from mambadsl.build.refuse import problems
+from mambadsl.build.residual import scaled
 from mambadsl.build.stage import Stage, choose
 from mambadsl.build.state import DecodingState, describe
-from mambadsl.build.sublayer import Sublayer, scaled
+from mambadsl.build.streams import Narrow, widen
+from mambadsl.build.sublayer import Sublayer
 from mambadsl.build.tail import Ahead, Depth
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.module import Holder
 from mambadsl.kinds.norm import Norm
 from mambadsl.kinds.state import Room
+from mambadsl.kinds.streams import final_norm
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.plan.assign import Assignment, assign
 from mambadsl.text.diagnostic import MdlError
@@ -85,6 +90,9 @@ class Model(Ahead, nn.Module):
         super().__init__()
         self.graph, self.stage, self.assignment = graph, stage, assignment
         self.frame = fill(assignment, "model").functions
+        self.relays = relays(graph, stage)
+        #: What layers above give and each layer reads, by its path.
+        self.taken = {node.path: tuple(graph.reads[node.path] & graph.carried) for node in stage.nodes}
         self.weights = {path: w for node in stage.nodes for path, w in node_weights(graph, node)}
         for node in stage.nodes:
             self._add(node, dtype=dtype, device=device)
@@ -93,14 +101,19 @@ class Model(Ahead, nn.Module):
         model = self.graph.model
         match node.role:
             case Role.EMBED:
-                self._add_table("embed", **made)
+                self._add_table("embed", model.vocab, **made)
                 self.embed_norm = Norm(model.embedding_norm, model.d_model, **self._rms(), **made)
+                if model.meta_tokens:
+                    self._add_table("meta", model.meta_tokens, **made)
             case Role.HEAD:
-                self.final_norm = Norm(model.norm, model.d_model, **self._rms(), **made)
+                self.narrow = Narrow(model, self.graph.streams, **self._rms(), **made)
+                self.final_norm = Norm(
+                    final_norm(model, self.graph.streams), model.d_model, **self._rms(), **made
+                )
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
-                self._add_table("embed" if self.graph.tied else "head", **made)
+                self._add_table("embed" if self.graph.tied else "head", model.vocab, **made)
             case Role.MTP_IN:
-                self._placed(node.depth_owner, lambda: Depth(model.norm, model.d_model, **self._rms(), **made))
+                self._placed(node.depth_owner, lambda: Depth(model, self.graph.streams, **self._rms(), **made))
             case Role.LAYER:
                 filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
                 how = dict(d_model=model.d_model, filled=filled, **self._rms(), **made)
@@ -124,10 +137,10 @@ class Model(Ahead, nn.Module):
         """What computes RMS norms, where a part does."""
         return {"rms": self.frame["norm"]} if "norm" in self.frame else {}
 
-    def _add_table(self, name: str, *, dtype: torch.dtype, device: Any) -> None:
+    def _add_table(self, name: str, rows: int, *, dtype: torch.dtype, device: Any) -> None:
         if name not in self._modules:
             holder = Holder()
-            shape = self.graph.model.vocab, self.graph.model.d_model
+            shape = rows, self.graph.model.d_model
             holder.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             self.add_module(name, holder)
 
@@ -166,7 +179,7 @@ class Model(Ahead, nn.Module):
         stream = self._through(inputs, segments=segments, valid=valid, positions=positions, state=state, last=last)[0]
         if self.stage.gives == ("logits",):
             return stream["logits"] if "logits" in stream else self.logits(stream["h"])
-        return tuple(stream[name] for name in self.stage.gives)
+        return tuple(closed(stream[name]) for name in self.stage.gives)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
         if len(inputs) != len(self.stage.takes) or not all(isinstance(x, Tensor) for x in inputs):
@@ -183,19 +196,36 @@ class Model(Ahead, nn.Module):
         if inputs[0].dim() != len(axes):
             wanted = f"{self.stage.takes[0]} [{', '.join(axes)}]"
             raise ValueError(f"the first input must be {wanted}, not {list(inputs[0].shape)}")
-        tokens = describe(
-            tuple(inputs[0].shape[:2]), device=inputs[0].device, segments=segments, valid=valid,
-            positions=positions, state=state,
-        )
+        rows, tokens = self._rows(inputs[0], segments=segments, valid=valid, positions=positions, state=state)
         stream = dict(zip(self.stage.takes, inputs))
+        for name, relay in self.relays.items():
+            stream[name] = relay.opened(stream[name], rows.tokens, state)
         if "x" in stream and state is not None:
             stream["x"] = stream["x"].clone()
         for node in self.stage.body:
             with located(node):
-                _RUN[node.role](self, node, stream, tokens, state, last)
+                _RUN[node.role](self, node, stream, rows, state, last)
         if state is not None:
-            state.advance(tokens)
+            state.advance(rows.tokens)
         return stream, tokens
+
+    def _rows(
+        self, x: Tensor, *, segments: Tensor | None, state: DecodingState | None, **what: Tensor | None
+    ) -> tuple[WithMeta, Tokens]:
+        """The rows as layers see them, and their tokens as the caller does. x: what the stage's first input is."""
+        (B, T), count = x.shape[:2], self.graph.model.meta_tokens
+        begins = count > 0 and (state is None or state.empty)
+        if count and state is not None and segments is not None:
+            raise ValueError("rows of a state are one document each where there are meta tokens: `valid` says padding")
+        if begins and self.stage.takes[0] != "tokens":
+            # Later stages get rows that have them.
+            T = T - count if segments is None else segments.shape[1]
+        if begins and state is not None and state.room is not None:
+            state.room.check(count + T)
+        tokens = describe((B, T), device=x.device, segments=segments, state=state, **what)
+        if not begins:
+            return WithMeta(tokens), tokens
+        return (ahead if segments is None else packed)(tokens, count), tokens
 
     def init_state(
         self, batch: int, *, capacity: int | None = None, dtype: torch.dtype | None = None,
@@ -212,10 +242,12 @@ class Model(Ahead, nn.Module):
             raise ValueError(f"a batch has at least one row, not {batch}")
         if capacity is not None and capacity < 1:
             raise ValueError(f"a decoding state has room for at least one token, not {capacity}")
-        room = None if capacity is None else Room(capacity)
+        room = None if capacity is None else Room(capacity + self.graph.model.meta_tokens)
         device = device or self.device
         made = dict(dtype=dtype or self.dtype, device=device, room=room, state_dtype=state_dtype)
         layers = {}
+        if depth is None:
+            layers = {relay.path: relay.init_state(batch, **made) for relay in self.relays.values()}
         for node, sublayer in self.sublayers():
             if node.depth != depth:
                 continue
@@ -301,13 +333,15 @@ class Model(Ahead, nn.Module):
         stage = f", stage {self.stage.index} of {self.stage.count}" if self.stage.count > 1 else ""
         return self.graph.name + stage
 
-    def _embed(self, node, stream, tokens, state, last) -> None:
+    def _embed(self, node, stream, rows, state, last) -> None:
         if stream["tokens"].dtype not in (torch.int64, torch.int32):
             raise TypeError(f"token ids must be int64 or int32, not {stream['tokens'].dtype}")
-        stream["x"] = self._embedded(stream["tokens"], state)
+        meta_MD = self.meta.weight if self.graph.model.meta_tokens else None
+        x_BTD = rows.insert(self._embedded(stream["tokens"], state), meta_MD)
         if self.stage.keeps_embedding:
             # Fused steps add to the stream in place.
-            stream["x0"] = stream["x"] if state is None else stream["x"].clone()
+            stream["x0"] = x_BTD if state is None else x_BTD.clone()
+        stream["x"] = widen(x_BTD, self.graph.streams)
 
     def _embedded(self, tokens_BT: Tensor, state: DecodingState | None) -> Tensor:
         model = self.graph.model
@@ -331,14 +365,19 @@ class Model(Ahead, nn.Module):
             and not torch.is_grad_enabled()
         )
 
-    def _layer(self, node, stream, tokens, state, last) -> None:
+    def _layer(self, node, stream, rows, state, last) -> None:
         sublayer = self.get_submodule(node.path)
         states = None if state is None else [state.layers[path] for path, _, _ in node.branches()]
-        given = sublayer(stream["x"], stream.get("x0"), tokens, states, t_BTD=stream.pop("t", None))
-        stream["t" if node.aside else "x"] = given
+        taken = {name: stream[name] for name in self.taken[node.path]}
+        y_BTD = sublayer(stream["x"], stream.get("x0"), rows.tokens, states, t_BTD=stream.pop("t", None), taken=taken)
+        if sublayer.gives:
+            y_BTD, given = y_BTD
+            stream.update(given)
+        stream["t" if node.aside else "x"] = y_BTD
 
-    def _head(self, node, stream, tokens, state, last) -> None:
-        x_BLD = stream["x"] if last is None else stream["x"][:, -last:]
+    def _head(self, node, stream, rows, state, last) -> None:
+        stream |= {name: rows.strip(stream[name]) for name in ("x", "x0") if name in stream}
+        x_BLD = self.narrow(stream["x"] if last is None else stream["x"][:, -last:])
         if self._steps("head_step", x_BLD, state):
             how = dict(multiplier=self.graph.model.logits_multiplier, softcap=self.graph.model.logits_softcap)
             x_BD = x_BLD[:, 0].contiguous()

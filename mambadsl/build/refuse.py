@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mambadsl.graph.checks.legal import listed
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
 from mambadsl.kinds.sublayer import adapted_weights
 from mambadsl.spec.model import Mixer
 from mambadsl.text.diagnostic import Diagnostic, declare
@@ -69,7 +70,7 @@ def _unfitting(graph: LayerGraph) -> Iterator[Diagnostic]:
             continue
         seen.add(id(node.layer))
         sub = node.layer.sub
-        if sub.residual.name == "normed" and sub.input == "with_embedding":
+        if form_of(sub.residual).keeps_normed and sub.input == "with_embedding":
             message = f"layer `{node.path}` adds its normed input, which is twice as wide as the stream"
             help = ("`residual` may be `pre`, `post` or `sandwich` here",)
             yield Diagnostic(E906, message, _place(node), help=help)

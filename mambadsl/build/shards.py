@@ -1,29 +1,50 @@
-"""Tensors to safetensors files of a limited size, one file in memory at a time.
+"""Tensors to safetensors files of a limited size; in memory are those that are made together.
 
 A folder gets `STEM.safetensors`, or `STEM-00001-of-00003.safetensors`, ... and an index. Files appear complete or not
-at all; earlier ones of the same stem go last.
+at all; earlier ones of the same stem go last. The format (a header of JSON, then the tensors' bytes without gaps) is
+written here, for the library wants all tensors of a file at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 #: A file is at most this large, unless one unit alone is larger.
 MAX_FILE_BYTES = 4 * 2**30
+#: Handed to the system at once. For large writes Linux looks for large pages to cache them in, which takes longer than
+#: to copy them.
+CHUNK = 2**17
+#: By safetensors' names, in the order in which it lays them out from the last to the first, so that all are aligned.
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ORDER = {dtype: -i for i, dtype in enumerate(DTYPES.values())}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that are made together. bytes: of all of them."""
+    """Tensors that are made together. held: the shape and dtype of each (a tensor on any device has both)."""
 
-    bytes: int
-    tensors: Callable[[], Iterable[tuple[str, Tensor]]]
+    held: Mapping[str, Tensor]
+    make: Callable[[], Iterable[tuple[str, Tensor]]]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in self.held.values())
+
+
+def blank(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Shape and dtype alone."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def save_shards(
@@ -53,18 +74,51 @@ def save_shards(
 
 
 def _write(folder: Path, shards: dict[str, list[Unit]], index: str | None, about: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    places: dict[str, str] = {}
     for name, shard in shards.items():
-        kept = {path: t.detach().contiguous().cpu() for unit in shard for path, t in unit.tensors()}
-        save_file(kept, folder / f"{name}.part", metadata=about)
-        places |= dict.fromkeys(kept, name)
-        del kept
+        header, starts = _header(shard, about)
+        with (folder / f"{name}.part").open("wb", buffering=0) as file:
+            _put(file.fileno(), header, 0)
+            for unit in shard:
+                _fill(file.fileno(), unit, starts)
     if index:
-        size = sum(unit.bytes for shard in shards.values() for unit in shard)
-        table = {"metadata": {"total_size": size}, "weight_map": places}
+        units = [(name, unit) for name, shard in shards.items() for unit in shard]
+        places = {path: name for name, unit in units for path in unit.held}
+        table = {"metadata": {"total_size": sum(unit.bytes for _, unit in units)}, "weight_map": places}
         (folder / f"{index}.part").write_text(json.dumps(table, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _fill(file: int, unit: Unit, starts: Mapping[str, int]) -> None:
+    left = dict(unit.held)
+    for path, tensor in unit.make():
+        _put(file, _bytes(tensor, left.pop(path)), starts[path])
+    if left:
+        raise ValueError(f"not made: {', '.join(left)}")
+
+
+def _header(shard: Sequence[Unit], about: dict[str, str]) -> tuple[bytes, dict[str, int]]:
+    """As the library has it, and where in the file each tensor begins."""
+    held = {path: t for unit in shard for path, t in unit.held.items()}
+    at, table, starts = 0, {"__metadata__": about}, {}
+    for path, t in sorted(held.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])):
+        starts[path], at = at, at + t.nbytes
+        table[path] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [starts[path], at]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {path: len(header) + start for path, start in starts.items()}
+
+
+def _bytes(tensor: Tensor, held: Tensor) -> memoryview:
+    if (tensor.shape, tensor.dtype) != (held.shape, held.dtype):
+        raise ValueError(f"{tensor.dtype}{list(tensor.shape)} was made where {held.dtype}{list(held.shape)} was to be")
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _put(file: int, data: bytes | memoryview, at: int) -> None:
+    data = memoryview(data)
+    while data:
+        done = os.pwrite(file, data[:CHUNK], at)
+        data, at = data[done:], at + done
 
 
 def own_files(folder: Path, stem: str, index: str) -> list[Path]:

@@ -26,12 +26,16 @@ E904 = declare(
 )
 
 
+#: The first of the tensors that cross, in order; what kinds give comes after them.
+_ORDER = ("x", "x0", "t")
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Stage `index` (from 0) of `count`. takes, gives: names of the tensors in and out, in order: `tokens`
-    [B, T], `x` the stream, `x0` the first embedding and `t` what the last layer gave aside [B, T, d_model], `logits`
-    [B, T, vocab]. keeps_embedding: the first embedding is read here or later. The nodes of `mtp` are in the last stage,
-    with the head."""
+    [B, T], `x` the stream, `x0` the first embedding and `t` what the last layer gave aside [B, T, d_model], what kinds
+    give by their own names, `logits` [B, T, vocab]. keeps_embedding: the first embedding is read here or later. The
+    nodes of `mtp` are in the last stage, with the head."""
 
     index: int
     count: int
@@ -64,9 +68,10 @@ def stages(graph: LayerGraph, paths: Sequence[Sequence[str]]) -> tuple[Stage, ..
     if problems := list(_problems(graph, paths)):
         raise MdlError(problems)
     parts = [tuple(graph.by_path[path] for path in part) for part in paths]
-    crossing = [_crossing(graph, parts[k:]) for k in range(1, len(parts))]
-    takes, gives = [("tokens",), *crossing], [*crossing, ("logits",)]
-    keeps = ["x0" in _crossing(graph, parts[k:]) for k in range(len(parts))]
+    starts = [sum(map(len, parts[:k])) for k in range(len(parts))]
+    crossing = [_crossing(graph, start) for start in starts]
+    takes, gives = [("tokens",), *crossing[1:]], [*crossing[1:], ("logits",)]
+    keeps = [_embedding_read(graph, start) for start in starts]
     return tuple(Stage(k, len(parts), *stage) for k, stage in enumerate(zip(parts, takes, gives, keeps)))
 
 
@@ -95,11 +100,20 @@ def choose(graph: LayerGraph, *, plan: Any = None, stage: int | None = None) -> 
     return found[stage]
 
 
-def _crossing(graph: LayerGraph, later: Sequence[Sequence[Node]]) -> tuple[str, ...]:
-    """What the first of the later stages takes: the stream, and what else was made before and is read there."""
-    reads = [graph.reads[node.path] for part in later for node in part]
-    carried = {"x0": any(names & {"x0", "next"} for names in reads), "t": "t" in reads[0]}
-    return ("x", *(name for name, needed in carried.items() if needed))
+def _crossing(graph: LayerGraph, start: int) -> tuple[str, ...]:
+    """What the stage takes whose first node is the graph's `start`-th: the tensors made before and read there or
+    later, the stream first."""
+    place = {node.path: k for k, node in enumerate(graph.nodes)}
+    past = {"next": "x0"}
+    found = dict.fromkeys(
+        past.get(e.tensor, e.tensor) for e in graph.edges if place[e.source] < start <= place[e.target]
+    )
+    return tuple(sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER)))
+
+
+def _embedding_read(graph: LayerGraph, start: int) -> bool:
+    """Whether the first embedding, or the next token's, is read at the graph's `start`-th node or later."""
+    return any(graph.reads[node.path] & {"x0", "next"} for node in graph.nodes[start:])
 
 
 def _problems(graph: LayerGraph, paths: Sequence[Sequence[str]]):

@@ -25,16 +25,23 @@ class DecodingState:
     """What the tokens so far have left behind. Forward passes change it in place; after one that raised it
     is worth nothing.
 
-    layers: branch path (`stack.3`, `stack.4.1`) -> that layer's tensors. position_B: place of each row's
+    layers: branch path (`stack.3`, `stack.4.1`) -> that layer's tensors, also of a branch in an earlier stage whose
+    keys and values are taken here. position_B: place of each row's
     next token in its document. segment_B: document of each row's last token; None while no call has named
     documents or padding. room: of a state of fixed size, whose tensors (position_B too) stay where they are and whose
-    rows are one document each; None: it grows.
+    rows are one document each; None: it grows. read: tokens so far, of the longest row, of a state that grows.
     """
 
     layers: dict[str, dict[str, Any]]
     position_B: Tensor
     segment_B: Tensor | None = None
     room: Room | None = None
+    read: int = 0
+
+    @property
+    def empty(self) -> bool:
+        """Before the first call."""
+        return not (self.read if self.room is None else self.room.used)
 
     def copy(self) -> DecodingState:
         """A snapshot: later calls on either leave the other alone."""
@@ -46,7 +53,7 @@ class DecodingState:
         layers = {path: {name: copied(v) for name, v in state.items()} for path, state in self.layers.items()}
         if room is not None:
             layers = {path: FixedState(t, capacity=room.capacity, room=room) for path, t in layers.items()}
-        return DecodingState(layers, self.position_B.clone(), copied(self.segment_B), room)
+        return DecodingState(layers, self.position_B.clone(), copied(self.segment_B), room, self.read)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor, `position_B` last."""
@@ -64,6 +71,7 @@ class DecodingState:
 
     def advance(self, tokens: Tokens) -> None:
         """The rows now stand after these tokens; rows of nothing but padding stay where they were."""
+        self.read += tokens.length
         if self.room is not None:
             self.room.used += tokens.length
         if tokens.segments_BT is None:
@@ -122,7 +130,7 @@ def describe(
     if valid is not None:
         segments_BT = torch.where(valid.bool(), segments_BT, PADDING)
     last_B = zeros_BT[:, 0] if state is None or state.segment_B is None else state.segment_B
-    before_BT = _before(segments_BT, last_B)
+    before_BT = before(segments_BT, last_B)
     # A look at the data: free on a CPU, a wait for the device elsewhere, and nothing that can be traced.
     looks = segments_BT.device.type == "cpu" and not torch.compiler.is_compiling()
     if looks and _goes_back(segments_BT):
@@ -132,7 +140,7 @@ def describe(
     return Tokens(positions, segments_BT)
 
 
-def _before(segments_BT: Tensor, last_B: Tensor) -> Tensor:
+def before(segments_BT: Tensor, last_B: Tensor) -> Tensor:
     """The document of the last real token before each token."""
     shifted_BT = torch.cat((torch.full_like(segments_BT[:, :1], PADDING), segments_BT[:, :-1]), 1)
     highest_BT = shifted_BT.cummax(1).values

@@ -18,13 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambadsl.build.failure import located
+from mambadsl.build.meta import WithMeta
 from mambadsl.build.state import DecodingState, describe
+from mambadsl.build.streams import Narrow, widen
 from mambadsl.graph.graph import Role
 from mambadsl.kinds.kind import linear
 from mambadsl.kinds.module import add_weights
 from mambadsl.kinds.norm import Norm
+from mambadsl.kinds.streams import final_norm
 from mambadsl.kinds.tokens import Tokens
-from mambadsl.kinds.values import Variant
+from mambadsl.kinds.values import Values
 
 
 class Ahead:
@@ -99,28 +102,30 @@ class Ahead:
         for node in self.stage.tail:
             if node.depth == depth:
                 with located(node):
-                    run[node.role](node, stream, tokens, state, None)
+                    run[node.role](node, stream, WithMeta(tokens), state, None)
         return stream["h"]
 
-    def _join(self, node, stream, tokens, state, last) -> None:
+    def _join(self, node, stream, rows, state, last) -> None:
         x_BTD = self.get_submodule(node.depth_owner).join(stream["x0"], stream["h"])
-        stream["x"] = x_BTD.to(stream["x0"].dtype)
+        stream["x"] = widen(x_BTD.to(stream["x0"].dtype), self.graph.streams)
 
-    def _end(self, node, stream, tokens, state, last) -> None:
-        norm = self.get_submodule(node.depth_owner).final_norm
-        stream["h"] = norm(stream["x"], dtype=self._head_weight().dtype)
+    def _end(self, node, stream, rows, state, last) -> None:
+        depth = self.get_submodule(node.depth_owner)
+        stream["h"] = depth.final_norm(depth.narrow(stream["x"]), dtype=self._head_weight().dtype)
 
 
 class Depth(nn.Module):
-    """Children are named as `graph.weights` names them: `enorm`, `hnorm`, `eh_proj`, `final_norm`, and the layers
-    that are the depth's own, `0`, `1`, ..."""
+    """Children are named as `graph.weights` names them: `enorm`, `hnorm`, `eh_proj`, `narrow`, `final_norm`, and the
+    layers that are the depth's own, `0`, `1`, ..."""
 
-    def __init__(self, norm: Variant, d_model: int, *, dtype: torch.dtype, device: Any = None, **rms: Any):
-        """rms: what computes RMS norms, as in `Norm`."""
+    def __init__(self, model: Values, streams: int, *, dtype: torch.dtype, device: Any = None, **rms: Any):
+        """streams: of the layers. rms: what computes RMS norms, as in `Norm`."""
         super().__init__()
-        made = dict(dtype=dtype, device=device)
-        for name in ("enorm", "hnorm", "final_norm"):
+        made, d_model = dict(dtype=dtype, device=device), model.d_model
+        norms = {"enorm": model.norm, "hnorm": model.norm, "final_norm": final_norm(model, streams)}
+        for name, norm in norms.items():
             self.add_module(name, Norm(norm, d_model, **rms, **made))
+        self.narrow = Narrow(model, streams, **rms, **made)
         add_weights(self, linear("eh_proj", d_model, 2 * d_model), **made)
 
     def join(self, next_BTD: Tensor, h_BTD: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ nodes share are owned (counted) by the first that uses them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,6 +14,8 @@ from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
 from mambadsl.kinds.kind import Flops, Saved, matmul
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
+from mambadsl.kinds.streams import narrow_flops
 from mambadsl.kinds.sublayer import adapter_weights
 
 #: Bytes of one element in the compute dtype (bfloat16) and in float32.
@@ -64,9 +67,11 @@ def costs(graph: LayerGraph, *, length: int | None = None) -> dict[str, Cost]:
     found: dict[str, Cost] = {}
     used_again = {node.owner for node in graph.nodes if node.shared}
     for node in graph.nodes:
-        key = (node.role, node.layer)
+        key = (node.role, node.layer, node.tail)
         if key not in tables:
             tables[key] = _running(graph, node, length)
+            if node.role is Role.LAYER and not node.tail and graph.model.meta_tokens:
+                tables[key] = _with_meta(graph, node, length)
         # A node whose weights no other uses has new paths only: its counts depend on the layer alone.
         own = node.role is Role.LAYER and node.owner not in used_again
         if own and key in shapes:
@@ -104,6 +109,16 @@ def _weights(graph: LayerGraph, node: Node, seen: set[str]) -> tuple[int, int, i
     return params, used, int(active), buffers
 
 
+def _with_meta(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, int, int]:
+    """A layer's, where meta tokens stand before each sequence: their work is spread over its tokens, and their keys and
+    values are fixed state."""
+    meta = graph.model.meta_tokens
+    flops, saved, kv, state = _running(graph, node, length + meta)
+    share = Fraction(length + meta, length)
+    parts = (part * share for part in (flops.forward, flops.backward_input, flops.backward_weight))
+    return Flops(*parts), math.ceil(saved * share), kv, state + kv * meta
+
+
 def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, int, int]:
     model = graph.model
     d = model.d_model
@@ -111,14 +126,18 @@ def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, in
         case Role.EMBED:
             return NO_FLOPS, 0 if model.embedding_norm.name == "none" else d * NARROW, 0, 0
         case Role.HEAD | Role.MTP_OUT:
-            # Kept: the hidden state, and the logits once in the compute dtype and once in float32.
-            return matmul(model.vocab * d), d * NARROW + model.vocab * (NARROW + WIDE), 0, 0
+            # Kept: the stream, and the logits once in the compute dtype and once in float32.
+            n = graph.streams
+            flops = matmul(model.vocab * d) + narrow_flops(model, n)
+            return flops, n * d * NARROW + model.vocab * (NARROW + WIDE), 0, 0
         case Role.MTP_IN:
             return matmul(2 * d * d), 4 * d * NARROW, 0, 0
     dims = node.dims(d)
-    flops, kv, state = NO_FLOPS, 0, 0
+    sub, kv, state = node.layer.sub, 0, 0
+    form = form_of(sub.residual)
+    flops, saved = form.flops(sub, d), form.saved(sub, d)
     # The residual stream before the norm; branches keep their own inputs.
-    saved = Saved(0 if node.layer.sub.norm.name == "none" else dims.d_in)
+    saved = Saved(saved.narrow + (0 if sub.norm.name == "none" else dims.d_in), saved.wide)
     for _, _, mixer in node.branches():
         kind = get(mixer.kind)
         flops += kind.flops(mixer.fields, dims, length)
@@ -133,5 +152,5 @@ def _running(graph: LayerGraph, node: Node, length: int) -> tuple[Flops, int, in
             if s.per_token and s.window is None:
                 kv += size
             else:
-                state += size * (s.window if s.per_token else 1)
+                state += size * (s.window + s.keep if s.per_token else 1)
     return flops, saved.narrow * NARROW + saved.wide * WIDE, kv, state

@@ -12,8 +12,10 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from mambadsl.kinds.kind import Dims
+from mambadsl.kinds.kind import Carried, Dims
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.residual import form_of
+from mambadsl.kinds.streams import streams_of
 from mambadsl.kinds.sublayer import input_width
 from mambadsl.kinds.values import Values
 from mambadsl.spec.model import ExpectSpec, LayerSpec, Mixer, MtpSpec, PartsSpec
@@ -69,6 +71,18 @@ class Node:
     def dims(self, d_model: int) -> Dims:
         return Dims(d_model, input_width(self.layer.sub, d_model))
 
+    def gives(self, d_model: int) -> dict[str, Carried]:
+        """What its branches give to layers below, by name."""
+        return {c.name: c for m in self._mixers for c in get(m.kind).gives(m.fields, self.dims(d_model))}
+
+    def takes(self, d_model: int) -> dict[str, Carried]:
+        """What its branches take from layers above, by name."""
+        return {c.name: c for m in self._mixers for c in get(m.kind).takes(m.fields, self.dims(d_model))}
+
+    @property
+    def _mixers(self) -> tuple[Mixer, ...]:
+        return () if self.layer is None else self.layer.branches
+
     @property
     def tail(self) -> bool:
         """It belongs to `mtp`."""
@@ -91,14 +105,15 @@ class Node:
     @property
     def aside(self) -> bool:
         """It adds nothing to the residual stream; the next layer reads what it gives."""
-        return self.layer is not None and self.layer.sub.residual.name == "aside"
+        return self.layer is not None and not form_of(self.layer.sub.residual).adds
 
 
 @dataclass(frozen=True)
 class Edge:
-    """tensor: "x" the residual stream, "x0" the first embedding carried past it, "t" what the layer before gave aside
-    of it, "h" the hidden state after a final norm, which the next depth of `mtp` reads, "next" the embedding of the
-    next token, for the same. width: elements per token."""
+    """tensor: "x" the residual stream (all of them, side by side), "x0" the first embedding carried past it, "t" what
+    the layer before gave aside of it, "h" the hidden state after a final norm, which the next depth of `mtp` reads,
+    "next" the embedding of the next token, for the same; other names are what kinds give and take. width: elements per
+    token."""
 
     source: str
     target: str
@@ -136,9 +151,20 @@ class LayerGraph:
             found[edge.target].add(edge.tensor)
         return {path: frozenset(names) for path, names in found.items()}
 
+    @cached_property
+    def carried(self) -> frozenset[str]:
+        """The names of what kinds give and other layers take."""
+        d = self.model.d_model
+        return frozenset(e.tensor for e in self.edges if e.tensor in self.by_path[e.source].gives(d))
+
     @property
     def tied(self) -> bool:
         return self.model.tie_embeddings
+
+    @cached_property
+    def streams(self) -> int:
+        """Residual streams side by side: those of the first layer, which all others have too (E710)."""
+        return streams_of(self.layers[0].layer.sub) if self.layers else 1
 
     @property
     def residual_additions(self) -> int:
@@ -147,16 +173,32 @@ class LayerGraph:
 
     @cached_property
     def depths(self) -> dict[str, tuple[int, int]]:
-        """For each owner of a layer, how many layers of the stack that mix tokens (that have a decoding state) come
-        before its first use, and how many there are. Layers of the MTP tail stand where the last of them does."""
+        """For each owner of a layer, how many layers of the stack that mix tokens (that have a decoding state, or take
+        what such a layer gives) come before its first use, and how many there are. Layers of the MTP tail stand where
+        the last of them does."""
         before: dict[str, int] = {}
-        count = 0
+        mixing: set[str] = set()
+        givers: dict[str, set[str]] = {}
+        for edge in self.edges:
+            if edge.tensor in self.carried:
+                givers.setdefault(edge.target, set()).add(edge.source)
         for node in self.layers:
-            before.setdefault(node.owner, count)
+            before.setdefault(node.owner, len(mixing))
             dims = node.dims(self.model.d_model)
-            count += any(get(mixer.kind).state(mixer.fields, dims) for mixer in node.layer.branches)
+            own = any(get(mixer.kind).state(mixer.fields, dims) for mixer in node.layer.branches)
+            if own or mixing & givers.get(node.path, set()):
+                mixing.add(node.path)
+        count = len(mixing)
         last = max(count - 1, 0)
         return {n.owner: (before.get(n.owner, last), count) for n in self.nodes if n.role is Role.LAYER}
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """For each owner of a layer, which layer its first use is, from 0."""
+        found: dict[str, int] = {}
+        for i, node in enumerate(node for node in self.nodes if node.role is Role.LAYER):
+            found.setdefault(node.owner, i)
+        return found
 
     def content(self) -> dict[str, Any]:
         """What the graph is; equal graphs have equal content."""

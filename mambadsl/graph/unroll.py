@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from mambadsl.graph.graph import Edge, Frame, LayerGraph, Node, Role
+from mambadsl.kinds.kind import Carried
+from mambadsl.kinds.streams import streams_of
 from mambadsl.kinds.values import Values
 from mambadsl.spec.codes import E029, E047, E049, MAX_LAYERS, short_count
 from mambadsl.spec.model import Block, Cut, Element, ModelSpec, Use, count_layers
@@ -48,24 +50,35 @@ def _bounds(spec: ModelSpec) -> list[Diagnostic]:
 
 
 def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, ...]:
-    """The tensors between nodes that stand in this order."""
+    """The tensors between nodes that stand in this order. Each depth of `mtp` is a chain of its own: it takes nothing
+    that layers of the stack give."""
     d = model.d_model
+    first = next((node for node in nodes if node.role is Role.LAYER), None)
+    wide = d * streams_of(first.layer.sub) if first else d
     edges: list[Edge] = []
     last, beside = "embed", None
+    givers: dict[str, str] = {}
+    # A repeated layer is one LayerSpec: what it gives and takes is asked once.
+    tables: dict[int, tuple[tuple[Carried, ...], tuple[Carried, ...]]] = {}
 
     def read(node: Node) -> None:
         nonlocal last, beside
-        edges.append(Edge(last, node.path, "x", d))
+        if id(node.layer) not in tables:
+            tables[id(node.layer)] = tuple(node.takes(d).values()), tuple(node.gives(d).values())
+        takes, gives = tables[id(node.layer)]
+        edges.append(Edge(last, node.path, "x", wide))
         if node.layer.sub.input == "with_embedding":
             edges.append(Edge("embed", node.path, "x0", d))
         if beside:
             edges.append(Edge(beside, node.path, "t", d))
+        edges.extend(Edge(givers[c.name], node.path, c.name, c.width) for c in takes if c.name in givers)
+        givers.update((c.name, node.path) for c in gives)
         last, beside = node.path, node.path if node.aside else None
 
     for node in nodes:
         if node.path.startswith("stack."):
             read(node)
-    edges.append(Edge(last, "head", "x", d))
+    edges.append(Edge(last, "head", "x", wide))
     hidden = "head"
     for node in nodes:
         match node.role:
@@ -73,8 +86,9 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
                 edges.append(Edge(hidden, node.path, "h", d))
                 edges.append(Edge("embed", node.path, "next", d))
                 last, beside = node.path, None
+                givers.clear()
             case Role.MTP_OUT:
-                edges.append(Edge(last, node.path, "x", d))
+                edges.append(Edge(last, node.path, "x", wide))
                 hidden = node.path
             case Role.LAYER if node.tail:
                 read(node)

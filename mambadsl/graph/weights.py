@@ -1,6 +1,6 @@
 """Every weight of a model by its path: the one table that counts, checkpoints and modules share.
 
-Paths are global and stage-free: `embed.weight`, `embed_norm.weight`, `stack.3.norm.weight`,
+Paths are global and stage-free: `embed.weight`, `embed_norm.weight`, `meta.weight`, `stack.3.norm.weight`,
 `stack.3.mixer.in_proj.weight`, `stack.4.1.qkv_proj.weight` (second branch of a sum),
 `shared.S.mixer.qkv_proj.weight`, `stack.7.mixer.adapter.o_proj.up.weight` (per-use), `final_norm.weight`,
 `head.weight`, `mtp.0.eh_proj.weight`.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.kinds.kind import Weight, linear, norm_weights
 from mambadsl.kinds.registry import get
+from mambadsl.kinds.streams import final_norm, narrow_weights
 from mambadsl.kinds.sublayer import adapter_weights, sublayer_weights
 
 
@@ -24,15 +25,17 @@ def node_weights(graph: LayerGraph, node: Node) -> Iterator[tuple[str, Weight]]:
         case Role.EMBED:
             yield "embed.weight", _table("embed.weight", model)
             yield from _prefixed("", norm_weights("embed_norm", model.embedding_norm, d))
+            if model.meta_tokens:
+                yield "meta.weight", Weight("meta.weight", (model.meta_tokens, d), quantise=False)
         case Role.HEAD:
-            yield from _prefixed("", norm_weights("final_norm", model.norm, d))
+            yield from _prefixed("", _end(graph))
             yield ("embed.weight" if graph.tied else "head.weight"), _table("head.weight", model)
         case Role.MTP_IN:
             for name in ("enorm", "hnorm"):
                 yield from _prefixed(node.depth_owner, norm_weights(name, model.norm, d))
             yield from _prefixed(node.depth_owner, linear("eh_proj", d, 2 * d))
         case Role.MTP_OUT:
-            yield from _prefixed(node.depth_owner, norm_weights("final_norm", model.norm, d))
+            yield from _prefixed(node.depth_owner, _end(graph))
         case Role.LAYER:
             yield from _prefixed(node.owner, sublayer_weights(node.layer.sub, d))
             dims = node.dims(d)
@@ -56,6 +59,12 @@ def all_weights(graph: LayerGraph) -> dict[str, Weight]:
 def _prefixed(prefix: str, weights: tuple[Weight, ...]) -> Iterator[tuple[str, Weight]]:
     for w in weights:
         yield (f"{prefix}.{w.name}" if prefix else w.name), w
+
+
+def _end(graph: LayerGraph) -> tuple[Weight, ...]:
+    """Of what makes the head's input of the stream, or of several."""
+    model, n = graph.model, graph.streams
+    return (*narrow_weights(model, n), *norm_weights("final_norm", final_norm(model, n), model.d_model))
 
 
 def _table(name: str, model) -> Weight:

@@ -89,6 +89,8 @@ def read_rope(given: dict[str, Any] | None) -> Variant:
     known = SCALINGS.get(kind, {})
     if kind != "default" and not known:
         raise Unlike(f"has the type `{kind}`; with a counterpart: `default`, " + ", ".join(f"`{k}`" for k in SCALINGS))
+    if kind == "yarn":
+        given = _sharp(given)
     if strange := given.keys() - _ROPE_NEUTRAL - set(known.values()):
         raise Unlike(f"of the type `{kind}` has `{min(strange)}`, which has no counterpart")
     scaling = {} if kind == "default" else {"scaling": form(kind, **{
@@ -97,13 +99,29 @@ def read_rope(given: dict[str, Any] | None) -> Variant:
     return form(name, theta=given["rope_theta"], fraction=given.get("partial_rotary_factor") or 1, **scaling)
 
 
+def _sharp(given: dict[str, Any]) -> dict[str, Any]:
+    """DeepSeek's two settings of how sharp attention stays, as the one factor that follows from both."""
+    given = dict(given)
+    if given.get("truncate", True) is True:
+        given.pop("truncate", None)
+    mscale, everywhere = (given.pop(name, None) for name in ("mscale", "mscale_all_dim"))
+    if given.get("attention_factor") is None and mscale and everywhere:
+        given["attention_factor"] = sharpness(given["factor"], mscale) / sharpness(given["factor"], everywhere)
+    return given
+
+
+def sharpness(factor: float, mscale: float) -> float:
+    """What yarn multiplies queries and keys by, as DeepSeek does."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
 def write_rope(value: Variant) -> dict[str, Any]:
     if value.name == "none":
         return {"rope_type": "default", "rope_theta": None}
     scaling = value.scaling
     plain = "proportional" if value.name == "proportional" else "default"
     found = {"rope_type": plain if scaling.name == "none" else scaling.name, "rope_theta": float(value.theta)}
-    if value.fraction != 1:
+    if getattr(value, "fraction", 1) != 1:
         found["partial_rotary_factor"] = value.fraction
     for ours, theirs in SCALINGS.get(scaling.name, {}).items():
         if getattr(scaling, ours) is not None:
@@ -130,10 +148,11 @@ def bfloat16(value: float) -> float:
 
 def pairs(
     mixers: Sequence[tuple[str, str]], feeds: Sequence[tuple[str, str]], *, base: str = "model.layers",
-    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"),
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"), first: int = 0,
 ) -> Iterator[Layer]:
-    """Blocks of a mixer and a feed-forward layer. mixers, feeds: (recipe, path below the block)."""
-    for i, (mixer, feed) in enumerate(zip(mixers, feeds, strict=True)):
+    """Blocks of a mixer and a feed-forward layer. mixers, feeds: (recipe, path below the block). first: block's
+    number."""
+    for i, (mixer, feed) in enumerate(zip(mixers, feeds, strict=True), first):
         for (recipe, path), before in zip((mixer, feed), norms):
             at = f"{base}.{i}"
             yield Layer((recipe,), (f"{at}.{path}" if path else at,), f"{at}.{before}.weight")

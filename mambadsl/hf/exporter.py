@@ -47,7 +47,7 @@ def export_settings(
         # Of a library that is only read.
         base = None
     if base is not None and family in (None, base.config.model_type):
-        found = import_settings(base, name=graph.name)
+        found = import_settings(base, name=graph.name, tail=graph.mtp is not None)
         if not list(differences(graph, found.graph)):
             return base, found
     if family is not None and family not in known:
@@ -87,14 +87,14 @@ def _tried(graph: LayerGraph, family: Family, base: Settings | None) -> tuple[Se
     try:
         given = {"model_type": family.model_type, "architectures": [family.architecture]}
         if base is not None and base.config.model_type == family.model_type:
-            given |= base.given
+            given |= {k: v for k, v in base.given.items() if family.tail is None or k not in family.tail.keys}
         written = _written(graph, family, named)
         usual = config_class(family.model_type)().to_dict()
         written = {name: _typed(v, usual.get(name)) for name, v in written.items()}
         # The class's own numbers of tokens may lie beyond this vocabulary.
         beyond = {n: None for n in TOKENS if n not in given and _beyond(usual.get(n), graph.model.vocab)}
         settings = from_dict(given | beyond | written)
-        found = import_settings(settings, name=graph.name)
+        found = import_settings(settings, name=graph.name, tail=graph.mtp is not None)
     except Unlike as error:
         return _Misfit([(str(error), None)], 2 * len(graph.layers))
     except MdlError as error:
@@ -104,11 +104,11 @@ def _tried(graph: LayerGraph, family: Family, base: Settings | None) -> tuple[Se
 
 
 def _named(graph: LayerGraph, family: Family) -> tuple[list[Row], _Problems]:
-    """The recipes of each layer, or the layers that have none."""
+    """The recipes of each layer of the stack and of a depth, or the layers that have none."""
     rows, problems = [], []
-    if graph.mtp is not None:
+    if graph.mtp is not None and family.tail is None:
         problems.append(("the heads of `mtp` have no counterpart", None))
-    for node in graph.layers:
+    for node in _one_of_each(graph):
         names = [_recipe(mixer, node.layer, family, graph.model) for mixer in node.layer.branches]
         if None in names:
             mixer = node.layer.branches[names.index(None)]
@@ -116,6 +116,11 @@ def _named(graph: LayerGraph, family: Family) -> tuple[list[Row], _Problems]:
         else:
             rows.append(Row(names, node.owner))
     return rows, problems
+
+
+def _one_of_each(graph: LayerGraph) -> tuple[Node, ...]:
+    """The layers of the stack, and those of the first depth."""
+    return (*graph.layers, *(n for n in graph.nodes if n.layer is not None and n.depth == 0))
 
 
 def _recipe(mixer: Mixer, layer: LayerSpec, family: Family, model: Values) -> str | None:
@@ -146,13 +151,16 @@ def _written(graph: LayerGraph, family: Family, rows: list[Row]) -> Mapping[str,
     for ours, entry in family.settings.items():
         _merge(found, both(entry).write(graph.model[ours]))
     fields: dict[str, Values] = {}
-    for node, row in zip(graph.layers, rows):
+    for node, row in zip(_one_of_each(graph), rows):
         for i, name in enumerate(row):
             fields.setdefault(name, _values(node.layer, i))
     for name, values in fields.items():
         for ours, entry in _entries(family.recipes[name]):
             _merge(found, entry.write(values[ours]))
-    found |= family.order(rows)
+    stack, ahead = rows[: len(graph.layers)], rows[len(graph.layers) :]
+    found |= family.order(stack)
+    if family.tail is not None:
+        found |= family.tail.settings(graph.mtp.settings.depths if graph.mtp else 0, ahead)
     return found | (family.derived(fields, graph.model) if family.derived else {})
 
 

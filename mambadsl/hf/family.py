@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mambadsl.adapt.table import Both, Entry, Recipe, both, fixed, key, read_only, words
 from mambadsl.adapt.tensors import Place
@@ -21,21 +21,46 @@ from mambadsl.hf.config import Settings
 from mambadsl.kinds.values import Values
 
 #: What a family's file is written with.
-__all__ = ["Both", "Family", "Layer", "Recipe", "both", "families", "fixed", "key", "names", "read_only", "words"]
+__all__ = [
+    "Both", "Family", "Layer", "Recipe", "Tail", "both", "families", "fixed", "key", "names", "read_only", "words",
+]
+
+
+#: The tensor of a norm's scale, beside which its shift lies as `.bias`; or the names of both.
+NormAt: TypeAlias = "str | tuple[str, str]"
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer of ours. recipes, paths: of its branches, and where their tensors lie. norm, post_norm: the tensors of
-    the norms before and behind it. owner: whose weights it has, where it shares them (`shared.T.0`). names: of its only
-    branch, what the recipe does not know."""
+    the norms before and behind it. affine: of `residual=affine`, those of the output and of the stream. owner: whose
+    weights it has, where it shares them (`shared.T.0`). names: of its only branch, what the recipe does not know."""
 
     recipes: tuple[str, ...]
     paths: tuple[str, ...]
     norm: str = ""
     post_norm: str = ""
+    affine: tuple[NormAt, ...] = ()
     owner: str = ""
     names: Mapping[str, Place] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What predicts further tokens, as the tail that `mtp` is: the embedding comes first in the joint projection.
+
+    keys: settings of theirs, each of which says how many depths there are; where none is given, the tensors tell.
+    depths: how many; raises Unlike. layers: of one depth, from 0. ends: the tensors of its `enorm`, `hnorm`,
+    `eh_proj` and `final_norm`. settings: that say so many depths of these rows; raises Unlike. follows: other settings
+    that it reads. empty: patterns of its tensors that may stand beside a configuration without it."""
+
+    keys: tuple[str, ...]
+    depths: Callable[[Settings], int]
+    layers: Callable[[Settings, int], Iterator[Layer]]
+    ends: Callable[[Settings, int], Mapping[str, str]]
+    settings: Callable[[int, Sequence[Row]], Mapping[str, Any]]
+    follows: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
 
 
 class Row(tuple):
@@ -59,7 +84,7 @@ class Family:
     of the model. follows: settings that say nothing that others do not say, or nothing that a model computes.
     embed, embed_norm, final, head: tensors. empty: patterns of tensors that hold nothing a model needs. renamed:
     parts of tensors' names -> what transformers may save them as. config: a configuration of values without a
-    model_type, where they are this family's; then transformers has no class for it."""
+    model_type, where they are this family's; then transformers has no class for it. tail: of multi-token prediction."""
 
     model_type: str
     architecture: str
@@ -69,7 +94,7 @@ class Family:
     order: Callable[[Sequence[Row]], Mapping[str, Any]]
     demands: Mapping[str, Any] = field(default_factory=dict)
     embed: str = "model.embed_tokens.weight"
-    embed_norm: str = ""
+    embed_norm: NormAt = ""
     final: str = "model.norm.weight"
     head: str = "lm_head.weight"
     empty: tuple[str, ...] = ()
@@ -77,6 +102,7 @@ class Family:
     follows: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     config: Callable[[Mapping[str, Any]], Any] | None = None
+    tail: Tail | None = None
 
 
 @cache

@@ -9,18 +9,29 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambadsl.adapt.model import ImportedModel
 from mambadsl.hf.config import Settings, read
 from mambadsl.hf.exporter import export_settings
-from mambadsl.hf.importer import Imported, import_settings
+from mambadsl.hf.importer import Imported, family_of, import_settings, says_tail
 from mambadsl.spec.model import name_of
+from mambadsl.text.diagnostic import Diagnostic, declare
 
 if TYPE_CHECKING:
     from mambadsl.compile import Program
+
+W615 = declare(
+    "W615",
+    "no tensors for the tokens further ahead",
+    """
+    The configuration says that the model predicts further tokens (multi-token prediction), and the folder has no
+    tensors for that: they were not published, or left out when the model was saved, as transformers does. The model
+    is imported without its `mtp` tail; its own next token does not depend on that.
+    """,
+)
 
 #: Below our weights.
 KEPT = "hugging_face"
@@ -46,7 +57,9 @@ def import_hf(
     source = Path(source)
     settings = read(source)
     folder = source if source.is_dir() else source.parent
-    imported = import_settings(settings, name=name or name_of(f"{folder.resolve().name}.mdl"))
+    tail, notes = _tail(settings, folder)
+    imported = import_settings(settings, name=name or name_of(f"{folder.resolve().name}.mdl"), tail=tail)
+    imported = replace(imported, diagnostics=imported.diagnostics + notes)
     program = program_from_graph(imported.graph)
     origin = f"{imported.family.architecture}."
     if weights is None:
@@ -59,6 +72,22 @@ def import_hf(
     renamed = {} if imported.inside else tensors.renamed
     _keep(folder, Path(weights) / KEPT, settings, {"renamed": renamed, "shapes": tensors.shapes})
     return ImportedModel(program, imported, origin, tensors.skipped, files)
+
+
+def _tail(settings: Settings, folder: Path) -> tuple[bool | None, tuple[Diagnostic, ...]]:
+    """Whether the `mtp` tail is taken along: what the configuration says, if its tensors are there; if it says nothing,
+    they say it."""
+    tail, said = family_of(settings).tail, says_tail(settings)
+    if tail is None or said is False or not any(folder.glob("*.safetensors*")) and not any(folder.glob("*.bin*")):
+        return said, ()
+    from mambadsl.adapt.files import names
+
+    there = tail.ends(settings, 0)["eh_proj"] in names(folder)
+    if there or not said:
+        return there, ()
+    key = next(key for key in tail.keys if key in settings.given)
+    message = f"`{key}` is {settings.given[key]}, and no tensors predict further tokens: left out"
+    return False, (Diagnostic(W615, message, settings.span(key)),)
 
 
 def _keep(folder: Path, kept: Path, settings: Settings, tensors: dict[str, dict]) -> None:

@@ -1,8 +1,9 @@
 """A model of ours beside the same one of Hugging Face's: the stream after each layer, and the logits.
 
 Both in float32 with the same weights and tokens, without cache, eager attention and experts. `time_step_limit` is what
-the configuration says, also where the class of transformers puts another one in its place (Nemotron-H, Zamba2). RWKV's
-stream is not halved every so many layers, which half precision needs.
+the configuration says, also where the class of transformers puts another one in its place (Nemotron-H, Zamba2); what a
+folder holds also counts where loading it puts other numbers there (Zaya). RWKV's stream is not halved every so many
+layers, which half precision needs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambadsl.adapt.files import Files
 from mambadsl.adapt.same import differences
 from mambadsl.build.checkpoint import load_weights
 from mambadsl.build.model import Model, build
@@ -75,7 +77,7 @@ def verify_hf(
 ) -> Verified:
     """weights: a folder of ours (default: those of `folder`). Raises MdlError where the two are not the same model."""
     settings = read(folder)
-    imported = import_settings(settings, name=program.layers.name)
+    imported = import_settings(settings, name=program.layers.name, tail=program.layers.mtp is not None)
     if found := list(differences(program.layers, imported.graph)):
         message = f"`{program.layers.name}` is not the model in `{folder}`"
         raise MdlError([Diagnostic(E614, message, notes=tuple(text for text, _ in found[:12]))])
@@ -114,7 +116,8 @@ def _theirs(config: Any, folder: Path | None, *, seed: int) -> tuple[Any, tuple[
         model.set_experts_implementation("eager")
     if folder is None:
         _shake(model, seed=seed)
-    return model.eval(), (*_without_floors(model, config), *_without_halving(model.config))
+    as_saved = () if folder is None else _as_saved(model, folder)
+    return model.eval(), (*as_saved, *_without_floors(model, config), *_without_halving(model.config))
 
 
 def _shake(model: Any, *, seed: int) -> None:
@@ -124,6 +127,17 @@ def _shake(model: Any, *, seed: int) -> None:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * (0.1 if parameter.dim() < 2 else 0.5 * parameter.shape[-1] ** -0.5))
+
+
+def _as_saved(model: Any, folder: Path) -> Iterator[str]:
+    """Zaya's class sets the last of a router's biases anew after it has loaded them."""
+    files, changed = Files(folder), []
+    for name, buffer in model.named_buffers():
+        if name in files.shapes and not torch.equal(buffer, saved := files.get(name).to(buffer)):
+            buffer.copy_(saved)
+            changed.append(name)
+    if changed:
+        yield f"{len(changed)} tensors like {changed[0]} are the folder's, which loading changes"
 
 
 def _without_floors(model: Any, config: Any) -> Iterator[str]:

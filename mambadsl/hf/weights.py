@@ -1,14 +1,13 @@
-"""Tensors of Hugging Face's to weights of ours and back: the same bits in another order, a file at a time.
+"""Tensors of Hugging Face's to weights of ours and back: the same bits in another order, a weight at a time.
 
-In memory is never more than the file that is being written, and the tensors of one weight.
+In memory is no more than the tensors of one weight, and what the system keeps of files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from functools import partial
-from math import prod
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from mambadsl.adapt.files import E613, Files, hold
 from mambadsl.adapt.tensors import Rows
 from mambadsl.build.checkpoint import LISTED, listed
 from mambadsl.build.init import draw
-from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
+from mambadsl.build.shards import MAX_FILE_BYTES, Unit, blank, save_shards
 from mambadsl.graph.weights import all_weights
 from mambadsl.hf.importer import Imported
 from mambadsl.kinds.kind import Weight
@@ -55,12 +54,9 @@ class Source:
         """Writes them under our names, in the order of their files."""
         order = {file: i for i, file in enumerate(self.files.sizes)}
         first = {path: self._name(next(rows.names())) for path, rows in self.imported.places.items()}
-        file_of, dtypes = self.files.file_of, self.files.dtypes
+        file_of = self.files.file_of
         units = [
-            Unit(
-                prod(self.weights[path].shape) * dtypes.get(first[path], torch.float32).itemsize,
-                lambda path=path: [(path, self.read(path))],
-            )
+            Unit({path: self._held(path)}, lambda path=path: [(path, self.read(path))])
             for path in sorted(self.weights, key=lambda path: order.get(file_of.get(first[path]), 0))
         ]
         about = {"format": "pt", "model": self.imported.graph.name}
@@ -68,6 +64,13 @@ class Source:
         return save_shards(
             Path(folder), "weights", units, index="weights.index.json", about=about, max_file_bytes=most
         )
+
+    def _held(self, path: str) -> Tensor:
+        """What `read` gives, on the meta device."""
+        if path in self.constants:
+            return self.read(path).to("meta")
+        dtypes = (self.files.dtypes[self._name(name)] for name in self.imported.places[path].names())
+        return blank(self.weights[path].shape, reduce(torch.promote_types, dtypes))
 
     def _name(self, name: str) -> str:
         return self.renamed.get(name, name)
@@ -120,15 +123,23 @@ class Source:
                 self.renamed[name] = other
 
     def _empty(self, name: str) -> bool:
-        family = self.imported.family
-        around = AROUND if self.imported.inside else ()
-        if any(fnmatchcase(name, pattern) for pattern in (*EMPTY, *family.empty, *around)):
+        family, graph = self.imported.family, self.imported.graph
+        patterns = (*EMPTY, *family.empty, *(AROUND if self.imported.inside else ()))
+        if family.tail is not None and graph.mtp is None:
+            patterns += family.tail.empty
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
             return True
-        # A tied head may have been saved beside the table that it is.
-        table = self.files.shapes.get(family.embed)
-        if name != family.head or not self.imported.graph.tied or self.files.shapes[name] != table:
-            return False
-        return torch.equal(self.files.get(name), self.files.get(family.embed))
+        # A tied head may have been saved beside the table that it is, and both again by what predicts further tokens.
+        head = family.embed if graph.tied else family.head
+        copies = {family.head: head} if graph.tied else {}
+        if graph.mtp is not None:
+            copies |= dict.fromkeys((".embed_tokens.weight", ".word_embeddings.weight"), family.embed)
+            copies |= dict.fromkeys((".shared_head.head.weight", ".lm_head.weight"), head)
+        return any(name.endswith(end) and self._equal(name, self._name(of)) for end, of in copies.items())
+
+    def _equal(self, name: str, other: str) -> bool:
+        shapes = self.files.shapes
+        return shapes[name] == shapes.get(other) and torch.equal(self.files.get(name), self.files.get(other))
 
 
 def export_units(
@@ -139,8 +150,9 @@ def export_units(
     (E613) where they do not fit."""
     hold(files, weights)
     for path, weight in weights.items():
-        size = weight.elements * files.dtypes[path].itemsize
-        yield Unit(size, partial(_written, places[path], weight, files, path, renamed, shapes))
+        written = places[path].written(weight, shapes)
+        held = {renamed.get(name, name): blank(shape, files.dtypes[path]) for name, shape in written}
+        yield Unit(held, partial(_written, places[path], weight, files, path, renamed, shapes))
 
 
 def _written(
@@ -148,6 +160,4 @@ def _written(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in rows.write(files.get(path), weight, shapes):
-        # Several may be parts of one weight's memory, which files do not share.
-        part = tensor.untyped_storage().nbytes() > tensor.nbytes
-        yield renamed.get(name, name), tensor.clone() if part else tensor
+        yield renamed.get(name, name), tensor

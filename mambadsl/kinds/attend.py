@@ -23,16 +23,18 @@ def attend(
     window: int | None,
     softcap: float | None,
     sinks_H: Tensor | None = None,
+    keep: int = 0,
 ) -> Tensor:
     """Attention of each token to the visible ones of its document, itself included: [B, T, H, P].
 
     queries: the batch's tokens. keys: what the S keys are; the same object as `queries` where there is
     no past. softcap: scores become softcap * tanh(score / softcap), in float32. sinks: of each head, the score of one
-    more key, which is always seen and whose value is 0.
+    more key, which is always seen and whose value is 0. keep: the first so many tokens of a document are seen through
+    any window.
     """
     plain = keys is queries and queries.segments_BT is None and (window is None or window >= queries.length)
     fast = softcap is None and sinks_H is None
-    mask_B1TS = None if plain and fast else visible(queries, keys, window=window)[:, None]
+    mask_B1TS = None if plain and fast else visible(queries, keys, window=window, keep=keep)[:, None]
     q_BHTP, k_BKSP, v_BKSP = (t.transpose(1, 2) for t in (q_BTHP, k_BSKP, v_BSKP))
     if fast:
         grouped = q_BHTP.shape[1] != k_BKSP.shape[1]
@@ -53,15 +55,16 @@ def attend(
     return y_BHTP.transpose(1, 2)
 
 
-def visible(queries: Tokens, keys: Tokens, *, window: int | None) -> Tensor:
-    """Which keys a query sees, bool [B, T, S]: its own document's, up to its own position, window - 1 back.
+def visible(queries: Tokens, keys: Tokens, *, window: int | None, keep: int = 0) -> Tensor:
+    """Which keys a query sees, bool [B, T, S]: its own document's, up to its own position, window - 1 back, and the
+    first `keep`.
 
     Padding sees padding, itself at least, so that no row is empty: softmax of nothing is not finite.
     """
     query_BT1, key_B1S = queries.positions_BT[:, :, None], keys.positions_BT[:, None]
     mask_BTS = key_B1S <= query_BT1
     if window is not None:
-        mask_BTS = mask_BTS & (key_B1S > query_BT1 - window)
+        mask_BTS = mask_BTS & ((key_B1S > query_BT1 - window) | (key_B1S < keep))
     if queries.segments_BT is not None or keys.segments_BT is not None:
         mask_BTS = mask_BTS & (segments(queries)[:, :, None] == segments(keys)[:, None])
     return mask_BTS

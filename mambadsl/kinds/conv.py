@@ -43,20 +43,20 @@ def _sums(
     T, J = x_BTC.shape[1], weight_CK.shape[1] - 1
     if state_BCJ is not None:
         x_BTC = torch.cat([state_BCJ.transpose(1, 2).to(x_BTC.dtype), x_BTC], dim=1)
-    reach_BT = None if segments_BT is None else _reach(segments_BT, J)
+    reach_BT = None if segments_BT is None else reach(segments_BT, J)
     bias_C = None if bias_C is None else bias_C.float()
     y_BTC = Taps.apply(x_BTC.float(), weight_CK.float(), bias_C, reach_BT, T)
-    return y_BTC, None if state_BCJ is None else _last_inputs(x_BTC, J, segments_BT, lengths_B)
+    return y_BTC, None if state_BCJ is None else last_inputs(x_BTC, J, segments_BT, lengths_B)
 
 
-def _reach(segments_BT: Tensor, J: int) -> Tensor:
+def reach(segments_BT: Tensor, J: int) -> Tensor:
     """How many inputs before each one are of its document; those of the state are."""
     B, T = segments_BT.shape
     index_BT = torch.arange(T, device=segments_BT.device).expand(B, T)
     return index_BT - torch.where(starts(segments_BT), index_BT, -J).cummax(1).values
 
 
-def _last_inputs(x_BSC: Tensor, J: int, segments_BT: Tensor | None, lengths_B: Tensor | None) -> Tensor:
+def last_inputs(x_BSC: Tensor, J: int, segments_BT: Tensor | None, lengths_B: Tensor | None) -> Tensor:
     """The J inputs up to the last real token, from the state's inputs and the row's (S = J + T): zeros for
     those of an earlier document. [B, C, J]"""
     if segments_BT is None:

@@ -30,13 +30,14 @@ class Init:
     """A law for initial values. law is one of the names in `build/init.py`:
 
     normal(std=None: the model's init_std, idle=0: so many last rows are zeros) · uniform(bound) · zeros · ones ·
-    const(value) · ramp(low, high): evenly from one to the other
+    const(value) · ramp(low, high): evenly from one to the other · ending(last): zeros, and one other at the end
     a_uniform(low, high): log of U(low, high) · a_arange(): log(1..d_state) in each row
     dt_bias(low, high, floor): inverse softplus of exp(U(log low, log high)), at least floor
     radius(low, high): exp(-softplus(it)) squared is U(low^2, high^2)
     lambda_start(): 0.8 - 0.6 exp(-0.3 l) in the l-th layer that mixes tokens, from 0 on
     shift_share(power, rise): (i / n)^(power (1 - depth)) + rise depth of channel i of n, depth from 0 to 1
     decay_speeds(): -5 + 8 (i / (n - 1))^(0.7 + 1.3 depth) · zigzag(): log 0.3 and 0.5 less, as much, 0.5 more in turn
+    one_stream(streams): the l-th layer reads stream l mod N alone, adds to each, and leaves all as they are
     slopes(): 2^(-8 h / H) of head h = 1, ... H, less the deeper the layer: next to nothing in the last
     """
 
@@ -89,7 +90,7 @@ class State:
     """One tensor of a layer's decoding state, for one sequence.
 
     shape: without the batch axis. per_token: the tensor has one such entry for each past token
-    (keys, values), at most `window` of them. fp32: kept in float32 unless asked otherwise.
+    (keys, values), at most `window` of them and the first `keep`. fp32: kept in float32 unless asked otherwise.
     first_innermost: where memory is fixed, the first axis of `shape` lies innermost in it, as kernels read it fastest.
     """
 
@@ -97,12 +98,38 @@ class State:
     shape: tuple[int, ...]
     per_token: bool = False
     window: int | None = None
+    keep: int = 0
     fp32: bool = False
     first_innermost: bool = False
 
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A tensor [B, T, *shape] that a layer hands, past the residual stream, to layers below it.
+
+    A layer that takes it by its name gets that of the nearest layer above that gives the name; both declare the same
+    shape. Without `fp32` it has the dtype that the layer computes in. optional: of what is taken; where no layer above
+    gives it, the layer gets None. kept: takers read it of past tokens too; modules hand on a `Seen` (kinds/past.py)
+    with entries of these names, which are the parts of the first axis of `shape` and states of the giver.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fp32: bool = False
+    optional: bool = False
+    kept: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        return prod(self.shape)
+
+
+def nothing(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -173,11 +200,13 @@ class Kind:
 
     weights(f, dims), state(f, dims), flops(f, dims, length), saved(f, dims): the tables, from field
     values. `length` is the number of tokens of a training sequence; FLOPs are the mean over its tokens.
+    gives(f, dims), takes(f, dims): what goes past the residual stream, to layers below and from layers above. A module
+    gets what it takes by keyword; one that gives something returns (y_BTD, {name: tensor}).
     recurrent: carries order along the sequence without position embeddings (rules W701, I702). local: sees the last
     few tokens only (I704). attends: compares each token with those before it, in an order that `rope`, a field that it
     has, may tell (W701, I702, I704, I705, W211, E207, W501).
     letter: its usual layer name, for text written by programs. color: its fill in pictures, light.
-    example: a small layer that every kernel takes.
+    example: a small layer that every kernel takes; of a kind that takes something, with the layer that gives it.
     module_code: where the torch module is, `module:Class` or a function that returns the class; of the kinds shipped,
     `Module` in the folder's module.py.
     """
@@ -191,6 +220,8 @@ class Kind:
     saved: Callable[[Values, Dims], Saved]
     slots: tuple[Slot, ...] = ()
     source: str = ""
+    gives: Callable[[Values, Dims], tuple[Carried, ...]] = nothing
+    takes: Callable[[Values, Dims], tuple[Carried, ...]] = nothing
     recurrent: bool = False
     local: bool = False
     attends: bool = False
@@ -222,12 +253,12 @@ class Kind:
 
 
 def norm_weights(prefix: str, norm: Any, width: int) -> tuple[Weight, ...]:
-    """The weights of a norm form (see `sublayer.NORM`) over `width` channels."""
+    """The weights of a norm form (see `sublayer.NORM` and `residual.AFFINE`) over `width` channels."""
     if norm.name == "none" or not norm.values.get("weight", True):
         return ()
     init = ZEROS if norm.values.get("zero_centered", False) else ONES
     weight = Weight(f"{prefix}.weight", (width,), init, decay=False, quantise=False)
-    if norm.values.get("bias", False):
+    if norm.values.get("bias", norm.name == "affine"):
         return weight, Weight(f"{prefix}.bias", (width,), ZEROS, decay=False, quantise=False)
     return (weight,)
 

@@ -1,6 +1,6 @@
 """Norms over the last axis, computed in float32 whatever the dtype of x. Torch.
 
-`Norm` is built from a form of `sublayer.NORM`; `rms_norm` and `layer_norm` are the functions.
+`Norm` is built from a form of `sublayer.EMBEDDING_NORM`; `rms_norm` and `layer_norm` are the functions.
 Letters: D width.
 """
 
@@ -41,20 +41,20 @@ def layer_norm(
 
 class Norm(nn.Module):
     """A norm form over `width` channels: [..., width] -> [..., width], in `dtype` or in the dtype it has. `none`
-    changes nothing.
+    changes nothing, `affine` shifts and scales: (x + bias) * weight.
 
     Parameters `weight` and `bias` [width], those that `norm_weights` declares. rms: what computes RMS norms, with the
-    signature of `rms_norm`.
+    signature of `rms_norm`. groups: so many equal parts of the channels are normed each by itself.
     """
 
     def __init__(
         self, norm: Variant, width: int, *, dtype: torch.dtype = torch.float32, device: Any = None,
-        rms: Callable[..., Tensor] = rms_norm,
+        rms: Callable[..., Tensor] = rms_norm, groups: int = 1,
     ):
         super().__init__()
-        if norm.name not in ("rmsnorm", "layernorm", "none"):
+        if norm.name not in ("rmsnorm", "layernorm", "affine", "none"):
             raise ValueError(f"no norm `{norm.name}`")
-        self.norm, self.width, self.rms = norm, width, rms
+        self.norm, self.width, self.rms, self.groups = norm, width, rms, groups
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         table = norm_weights("norm", norm, width)
@@ -62,13 +62,26 @@ class Norm(nn.Module):
         add_weights(self, named, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        if self.groups > 1:
+            parts = x.chunk(self.groups, -1), self._chunks(self.weight), self._chunks(self.bias)
+            return torch.cat([self._normed(*part, dtype) for part in zip(*parts)], -1)
+        return self._normed(x, self.weight, self.bias, dtype)
+
+    def _chunks(self, weight_D: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * self.groups if weight_D is None else weight_D.chunk(self.groups)
+
+    def _normed(
+        self, x: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
         match self.norm.name:
             case "none":
                 return x if dtype is None else x.to(dtype)
+            case "affine":
+                return ((x.float() + self.bias.float()) * self.weight.float()).to(dtype or x.dtype)
             case "rmsnorm":
                 zero_centered = self.norm.zero_centered
-                return self.rms(x, self.weight, eps=self.norm.eps, zero_centered=zero_centered, dtype=dtype)
-        return layer_norm(x, self.weight, self.bias, eps=self.norm.eps, dtype=dtype)
+                return self.rms(x, weight_D, eps=self.norm.eps, zero_centered=zero_centered, dtype=dtype)
+        return layer_norm(x, weight_D, bias_D, eps=self.norm.eps, dtype=dtype)
 
     def extra_repr(self) -> str:
         return f"{self.norm}, width={self.width}"

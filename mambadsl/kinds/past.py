@@ -8,6 +8,7 @@ Letters: B batch, T time, S past tokens and those of this chunk.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ from torch import Tensor
 from mambadsl.kinds.attend import segments
 from mambadsl.kinds.state import FixedState
 from mambadsl.kinds.tokens import PADDING, Tokens
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a chunk's tokens may look at: entries [B, S, ...] by name, what the chunk's queries are, and what the S keys
+    are. new: the entries of the chunk alone [B, T, ...]."""
+
+    entries: Mapping[str, Tensor]
+    queries: Tokens
+    keys: Tokens
+    new: Mapping[str, Tensor]
+
+
+def see(
+    state: dict[str, Any] | None, new: Mapping[str, Tensor], tokens: Tokens, *, window: int | None = None, keep: int = 0
+) -> Seen:
+    """`extend`; without a state, the chunk is all there is."""
+    if state is None:
+        return Seen(new, tokens, tokens, new)
+    return Seen(*extend(state, new, tokens, window=window, keep=keep), new)
 
 
 def with_places(state: dict[str, Any]) -> dict[str, Any]:
@@ -31,17 +52,18 @@ def with_places(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def extend(
-    state: dict[str, Any], new: Mapping[str, Tensor], tokens: Tokens, *, window: int | None = None
+    state: dict[str, Any], new: Mapping[str, Tensor], tokens: Tokens, *, window: int | None = None, keep: int = 0
 ) -> tuple[dict[str, Tensor], Tokens, Tokens]:
     """new: this chunk's entries [B, T, ...], by name in the state. Returns all entries that the chunk may see, in the
     dtype of the new ones; what its queries are, and what the keys. The state takes the chunk in and keeps, with a
-    window, the last window - 1 tokens of each row that are not padding (or all that it has slots for)."""
+    window, the last window - 1 tokens of each row that are not padding, and the first `keep` of the document that it is
+    in (or all that it has slots for)."""
     if isinstance(state, FixedState):
         return _insert(state, new, tokens)
     past = state["positions"].shape[1]
     added = {**new, "positions": tokens.positions_BT, "segments": segments(tokens)}
     grown = {name: torch.cat((state[name], t.to(state[name].dtype)), 1) for name, t in added.items()}
-    state.update(grown if window is None else _last(grown, count=window - 1))
+    state.update(grown if window is None else _last(grown, count=window - 1, keep=keep))
     if not past:
         return dict(new), tokens, tokens
     keys = Tokens(grown["positions"], grown["segments"])
@@ -77,12 +99,16 @@ def _insert(
     return {name: state[name][:, :seen].to(t.dtype) for name, t in new.items()}, Tokens(place_BT), keys
 
 
-def _last(state: dict[str, Tensor], *, count: int) -> dict[str, Tensor]:
-    """The last `count` entries of each row, padding dropped first (a shape that needs no look at data)."""
-    drop = state["segments"].shape[1] - count
+def _last(state: dict[str, Tensor], *, count: int, keep: int) -> dict[str, Tensor]:
+    """The last `count` entries of each row and the first `keep` of its last document, padding dropped first (a shape
+    that needs no look at data)."""
+    drop = state["segments"].shape[1] - count - keep
     if drop <= 0:
         return state
-    real_BS = state["segments"] != PADDING
-    keep_BS = real_BS.int().argsort(dim=1, stable=True)[:, drop:]
+    worth_BS = (state["segments"] != PADDING).int()
+    if keep:
+        latest_B1 = state["segments"].amax(1, keepdim=True)
+        worth_BS = worth_BS + worth_BS * ((state["positions"] < keep) & (state["segments"] == latest_B1))
+    keep_BS = worth_BS.argsort(dim=1, stable=True)[:, drop:]
     rows_B1 = torch.arange(keep_BS.shape[0], device=keep_BS.device)[:, None]
     return {name: t[rows_B1, keep_BS] for name, t in state.items()}

@@ -1,16 +1,15 @@
 """What every layer has around its mixer, whatever its kind: norm, residual form, multipliers.
 
 The layer computes, for the default form, x + out_multiplier * f(in_multiplier * norm(x)). In a sum
-(`M + A`) the branches share one norm and one residual form; multipliers are each branch's own.
-
-`residual=aside` (Zamba's shared block): the layer adds nothing to the stream, and what it gives, t, goes beside the
-stream to the next layer. One that is aside too reads t in place of the stream, any other reads x + t and adds to x.
+(`M + A`) the branches share one norm and one residual form; multipliers are each branch's own. The residual forms are
+in `residual.py`.
 """
 
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Computed, Field, Flag, Int, Items, OneForm, OneOf, OrWord, Real
 from mambadsl.kinds.kind import ZEROS, Init, Weight, norm_weights
+from mambadsl.kinds.residual import AFFINE, FORMS, RESIDUAL_FORMS, form_of
 from mambadsl.kinds.values import Values
 
 _EPS = Field("eps", Real(above=0), 1e-5, "added to the mean square (or variance) before the root")
@@ -25,17 +24,7 @@ NORM = OneForm(
     layernorm=(_EPS, _WEIGHT, Field("bias", Flag(), True, "has a learned shift per channel (where it has a scale)")),
     none=(),
 )
-
-RESIDUAL_FORMS = OneForm(
-    pre=(),
-    post=(),
-    sandwich=(),
-    normed=(
-        Field("alpha", Real(), 1, "scale of the normed input on the residual stream"),
-        Field("beta", Real(), 1, "scale of the layer's output"),
-    ),
-    aside=(),
-)
+EMBEDDING_NORM = OneForm(**NORM.forms, **{AFFINE.name: ()})
 
 ADAPTER = OneForm(
     none=(),
@@ -60,8 +49,7 @@ SUBLAYER_FIELDS: tuple[Field, ...] = (
     ),
     Field(
         "residual", RESIDUAL_FORMS, RESIDUAL_FORMS.convert_word("pre"),
-        "pre: x + f(norm(x)); post: x + norm(f(x)); sandwich: x + norm2(f(norm1(x))); "
-        "normed: alpha*h + beta*f(h) with h = norm(x); aside: adds nothing, the next layer reads f(norm(x)) as well",
+        "; ".join(f"{name}: {form.says}" for name, form in FORMS.items()),
     ),
     Field(
         "input", OneOf("stream", "with_embedding"), "stream",
@@ -87,12 +75,11 @@ def input_width(sub: Values, d_model: int) -> int:
 
 
 def sublayer_weights(sub: Values, d_model: int) -> tuple[Weight, ...]:
-    """Norm weights of one sublayer: before, after, or both."""
-    form = sub.residual.name
-    before = norm_weights("norm", sub.norm, input_width(sub, d_model)) if form != "post" else ()
-    after_name = "norm" if form == "post" else "post_norm"
-    after = norm_weights(after_name, sub.norm, d_model) if form in ("post", "sandwich") else ()
-    return before + after
+    """Of one sublayer, without its branches: of its norms, and of its residual form."""
+    form = form_of(sub.residual)
+    widths = {form.before: input_width(sub, d_model), form.after: d_model}
+    norms = (w for name, width in widths.items() if name for w in norm_weights(name, sub.norm, width))
+    return (*norms, *form.weights(sub, d_model))
 
 
 def adapter_weights(branch: Values, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:

@@ -303,6 +303,8 @@ def _router(c: Arguments) -> Variant:
 
 
 def _write_router(value: Variant) -> dict[str, Any]:
+    if value.name not in ("softmax", "sigmoid"):
+        return {"moe_router_score_function": value.name}
     scale = None if value.scale == 1 else value.scale
     found = {"moe_router_score_function": value.name, "moe_router_topk_scaling_factor": scale}
     if value.name == "softmax":

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from mambadsl.adapt.files import E613, Files, hold, refuse
 from mambadsl.adapt.tensors import Experts, Rows
 from mambadsl.build.checkpoint import LISTED, listed
-from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
+from mambadsl.build.shards import MAX_FILE_BYTES, Unit, blank, save_shards
 from mambadsl.graph.weights import all_weights
 from mambadsl.kinds.kind import Weight
 from mambadsl.megatron.checkpoint import LATEST, Checkpoint, layer_of, local, save
@@ -103,8 +102,8 @@ class Source:
         units = []
         for path, weight in self.weights.items():
             first = self.checkpoint.shards[next(self.imported.places[path].names())][0]
-            size = prod(weight.shape) * first.dtype.itemsize
-            units.append(Unit(size, lambda path=path: [(path, self.read(path).clone())]))
+            held = blank(weight.shape, first.dtype)
+            units.append(Unit({path: held}, lambda path=path: [(path, self.read(path))]))
         about = {"format": "pt", "model": self.imported.graph.name}
         return save_shards(
             Path(folder), "weights", units, index="weights.index.json", about=about, max_file_bytes=MAX_FILE_BYTES

@@ -28,9 +28,9 @@ class Request:
     """What one slot of one layer asks for.
 
     fields: the layer's (of `model.*` slots, the model's settings). sub, branch: the sublayer's fields and the
-    branch's (None for `model.*`). alone: the layer is the only branch of its sublayer. beside: the layer reads what the
-    one before gave aside of the stream. dtype: "fp32", "bf16" or
-    "fp16", what the layer computes in. args: of the part, with defaults filled in.
+    branch's (None for `model.*`). alone: the layer is the only branch of its sublayer. beside: the layer reads or gives
+    something that goes past the stream. dtype: "fp32", "bf16" or "fp16", what the layer computes in. args: of the part,
+    with defaults filled in.
     """
 
     slot: str

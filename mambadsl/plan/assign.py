@@ -115,7 +115,8 @@ def assign(graph: LayerGraph, *, parts: str, machine: Machine, dtype: str = "bf1
         if node.role is Role.LAYER:
             uses = node.branches()
             for path, _, mixer in uses:
-                beside = "t" in graph.reads[node.path]
+                past = {"t", *graph.carried} & graph.reads[node.path] or node.gives(graph.model.d_model)
+                beside = bool(past)
                 key = mixer, mixer.name, node.layer.sub, node.dims(graph.model.d_model), len(uses) == 1, beside
                 found.setdefault(key, []).append(path)
     for (mixer, _, sub, dims, alone, beside), paths in found.items():

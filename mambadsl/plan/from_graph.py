@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from mambadsl.graph.cost import NARROW, WIDE, Cost, costs
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.weights import node_weights
+from mambadsl.kinds.kind import Carried
 from mambadsl.plan import device as devices
 from mambadsl.plan.device import Device
 from mambadsl.plan.plan import Plan, plan_units
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 #: Bytes moved for each weight element: read in a forward or input-gradient pass; read, and an fp32 gradient
 #: read and written, in a weight-gradient pass.
 READ, ACCUMULATE = NARROW, NARROW + 2 * WIDE
-#: Tensors that go past the stream: the first embeddings, those of the next tokens (MTP), what a layer gives aside.
-CARRIED = ("x0", "next", "t")
+#: Edges of one tensor by two names: the first embeddings, also as those of the next tokens (MTP); the stream, after the
+#: final norm.
+SAME = {"next": "x0", "h": "x"}
 LOGITS = (Role.HEAD, Role.MTP_OUT)
 
 
@@ -73,6 +75,8 @@ def units(
     with Adam; sharding the optimizer over n ranks makes it 6 + 12 / n)."""
     length = length or graph.model.context
     tokens = sequences * length
+    # Those of the rows between embedding and head.
+    inside = sequences * (length + graph.model.meta_tokens)
     table = costs(graph, length=length)
     sent = _sent_bytes_per_token(graph)
     cuttable = True
@@ -89,11 +93,13 @@ def units(
         own, shared, owner = weights_of[what]
         key = node.role, id(node.layer), own + shared
         if key not in times:
-            times[key] = _times(graph, node, cost, params=own + shared, tokens=tokens, device=device)
+            how = dict(tokens=tokens, inside=inside, device=device)
+            times[key] = _times(graph, node, cost, params=own + shared, **how)
         forward, inputs, weights = times[key]
         kept, working = cost.saved_bytes_per_token * tokens, 0
         if node.layer is not None and node.layer.sub.recompute:
-            kept, working = graph.model.d_model * _stream(graph) * tokens, kept
+            given = sum(map(_bytes, node.gives(graph.model.d_model).values()))
+            kept, working = (graph.streams * graph.model.d_model * _stream(graph) + given) * inside, kept
             inputs += forward
         found.append(Unit(
             path=node.path,
@@ -105,7 +111,7 @@ def units(
             static_bytes=int(own * bytes_per_param) + cost.buffers * WIDE,
             activation_bytes=kept,
             working_bytes=working,
-            out_bytes=sent[node.path] * tokens,
+            out_bytes=sent[node.path] * inside,
             can_cut_after=cuttable,
             cut_after=node.cut_after,
             owner=owner,
@@ -119,12 +125,13 @@ def units(
 
 
 def _times(
-    graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, device: Device
+    graph: LayerGraph, node: Node, cost: Cost, *, params: int, tokens: int, inside: int, device: Device
 ) -> tuple[float, float, float]:
-    """Seconds of the forward, input-gradient and weight-gradient pass of one microbatch."""
-    stream = 2 * graph.model.d_model * _stream(graph)
+    """Seconds of the forward, input-gradient and weight-gradient pass of one microbatch. tokens: of it; inside: with
+    meta tokens."""
+    stream = 2 * graph.streams * graph.model.d_model * _stream(graph)
     touched = 0 if node.role is Role.EMBED else params
-    moved = (stream + cost.saved_bytes_per_token) * tokens
+    moved = stream * inside + cost.saved_bytes_per_token * tokens
     flops = cost.flops
 
     def roof(operations: float, size: float) -> float:
@@ -163,19 +170,25 @@ def _sent_bytes_per_token(graph: LayerGraph) -> dict[str, int]:
     """Bytes per token that cross a cut after each node: every tensor once, from its maker to its last reader.
     The stream and what is carried past it are sent as two tensors, also where they are still equal."""
     place = {node.path: k for k, node in enumerate(graph.nodes)}
-    until: dict[tuple[str, bool], int] = {}
-    width: dict[tuple[str, bool], int] = {}
+    until: dict[tuple[str, str], int] = {}
+    size: dict[tuple[str, str], int] = {}
+    d_model = graph.model.d_model
     for edge in graph.edges:
-        if edge.tensor != "tokens":
-            tensor = edge.source, edge.tensor in CARRIED
-            until[tensor] = max(until.get(tensor, 0), place[edge.target])
-            width[tensor] = max(width.get(tensor, 0), edge.width)
+        tensor = edge.source, SAME.get(edge.tensor, edge.tensor)
+        until[tensor] = max(until.get(tensor, 0), place[edge.target])
+        given = graph.by_path[edge.source].gives(d_model).get(edge.tensor)
+        sent = edge.width * _stream(graph) if given is None else _bytes(given)
+        size[tensor] = max(size.get(tensor, 0), sent)
     change = [0] * (len(graph.nodes) + 1)
     for tensor, last in until.items():
-        size = width[tensor] * _stream(graph)
-        change[place[tensor[0]]] += size
-        change[last] -= size
+        change[place[tensor[0]]] += size[tensor]
+        change[last] -= size[tensor]
     return dict(zip(place, accumulate(change)))
+
+
+def _bytes(carried: Carried) -> int:
+    """Of one token."""
+    return carried.width * (WIDE if carried.fp32 else NARROW)
 
 
 def _stream(graph: LayerGraph) -> int:

@@ -74,7 +74,7 @@ class Decoder:
 
     @property
     def capacity(self) -> int:
-        return self.state.room.capacity
+        return self.state.room.capacity - self.model.graph.model.meta_tokens
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> None:

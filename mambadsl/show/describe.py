@@ -64,13 +64,16 @@ def model_texts(graph: LayerGraph) -> tuple[str, ...]:
 
 
 def _chosen(kind: Kind, mixer: Mixer) -> list[Field]:
-    """What the source gives; sizes that follow from the model where it gives none; other words than usual."""
+    """What the source gives; sizes that follow from the model where it gives none; other words than usual. First, what
+    the layer gives to others and takes from them."""
     sizes = [f for f in kind.fields if _is_size(f.type)]
     given = [f for f in sizes if _given(f, mixer)]
     if not given:
         given = [f for f in sizes if callable(f.default) and mixer.fields[f.name] is not None]
     words = [f for f in kind.fields if isinstance(f.type, _WORDS) and (_given(f, mixer) or _unusual(f, mixer))]
-    return [*sorted(given, key=lambda f: _written_at(f, mixer)), *sorted(words, key=lambda f: _written_at(f, mixer))]
+    first = [f for f in words if f.name in ("gives", "takes")]
+    sizes, words = (sorted(some, key=lambda f: _written_at(f, mixer)) for some in (given, words))
+    return [*first, *sizes, *(f for f in words if f not in first)]
 
 
 def _unusual(field: Field, mixer: Mixer) -> bool:

@@ -13,7 +13,7 @@ from mambadsl.kinds.values import Values
 from mambadsl.spec.codes import E021
 from mambadsl.spec.emit import default
 from mambadsl.spec.fill import E022
-from mambadsl.spec.model import MODEL_FIELDS, LayerSpec, Mixer
+from mambadsl.spec.model import MODEL_FIELDS, MTP_FIELDS, LayerSpec, Mixer
 from mambadsl.spec.scope import raw
 from mambadsl.spec.values import E040
 from mambadsl.text.diagnostic import Diagnostic, MdlError
@@ -47,6 +47,12 @@ def settings(given: Mapping[str, Any]) -> Values:
     """A model's settings, defaults for those that are missing. Raises MdlError."""
     _known(given, [f.name for f in MODEL_FIELDS], "the model")
     return _filled(MODEL_FIELDS, given, None)
+
+
+def tail(given: Mapping[str, Any]) -> Values:
+    """The settings of an `mtp` tail. Raises MdlError."""
+    _known(given, [f.name for f in MTP_FIELDS], "mtp")
+    return _filled(MTP_FIELDS, given, None)
 
 
 def _kind_fields(kind: str) -> tuple[Field, ...]:

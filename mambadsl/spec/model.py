@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mambadsl.kinds.fields import Field, Flag, Int, OneOf, OrWord, Real
-from mambadsl.kinds.sublayer import NORM
+from mambadsl.kinds.streams import NARROW, NARROWINGS
+from mambadsl.kinds.sublayer import EMBEDDING_NORM, NORM
 from mambadsl.kinds.values import Values
 from mambadsl.syntax import tables, tree
 from mambadsl.text.source import Span
@@ -31,7 +32,17 @@ MODEL_FIELDS: tuple[Field, ...] = (
     Field("tie_embeddings", Flag(), False, "the head uses the embedding table"),
     Field("embedding_multiplier", Real(), 1, "scale of the embeddings"),
     Field(
-        "embedding_norm", NORM, NORM.convert_word("none"), "norm of the embeddings, before the first layer (RWKV)",
+        "embedding_norm", EMBEDDING_NORM, EMBEDDING_NORM.convert_word("none"),
+        "norm of the embeddings, before the first layer (RWKV); affine: a learned shift and scale by channel (Zaya)",
+    ),
+    Field(
+        "meta_tokens", Int(0, 65536), 0,
+        "learned vectors before the tokens of each document, at its positions from 0 (Hymba)", "tokens",
+    ),
+    Field(
+        "narrow", NARROW, NARROW.convert_word("mean"),
+        "what makes one residual stream of several before the final norm: "
+        + "; ".join(f"{name}: {way.says}" for name, way in NARROWINGS.items()),
     ),
     Field("logits_multiplier", Real(), 1, "scale of the logits"),
     Field(

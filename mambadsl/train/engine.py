@@ -19,7 +19,8 @@ from mambadsl.build.stage import stages
 from mambadsl.data.rows import Batch
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
-from mambadsl.plan.schedule import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, rank_of
+from mambadsl.plan.schedule import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, SCHEDULES, rank_of
+from mambadsl.train.deferred import defer
 from mambadsl.train.pieces import Piece, piece
 from mambadsl.train.settings import Settings
 from mambadsl.train.world import World
@@ -72,6 +73,10 @@ _KINDS = {
     FORWARD: _ComputationType.FORWARD, BACKWARD: _ComputationType.FULL_BACKWARD,
     BACKWARD_INPUT: _ComputationType.BACKWARD_INPUT, BACKWARD_WEIGHT: _ComputationType.BACKWARD_WEIGHT,
 }
+_FORWARD = {
+    _ComputationType.FORWARD, _ComputationType.SEND_F, _ComputationType.RECV_F, _ComputationType.UNSHARD,
+    _ComputationType.RESHARD,
+}
 
 
 class Pipelined:
@@ -96,10 +101,11 @@ class Pipelined:
                 for size, dtype in (made.get(name, (shape, stream)) for name in names)
             )
 
+        splits = BACKWARD_WEIGHT in SCHEDULES[plan.schedule].kinds
         held = [
             PipelineStage(
                 made, s.index, len(cut), device, input_args=examples(s.takes), output_args=examples(s.gives),
-                group=group,
+                group=group, dw_builder=defer(made.model).take if splits else None,
             )
             for made, s in zip(self.pieces, mine)
         ]
@@ -111,8 +117,11 @@ class Pipelined:
             rank: [_Action(stage, _KINDS[kind], mb) for kind, stage, mb in order]
             for rank, order in enumerate(plan.orders())
         }
-        self.schedule.pipeline_order = orders
         self.schedule._prepare_schedule_with_comms(orders)
+        whole = self.schedule.pipeline_order_with_comms
+        # torch's own evaluation skips the work of a backward action, but in a V not what it hands on.
+        forward = {rank: [a for a in order if a.computation_type in _FORWARD] for rank, order in whole.items()}
+        self.orders = {True: whole, False: forward}
 
     def forward_backward(self, batch: Batch, counts_K: Tensor) -> Tensor:
         return self._run(batch, counts_K, self.schedule.step, train=True)
@@ -124,6 +133,7 @@ class Pipelined:
         for made in self.pieces:
             made.train(train)
             made.counts_K = counts_K
+        self.schedule.pipeline_order_with_comms = self.orders[train]
         shares: list[Tensor] = []
         how = dict(targets_BT=batch.targets_BT, segments_BT=batch.segments_BT)
         ends = dict(target=batch.targets_BT, losses=shares) if self.last else {}

@@ -16,6 +16,7 @@ import torch
 from mambadsl.build.model import build
 from mambadsl.graph.graph import Role
 from mambadsl.graph.unroll import unroll
+from mambadsl.kinds.residual import AFFINE_TERMS
 from mambadsl.spec.resolve import resolve
 from mambadsl.syntax.read import read
 from mambadsl.text.source import from_text
@@ -140,6 +141,30 @@ def rwkv_apart(weights: dict) -> dict:
         if leaf.startswith("time_mix_"):
             leaf = f"mix_{leaf.removeprefix('time_mix_')[0]}"
         found[".".join((*path, leaf))] = w.flatten() if leaf.startswith("mix_") else w
+    return found
+
+
+#: Parts of Zaya's names -> those that `moved` finds.
+ZAYA = {
+    "model.input_hidden_states_scale": "model.embed_affine.weight",
+    "model.input_hidden_states_bias": "model.embed_affine.bias",
+    "post_attention_residual_scale.": "input_layernorm.", "post_mlp_residual_scale.": "post_attention_layernorm.",
+    ".hidden_states_scale": ".residual.out_affine.weight", ".hidden_states_bias": ".residual.out_affine.bias",
+    ".residual_scale": ".residual.stream_affine.weight", ".residual_bias": ".residual.stream_affine.bias",
+    "self_attn.qkv_proj.": "self_attn.", "v_proj_current": "v_proj", "v_proj_delayed": "v_next_proj",
+    "conv_qk_depthwise": "conv", "conv_qk_grouped": "head_conv", "qk_norm.temp": "temperature",
+    "gate.down_proj": "router.enter", "gate.router_mlp.out_proj": "router", "gate.router_mlp": "router",
+    "gate.balancing_biases": "router.bias", "gate.router_states_scale": "router.carry_scale",
+}
+
+
+def zaya_apart(weights: dict) -> dict:
+    """Theirs under other names; a matrix for each tap and head."""
+    found = {}
+    for name, w in weights.items():
+        for their, our in ZAYA.items():
+            name = name.replace(their, our)
+        found[name] = w.unflatten(0, (-1, w.shape[1])) if name.endswith("head_conv.weight") else w
     return found
 
 
@@ -571,6 +596,23 @@ FAMILIES = {
         base="rwkv.blocks", head="head", embed_norm="rwkv.blocks.0.pre_ln", apart=rwkv_apart,
         model="norm = layernorm(eps=1e-5)\n embedding_norm = layernorm(eps=1e-5)",
     ),
+    "zaya": Family(
+        "Zaya",
+        dict(
+            num_hidden_layers=3, head_dim=16, moe_intermediate_size=24, num_experts=4, router_hidden_size=16,
+            layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=6, **ATTENTION,
+        ),
+        """
+        layer A = cca(heads=4, kv_heads=2, head_dim=16, rope=rope(theta=5_000_000, fraction=0.5), residual=affine)
+        layer W = A(window=6, rope=rope(theta=10_000, fraction=0.5))
+        layer B = moe(
+          experts=4, top_k=1, d_ff=24, gated=true, router=mlp(d_router=16, carry=first), residual=affine)
+        layer E = B(router=mlp(d_router=16, carry=next))
+        stack { A B W E A E }
+        """,
+        pairs(["self_attn"] * 3, "post_attention_layernorm", ".mlp"), final="model.norm", tied=True, apart=zaya_apart,
+        embed_norm="model.embed_affine", model=f"{EPS}\n embedding_norm = affine\n residual_dtype = fp32",
+    ),
     "recurrent_gemma": Family(
         "RecurrentGemma",
         dict(
@@ -649,6 +691,7 @@ FAMILIES = {
 #: Our name below a mixer -> theirs, joined along axis 0; the first list whose names are all there is taken.
 NAMES: dict[str, list[list[str]]] = {
     "qkv_proj.weight": [
+        ["q_proj.weight", "k_proj.weight", "v_proj.weight", "v_next_proj.weight"],
         ["q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight"],
         ["q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"],
         ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
@@ -773,6 +816,8 @@ def moved(family: Family, graph, weights: dict) -> dict:
     for node, (before, *mixers) in zip(layers, family.layers):
         if before is not None:
             norm(f"{node.owner}.norm", f"{family.base}.{before}")
+            for term in AFFINE_TERMS:
+                norm(f"{node.owner}.{term}", f"{family.base}.{before}.{term}")
             if family.after:
                 place, _, name = before.rpartition(".")
                 found[f"{node.path}.post_norm.weight"] = take(f"{family.base}.{place}.{family.after}{name}.weight")

@@ -54,6 +54,7 @@ def test_uniform_and_constants():
 
 
 def test_ramps_and_idle_rows():
+    torch.testing.assert_close(values(Init.of("ending", last=-1), 4), torch.tensor([0.0, 0, 0, -1]))
     torch.testing.assert_close(values(Init.of("ramp", low=3, high=6), 4), torch.tensor([3.0, 4, 5, 6]))
     drawn = values(Init.of("normal", std=0.5, idle=3), 9, 400)
     assert not drawn[6:].any() and drawn[:6].std().item() == pytest.approx(0.5, rel=0.1)
@@ -151,7 +152,8 @@ def test_values_depend_on_seed_and_path_only():
 #: Beside norms, what does not decay.
 SMALL = (
     "A_log", "D", "dt_bias", "a_param", "bias", "b_bias", "c_bias", "rank_x", "rank_z", "rank_out", "sinks", "lambda",
-    "input_bias", "forget_bias", "mix_k", "mix_v", "mix_r", "time_decay", "time_first",
+    "input_bias", "forget_bias", "mix_k", "mix_v", "mix_r", "time_decay", "time_first", "temperature",
+    "carry_scale",
 )
 
 
@@ -162,7 +164,7 @@ def test_parameter_groups_are_the_declared_ones():
     assert len({id(p) for g in (decay, rest) for p in g["params"]}) == len(list(model.parameters()))
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
     for path in rest["names"]:
-        assert path.split(".")[-1] in SMALL or "norm" in path, path
+        assert path.split(".")[-1] in SMALL or "norm" in path or "_affine." in path, path
     for path in decay["names"]:
         assert not path.endswith(("A_log", "D", "a_param", "bias")) and "norm" not in path, path
     assert "embed.weight" in decay["names"] and "stack.0.mixer.A_log" in rest["names"]

@@ -26,6 +26,7 @@ VARIANTS = {
     "tied": dict(tie_embeddings="true"),
     "layernorm": dict(norm="layernorm(eps=1e-5)", residual_dtype="fp32"),
     "rwkv": dict(norm="layernorm(eps=1e-5)", embedding_norm="layernorm(eps=1e-3)"),
+    "zaya": dict(embedding_norm="affine", residual_dtype="fp32"),
     "gemma": dict(norm="rmsnorm(zero_centered=true)", embedding_multiplier=4, logits_softcap=5),
 }
 
@@ -99,7 +100,7 @@ def test_last_gives_the_last_logits(everything):
 
 def test_residual_forms_are_what_they_say():
     """Each form against its formula, from the same module's parts."""
-    for letter, form in ("F", "pre"), ("P", "post"), ("W", "sandwich"), ("N", "normed"):
+    for letter, form in ("F", "pre"), ("P", "post"), ("W", "sandwich"), ("N", "normed"), ("Narrow", "affine"):
         (_, sub), = made(letter).sublayers()
         x = torch.randn(2, 6, D_MODEL)
         described = describe((2, 6))
@@ -112,6 +113,8 @@ def test_residual_forms_are_what_they_say():
             "post": lambda: x + sub.norm(f(x)),
             "sandwich": lambda: x + sub.post_norm(f(sub.norm(x))),
             "normed": lambda: 1.5 * sub.norm(x) + 0.5 * f(sub.norm(x)),
+            "affine": lambda: (f(sub.norm(x)) + sub.residual.out_affine.bias) * sub.residual.out_affine.weight
+            + (x + sub.residual.stream_affine.bias) * sub.residual.stream_affine.weight,
         }[form]()
         torch.testing.assert_close(sub(x, None, described), wanted)
 

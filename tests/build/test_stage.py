@@ -13,8 +13,10 @@ from mambadsl.build.stage import at_marks, stages
 from mambadsl.graph.weights import all_weights
 from mambadsl.text.diagnostic import MdlError
 
-#: Shared layers and blocks on several stages, the first embedding read early and late, layers aside of the stream.
-STACK = "R S M B F S A B W Z N Aside Proj M Aside Z Tuned Low Tuned"
+#: Shared layers and blocks on several stages, the first embedding read early and late, layers aside of the stream, what
+#: layers give to others below.
+STACK = "R S M B F S A B W Z N Aside Proj M Giver Aside Z Memory Tuned Low Lends Tuned F+Memory M+Near Borrows "
+STACK += "First Narrow Next Squeezed Next"
 OPTIONS = dict(tie_embeddings="true", residual_dtype="fp32", embedding_multiplier=2, embedding_norm="layernorm")
 
 

@@ -19,12 +19,12 @@ run() {
 start() { run "$@" & pids+=($!); }
 
 sets=tests/gpu/test_sets.py
-for family in "mamba or samba" falcon_h1 granite nemotron "bamba or jamba or (tiny and not granite)" "lfm or olmo" \
-  "qwen or gemma" "kimi or ling" zamba "minimax or xlstm or rwkv"; do
+for family in "mamba or samba or phi" falcon_h1 granite nemotron "bamba or jamba or (tiny and not granite)" "lfm or olmo" \
+  "qwen or gemma" "kimi or ling" "zamba or zaya" "minimax or xlstm or rwkv"; do
   start "sets ${family%% *}" $sets -k "($family) and not compiled"
 done
-for family in "falcon_h1 or samba" "granite or bamba or tiny" "nemotron or jamba" "mamba and not bamba and not samba" \
-  "lfm or olmo or qwen or gemma or minimax or xlstm or rwkv" "kimi or ling" zamba; do
+for family in "falcon_h1 or samba or phi" "granite or bamba or tiny" "nemotron or jamba" "mamba and not bamba and not samba" \
+  "lfm or olmo or qwen or gemma or minimax or xlstm or rwkv" "kimi or ling" "zamba or zaya"; do
   start "compiled ${family%% *}" $sets -k "compiled and ($family)"
 done
 ops=tests/gpu/test_mamba2_ops.py conv=tests/gpu/test_triton_conv.py fla=tests/gpu/test_fla_parts.py

@@ -144,6 +144,17 @@ def test_a_layer_that_reads_the_embedding():
     assert taken_back(g).layers.layers[2].layer.sub.input == "with_embedding"
 
 
+def test_a_layer_that_takes_what_another_gives():
+    g = graph("M A F A F")
+    for path, more in ("stack.1", dict(gives="kv")), ("stack.3", dict(takes="kv")):
+        g.nodes[path]["layer"] = make_layer("attention", model=g.graph["model"], **more)
+    refused(g, "`stack.3` reads the tensor `kv` of `stack.1`", "add it")
+    g.add_edge("stack.1", "stack.3", tensors={"kv": 2048})
+    assert taken_back(g).layers.carried == {"kv"}
+    g.nodes["stack.3"]["layer"] = g.nodes["stack.1"]["layer"]
+    refused(g, "nothing in `stack.3` reads the tensor `kv` of `stack.1`")
+
+
 def test_a_layer_aside_of_the_stream():
     g = graph("M A F")
     g.nodes["stack.1"]["layer"] = make_layer("attention", model=g.graph["model"], heads=4, residual="aside")

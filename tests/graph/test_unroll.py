@@ -157,6 +157,19 @@ def test_edges_beside_the_stream():
     assert beside == [("mtp.0.0", "mtp.0.1"), ("mtp.1.0", "mtp.1.1")]
 
 
+def test_edges_of_what_layers_give():
+    """From the nearest layer above; to both branches of a sum, once; never into the tail."""
+    g = graph(
+        "model m { d_model = 8 } layer G = mamba1(d_inner=12, gives=scan) layer U = gmu(d_inner=12)"
+        " stack { G U U+F G U } mtp { G U }"
+    )
+    assert [e for e in g.edges if e.tensor == "scan"] == [
+        Edge("stack.0", "stack.1", "scan", 12), Edge("stack.0", "stack.2", "scan", 12),
+        Edge("stack.3", "stack.4", "scan", 12), Edge("mtp.0.0", "mtp.0.1", "scan", 12),
+    ]
+    assert g.carried == {"scan"} and g.reads["stack.2"] == {"x", "scan"}
+
+
 def test_edges_of_the_tail():
     g = graph("model m { d_model = 8 } stack { M } mtp(depths=2) { A(input=with_embedding) F }")
     tail = {(e.source, e.target, e.tensor) for e in g.edges if e.target.startswith("mtp.")}

@@ -16,8 +16,8 @@ from mambadsl.kinds.registry import get
 from mambadsl.kinds.sublayer import BRANCH_FIELDS, SUBLAYER_FIELDS
 from mambadsl.spec.model import MODEL_FIELDS
 
-#: Samba was never in transformers.
-THEIRS = [name for name, (family, _) in CONFIGS.items() if family != "Samba"]
+#: Samba and Phi-4-mini-flash were never in transformers.
+THEIRS = [name for name, (family, _) in CONFIGS.items() if family not in ("Samba", "Phi4Flash")]
 
 
 def inert_differences(ours, theirs):

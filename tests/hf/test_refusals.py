@@ -79,6 +79,26 @@ def test_ropes_without_a_counterpart(folder):
     assert "has the type `longrope`" in refused("E611", lambda: import_hf(folder))
 
 
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize("rope, says", [
+    (dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[1.0] * 4), "the type `longrope`"),
+    ({**YARN, "truncate": False}, "of the type `yarn` has `truncate`"),
+    ({**YARN, "partial_rotary_factor": 0.5}, "`partial_rotary_factor` 0.5 beside its scaling"),
+    (dict(rope_type="linear", rope_theta=1e4, factor=2.0, mscale_all_dim=1.0), "`linear` has `mscale_all_dim`"),
+])
+def test_ropes_of_latent_attention_without_a_counterpart(tmp_path, rope, says):
+    folder = changed(hf_tiny.saved("bailing_hybrid", tmp_path), rope_parameters=rope)
+    assert says in refused("E611", lambda: import_hf(folder))
+
+
+def test_scales_of_latent_attention_without_a_counterpart():
+    program = mambadsl.load("models/ling_3_0_flash.mdl", set={"L.scale": 0.1})
+    text = refused("E614", lambda: export_settings(program.layers, family="bailing_hybrid"))
+    assert "`scale` of `mla` follows from yarn" in text
+
+
 def test_settings_that_nobody_looked_at_are_listed(folder):
     changed(folder, attn_layer_indicse=[1], qk_norm=True)
     found = import_hf(folder)

@@ -147,6 +147,8 @@ GRID = {
     "window": dict(window=3, rope=rope()),
     "window of one": dict(window=1),
     "window beyond": dict(window=100, rope=rope()),
+    "kept": dict(window=2, keep=2, rope=rope()),
+    "kept, softcap": dict(window=1, keep=3, softcap=0.5),
     "softcap": dict(softcap=0.5, window=4, scale=0.9),
     "yarn": dict(rope=rope(50, scaling="yarn", **YARN, original_context=32)),
     "llama3": dict(rope=rope(50, scaling="llama3", **LLAMA3, original_context=16)),
@@ -196,7 +198,7 @@ def test_ragged_rows_in_chunks_equal_the_whole(name, cuts):
     bounds = (0, *cuts, 10)
     chunks = [made(x[:, a:b], part_of(ragged(), a, b), state) for a, b in zip(bounds, bounds[1:])]
     torch.testing.assert_close(torch.cat(chunks, 1) * REAL[..., None], whole, rtol=0, atol=1e-5)
-    kept = 10 if made.f.window is None else min(10, made.f.window - 1)
+    kept = 10 if made.f.window is None else min(10, made.f.window - 1 + made.f.keep)
     assert {t.shape[1] for t in state.values()} == {kept}
 
 

@@ -35,6 +35,7 @@ from mambadsl.kinds.fields import (
     Word,
 )
 from mambadsl.kinds.kind import Dims, Kind
+from mambadsl.kinds.past import see, with_places
 from mambadsl.kinds.registry import all_kinds, get
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Variant
@@ -44,6 +45,7 @@ BASE: dict[str, dict[str, Any]] = {
     "gated_delta_net": dict(heads=4, key_heads=2, key_dim=5, value_dim=6, chunk=4),
     "kimi_delta": dict(heads=3, key_dim=5, value_dim=6, decay_rank=4, gate_rank=7, chunk=4),
     "attention": dict(heads=4, kv_heads=2),
+    "cca": dict(heads=4, kv_heads=2),
     "lightning": dict(heads=4, head_dim=6, chunk=4),
     "mamba1": dict(d_state=4, chunk=4),
     "mamba2": dict(heads=4, head_dim=8, groups=2, d_state=8, chunk=4),
@@ -108,8 +110,53 @@ every_form = pytest.mark.parametrize("kind, given", CASES)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+class Fed:
+    """A kind's module that gives or takes, as one that does neither: what it takes is made of each token of x, and what
+    it gives is left out."""
+
+    def __init__(self, made: Any):
+        self.made = made
+        #: By the id of a layer's state, that of its giver.
+        self.past: dict[int, tuple[dict, dict]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.made, name)
+
+    def to(self, dtype: torch.dtype) -> Fed:
+        return Fed(self.made.to(dtype))
+
+    def __call__(self, x: Tensor, tokens: Tokens, state: dict | None = None) -> Tensor:
+        more = taken(self.made, x)
+        for carried in self.made.kind.takes(self.f, self.dims):
+            if carried.kept:
+                entries = dict(zip(carried.kept, more[carried.name].unbind(2)))
+                more[carried.name] = see(self._past(state, entries), entries, tokens)
+        y = self.made(x, tokens, state, **more)
+        return y[0] if self.made.gives else y
+
+    def _past(self, state: dict | None, entries: dict[str, Tensor]) -> dict | None:
+        if state is None:
+            return None
+        empty = with_places({name: t[:, :0] for name, t in entries.items()})
+        return self.past.setdefault(id(state), (state, empty))[1]
+
+
+def fed(made: Any) -> Any:
+    return Fed(made) if made.takes or made.gives else made
+
+
+def taken(made: Any, x: Tensor) -> dict[str, Tensor]:
+    """What the layer takes, as a function of each token of x."""
+    found = {}
+    for carried in made.kind.takes(made.f, made.dims):
+        channels = torch.arange(carried.width)
+        mine = x[..., channels % x.shape[-1]] * channels.add(1).sin().to(x)
+        found[carried.name] = mine.unflatten(-1, carried.shape)
+    return found
+
+
 def built(kind: str, given: dict[str, Any]):
-    return module(kind, d_model=DIMS.d_model, d_in=DIMS.d_in, **given)
+    return fed(module(kind, d_model=DIMS.d_model, d_in=DIMS.d_in, **given))
 
 
 def inputs(batch: int, length: int, *, seed: int = 1, width: int = DIMS.d_in) -> Tensor:
@@ -295,7 +342,7 @@ def test_forward_and_gradients_equal_the_definition(kind, given):
     weights = dict(made.named_parameters())
 
     y = made(x, ragged())
-    expected, _ = naive({**weights, **dict(made.named_buffers())}, made.f, made.dims, x, ragged())
+    expected, _ = naive({**weights, **dict(made.named_buffers())}, made.f, made.dims, x, ragged(), **taken(made, x))
     assert y.isfinite().all()
     near(y * REAL[..., None], expected * REAL[..., None])
     mine = torch.autograd.grad((y * mix).sum(), [x, *weights.values()])
@@ -310,10 +357,12 @@ def test_the_definition_goes_on_from_its_state(kind):
     made, x = built(kind, BASE.get(kind, {})), inputs(4, 10)
     naive = import_module(f"{get(kind).package}.naive").naive
     weights = {n: t.detach() for n, t in made.state_dict().items()}
-    whole, _ = naive(weights, made.f, made.dims, x, ragged())
+    more = taken(made, x)
+    whole, _ = naive(weights, made.f, made.dims, x, ragged(), **more)
     state, parts = None, []
     for a, b in ((0, 3), (3, 4), (4, 10)):
-        y, state = naive(weights, made.f, made.dims, x[:, a:b], part_of(ragged(), a, b), state)
+        part = {name: t[:, a:b] for name, t in more.items()}
+        y, state = naive(weights, made.f, made.dims, x[:, a:b], part_of(ragged(), a, b), state, **part)
         parts.append(y)
     near(torch.cat(parts, 1)[REAL], whole[REAL])
 
@@ -376,7 +425,7 @@ def test_bfloat16_is_near_float32(kind):
     narrow.load_state_dict(made.state_dict())
     made.load_state_dict(narrow.state_dict())
     x = inputs(4, 10).bfloat16()
-    truth, y = made(x.float(), ragged()), narrow(x, ragged())
+    truth, y = made(x.float(), ragged()), fed(narrow)(x, ragged())
     assert y.dtype == torch.bfloat16
     assert (y.float() - truth)[REAL].norm() < 0.03 * truth[REAL].norm()
 
@@ -394,6 +443,7 @@ def test_slots_have_definitions_that_are_called(kind):
     f = values(kind, d_model=DIMS.d_model, **BASE.get(kind, {}))
     spied = cls(f, DIMS, parts={name: spy(name, function) for name, function in cls.REFERENCE.items()})
     spied.load_state_dict(built(kind, BASE.get(kind, {})).state_dict())
+    spied = fed(spied)
     state = spied.init_state(2, dtype=torch.float32)
     spied(inputs(2, 5), Tokens.plain(2, 5), state)
     spied(inputs(2, 1), Tokens.plain(2, 1, start=5), state)

@@ -71,6 +71,11 @@ CASES = {
         dict(experts=8, top_k=3, d_ff=24, act="relu2", shared_d_ff=40, latent=12,
              router=router("sigmoid", scale=2.5, groups=4, top_groups=2)),
     ),
+    "zaya": (
+        "Zaya", "ZayaSparseMoeBlock",
+        dict(head_dim=16, moe_intermediate_size=24, num_experts=5, router_hidden_size=12),
+        dict(experts=5, top_k=1, router=router("mlp", d_router=12, carry="first"), **SWIGLU),
+    ),
     "deepseek_v3": (
         "DeepseekV3", "DeepseekV3MoE", dict(DEEPSEEK, n_group=4, topk_group=2, norm_topk_prob=True),
         dict(experts=16, top_k=4, shared_d_ff=48, router=router("sigmoid", scale=1.7, groups=4, top_groups=2),
@@ -88,6 +93,10 @@ NAMES = {
     "gate.weight": "router.weight", "gate.e_score_correction_bias": "router.bias",
     "fc1_latent_proj.weight": "latent_in_proj.weight", "fc2_latent_proj.weight": "latent_out_proj.weight",
     "shared_expert_gate.weight": "shared_gate.weight",
+    **{f"gate.down_proj.{w}": f"router.enter.{w}" for w in ("weight", "bias")},
+    **{f"gate.router_mlp.{fc}.{w}": f"router.{fc}.{w}" for fc in ("fc1", "fc2") for w in ("weight", "bias")},
+    "gate.router_mlp.norm.weight": "router.norm.weight", "gate.router_mlp.out_proj.weight": "router.weight",
+    "gate.balancing_biases": "router.bias", "gate.router_states_scale": "router.carry_scale",
 }
 
 
@@ -113,8 +122,38 @@ def test_equals_hugging_face(name):
     ours = module("moe", d_model=32, **fields)
     ours.load_state_dict(renamed(theirs.weights), strict=True)
     y = ours(theirs.x_BTD, Tokens.plain(2, 12))
+    y = y[0] if ours.gives else y
     torch.testing.assert_close(y, theirs.y_BTD, rtol=0, atol=5e-5)
     assert theirs.y_BTD.abs().max() > 0.1
+
+
+def test_a_router_goes_on_with_the_one_above():
+    """The second block of Zaya's, with what it gets from the first and gives on."""
+    model, cls, config, fields = CASES["zaya"]
+    theirs = layer(model, cls, index=1, **{**SMALL, **config})
+    ours = module("moe", d_model=32, **{**fields, "router": router("mlp", d_router=12, carry="next")})
+    ours.load_state_dict(renamed(theirs.weights), strict=True)
+    above = torch.randn(2, 12, 12)
+    with torch.no_grad():
+        wanted, wanted_state = theirs.module(theirs.x_BTD, above)
+        y, given = ours(theirs.x_BTD, Tokens.plain(2, 12), router=above)
+    torch.testing.assert_close(y, wanted, rtol=0, atol=5e-5)
+    torch.testing.assert_close(given["router"], wanted_state, rtol=0, atol=5e-5)
+    assert (y - ours(theirs.x_BTD, Tokens.plain(2, 12), router=0 * above)[0]).abs().max() > 0.01
+
+
+def test_no_expert_is_a_choice():
+    """A token that skips gets nothing, with the share that it would have had; the bias chooses, and nothing else."""
+    form = router("mlp", d_router=4, skip=True)
+    logits = torch.tensor([[2.0, 1.0, 0.0, 3.0], [2.0, 1.0, 0.0, 1.0]])
+    index, weight = route(torch.eye(4)[:2], logits.T.contiguous()[:, :2] @ torch.eye(2, 4), torch.zeros(4),
+                          router=form, top_k=1)
+    assert index.tolist() == [[0], [0]] and weight[0].item() == 0
+    torch.testing.assert_close(weight[1, 0], logits[1].softmax(-1)[0])
+    bias = torch.tensor([0, 0, 1.0, 0])
+    index, weight = route(torch.eye(4)[:2], logits.T.contiguous()[:, :2] @ torch.eye(2, 4), bias, router=form, top_k=1)
+    assert index.tolist() == [[2], [2]]
+    torch.testing.assert_close(weight[:, 0], logits.softmax(-1)[:, 2])
 
 
 def test_equals_granites_routed_and_shared_experts():

@@ -8,10 +8,12 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNorm
+from transformers.models.zaya.modeling_zaya import ZayaResidualScaling
 
 from mambadsl.kinds.fields import Word
 from mambadsl.kinds.kind import norm_weights
 from mambadsl.kinds.norm import Norm
+from mambadsl.kinds.residual import AFFINE
 from mambadsl.kinds.sublayer import NORM
 from mambadsl.kinds.values import Variant
 
@@ -27,6 +29,7 @@ FORMS = {
     "layernorm": form("layernorm", eps=1e-2),
     "layernorm without bias": form("layernorm", bias=False),
     "layernorm without weight": form("layernorm", weight=False),
+    "affine": AFFINE,
     "none": form("none"),
 }
 
@@ -48,6 +51,19 @@ def test_parameters_are_the_tables(name):
     assert all(p.dtype == torch.bfloat16 for p in module.parameters())
 
 
+class OfZaya(ZayaResidualScaling):
+    """Its term that is the stream."""
+
+    def load_state_dict(self, weights):
+        self.residual_scale, self.residual_bias = (nn.Parameter(weights[name].clone()) for name in ("weight", "bias"))
+        for name in "hidden_states_scale", "hidden_states_bias":
+            delattr(self, name)
+            self.register_buffer(name, torch.zeros(24))
+
+    def forward(self, x):
+        return super().forward(torch.zeros_like(x), x)
+
+
 THEIRS = {
     "rmsnorm": lambda: LlamaRMSNorm(24, eps=1e-2),
     "zero centred": lambda: Gemma2RMSNorm(24, eps=1e-2),
@@ -55,6 +71,7 @@ THEIRS = {
     "layernorm": lambda: nn.LayerNorm(24, eps=1e-2),
     "layernorm without bias": lambda: nn.LayerNorm(24, eps=1e-5, bias=False),
     "layernorm without weight": lambda: nn.LayerNorm(24, eps=1e-5, elementwise_affine=False),
+    "affine": lambda: OfZaya(24),
     "none": nn.Identity,
 }
 

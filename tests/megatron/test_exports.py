@@ -83,6 +83,7 @@ def test_windows_and_rotations_of_some_layers():
     ("layer A = attention(heads=4, window=4)", "A A(window=8)", "stack.1: `window` is 8 here, 4 there"),
     ("layer L = mla(heads=4, norm_eps=1e-5, rope=none)", "L", "stack.0: `rope` is none here"),
     ("layer M = mamba2(residual=post)", "M", "stack.0: `residual` is post here, pre there"),
+    ("layer E = moe(gated=true, act=silu, router=mlp)", "E", "`--moe-router-score-function` is `mlp`"),
 ])
 def test_what_stands_in_the_way(layers, stack, says):
     assert any(says in note for note in refused(layers, stack))

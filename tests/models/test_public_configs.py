@@ -259,6 +259,26 @@ def rwkv(c: Any) -> list[Layer]:
     return [[time], [channel]] * c.num_hidden_layers
 
 
+def zaya(c: Any) -> list[Layer]:
+    assert not c.lm_head_bias and set(c.layer_types) == {"hybrid"}
+    given = c.rope_parameters["hybrid"]
+    attention = Branch("cca", dict(
+        heads=c.num_attention_heads, kv_heads=c.num_key_value_heads, head_dim=c.head_dim, window=None,
+        rope=("rope", dict(theta=given["rope_theta"], fraction=given["partial_rotary_factor"], scaling="none")),
+        d_conv=c.cca_time0, d_head_conv=c.cca_time1, bias=c.attention_bias,
+    ))
+
+    def experts(carry: str) -> Branch:
+        router = "mlp", dict(d_router=c.router_hidden_size, eps=c.rms_norm_eps, skip=True, carry=carry)
+        return Branch("moe", dict(
+            experts=c.num_experts, top_k=c.num_experts_per_tok, d_ff=c.moe_intermediate_size, act=c.hidden_act,
+            gated=True, router=router, shared_d_ff=0, latent=None,
+        ))
+
+    carries = ["first"] + ["next"] * (c.num_hidden_layers - 1)
+    return [Formed([branch], "affine") for carry in carries for branch in (attention, experts(carry))]
+
+
 def olmo_hybrid(c: Any) -> list[Layer]:
     """Blocks with attention have their norms behind the layers."""
     assert c.rope_parameters["rope_theta"] is None
@@ -415,13 +435,35 @@ def samba(c: Any) -> list[Layer]:
     return [[branch] for mixer in mixers for branch in (mixer, mlp(c.intermediate_size))]
 
 
+def phi_4_flash(c: Any) -> list[Layer]:
+    """The middle layer and the one after it give what the upper half reads."""
+    half, inner, layers = c.num_hidden_layers // 2, c.mamba_expand * c.hidden_size, []
+    for i in range(c.num_hidden_layers):
+        upper = i > half + 1
+        if i % c.mb_per_layer:
+            layers.append(Branch("attention", dict(
+                heads=c.num_attention_heads, kv_heads=c.num_key_value_heads,
+                head_dim=c.hidden_size // c.num_attention_heads, window=c.sliding_window if i < half else None,
+                rope="none", differential=("halves", dict(eps=1e-5, weight=True)), qkv_bias=True, o_bias=True,
+                takes="kv" if upper else "none", gives="kv" if i == half + 1 else "none",
+            )))
+        elif upper:
+            layers.append(Branch("gmu", dict(d_inner=inner, act="silu", bias=False)))
+        else:
+            layers.append(Branch("mamba1", dict(
+                d_inner=inner, d_state=c.mamba_d_state, d_conv=c.mamba_d_conv, dt_rank=c.mamba_dt_rank, bias=False,
+                conv_bias=True, dt_bc_norm="none", heads=1, gives="scan" if i == half else "none",
+            )))
+    return [[branch] for mixer in layers for branch in (mixer, mlp(c.intermediate_size))]
+
+
 FAMILIES = {
     "Mamba": mamba, "Mamba2": mamba2, "FalconMamba": falcon_mamba, "Jamba": jamba, "Bamba": bamba,
     "NemotronH": nemotron_h, "FalconH1": falcon_h1, "GraniteMoeHybrid": granite, "Lfm2": lfm2,
     "Lfm2Moe": lfm2_moe, "Lfm3": lfm3, "MiniMax": minimax, "Qwen3_5": qwen3_next, "Qwen3_5Moe": qwen3_next,
     "OlmoHybrid": olmo_hybrid, "Qwen3Next": qwen3_next, "KimiLinear": kimi_linear, "BailingHybrid": bailing_hybrid,
     "RecurrentGemma": recurrent_gemma, "Zamba": zamba, "Zamba2": zamba2, "Samba": samba,
-    "xLSTM": xlstm, "Rwkv": rwkv,
+    "xLSTM": xlstm, "Rwkv": rwkv, "Zaya": zaya, "Phi4Flash": phi_4_flash,
 }
 
 
@@ -443,15 +485,20 @@ def settings(name: str) -> dict[str, Any]:
             vocab=c.vocab_size, d_model=c.n_embd, norm=("rmsnorm", dict(eps=c.norm_eps)), tie_embeddings=True,
             context=c.block_size, residual_dtype="fp32",
         )
+    if CONFIGS[name][0] == "Phi4Flash":
+        return dict(
+            vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings, residual_dtype="fp32",
+            norm=("layernorm", dict(eps=c.layer_norm_eps, weight=True, bias=True)),
+        )
     eps = next(getattr(c, name) for name in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon") if hasattr(c, name))
     centered = dict(weight=True, zero_centered=CONFIGS[name][0] in ZERO_CENTERED)
     layer_norm = "layernorm", dict(eps=eps, weight=True, bias=True)
     found = dict(
         vocab=c.vocab_size, d_model=c.hidden_size, tie_embeddings=c.tie_word_embeddings,
         norm=layer_norm if c.model_type == "rwkv" else ("rmsnorm", dict(eps=eps) | centered),
-        embedding_norm=layer_norm if c.model_type == "rwkv" else "none",
+        embedding_norm={"rwkv": layer_norm, "zaya": "affine"}.get(c.model_type, "none"),
         logits_softcap=getattr(c, "logits_soft_cap", getattr(c, "output_logit_soft_cap", None)),
-        residual_dtype="fp32" if getattr(c, "residual_in_fp32", False) else "model",
+        residual_dtype="fp32" if getattr(c, "residual_in_fp32", c.model_type == "zaya") else "model",
         embedding_multiplier=embedding_multiplier(c),
         logits_multiplier=getattr(c, "lm_head_multiplier", 1) / getattr(c, "logits_scaling", 1),
     )
@@ -496,7 +543,7 @@ def test_layers(name):
 
 @pytest.mark.parametrize("name", [
     "mamba_130m", "mamba2_130m", "falcon_h1_0_5b", "granite_4_0_h_micro", "lfm2_350m", "lfm2_8b_a1b", "zamba_7b_v1",
-    "zamba2_1_2b", "zamba2_2_7b", "zamba2_7b",
+    "zamba2_1_2b", "zamba2_2_7b", "zamba2_7b", "zaya1_8b",
 ])
 def test_hugging_face_counts_the_same_parameters(name):
     assert load(MODELS / f"{name}.mdl").cost().params == hugging_face_params(name)

@@ -21,7 +21,8 @@ from mambadsl.kinds.attend import attend
 from mambadsl.kinds.fields import Call, Word
 from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.norm import Norm, layer_norm, rms_norm
-from mambadsl.kinds.sublayer import NORM, RESIDUAL_FORMS
+from mambadsl.kinds.residual import RESIDUAL_FORMS
+from mambadsl.kinds.sublayer import NORM
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Values, Variant
 from mambadsl.parts.machine import Machine

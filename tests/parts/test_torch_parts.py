@@ -41,7 +41,8 @@ def compare(part, given, queries, keys, *, real=slice(None), tolerance=1e-5, **h
 
 
 SHAPES = pytest.mark.parametrize(
-    "how", [dict(window=w, softcap=c) for w in (None, 4, 50) for c in (None, 0.7)], ids=str
+    "how", [dict(window=w, softcap=c, keep=k) for w, k in ((None, 0), (4, 0), (4, 3), (50, 0)) for c in (None, 0.7)],
+    ids=str,
 )
 
 
@@ -150,17 +151,18 @@ def _positions(segments_BT: torch.Tensor) -> torch.Tensor:
     return same_BTT.tril(-1).sum(-1) * (segments_BT >= 0)
 
 
-@given(tokens=batches(), window=st.none() | st.integers(1, 30))
+@given(tokens=batches(), window=st.none() | st.integers(1, 30), keep=st.integers(0, 12))
 @settings(max_examples=150, deadline=None)
-def test_block_masks(tokens, window):
+def test_block_masks(tokens, window, keep):
     """Of the blocks, no pair with something visible is left out, and every `full` one is full."""
     blocks.BLOCK, before = 4, blocks.BLOCK
     try:
-        mask, (some, all_) = blocks.block_mask(tokens, window=window), blocks.block_pairs(tokens, window=window)
+        how = dict(window=window, keep=keep)
+        mask, (some, all_) = blocks.block_mask(tokens, **how), blocks.block_pairs(tokens, **how)
     finally:
         blocks.BLOCK = before
     B, T = tokens.batch, tokens.length
-    shown_BTT = visible(tokens, tokens, window=window)
+    shown_BTT = visible(tokens, tokens, **how)
     b, query, key = (torch.arange(n) for n in (B, T, T))
     exact = mask.mask_mod(b[:, None, None], 0, query[None, :, None], key[None, None]).expand(B, T, T)
     real_BT = torch.ones(B, T, dtype=torch.bool) if tokens.segments_BT is None else tokens.segments_BT >= 0

@@ -248,7 +248,15 @@ def test_a_layer_that_reads_what_is_aside_has_no_fused_step():
     steps = {path: found.of(path)["step"] for path in ("stack.0", "stack.1", "stack.2")}
     assert [steps[path].part for path in steps] == ["triton.step", None, None]
     assert "form is `aside`" in steps["stack.1"].refused[0][1]
-    assert "aside of the stream" in steps["stack.2"].refused[0][1]
+    assert "past the stream" in steps["stack.2"].refused[0][1]
+
+
+def test_a_layer_that_gives_or_takes_has_no_fused_step():
+    layers = "layer A = attention(heads=4, head_dim=64) layer F = mlp(d_ff=64) "
+    found = chosen(layers + "stack { A A(gives=kv) F A(takes=kv) }", parts="inference", machine=GPU)
+    steps = {path: found.of(path)["step"] for path in ("stack.0", "stack.1", "stack.2", "stack.3")}
+    assert [steps[path].part for path in steps] == ["triton.step", None, "triton.step", None]
+    assert all("past the stream" in steps[path].refused[0][1] for path in ("stack.1", "stack.3"))
 
 
 def test_a_set_that_does_not_exist():

@@ -55,6 +55,19 @@ def test_what_is_given_aside_crosses_to_the_next_layer():
     assert [u.out_bytes // (128 * 64 * 2) for u in chain] == [1, 1, 2, 2, 1, 1, 0]
 
 
+def test_what_layers_give_crosses_until_its_last_taker():
+    """Keys and values of 2 heads of 16 channels, and a scan 48 wide, in two bytes beside a stream in four."""
+    head = HEAD.replace("context", "residual_dtype = fp32\n context")
+    layers = "layer A = attention(heads=4, kv_heads=2, head_dim=16, gives=kv)\nlayer T = A(gives=none, takes=kv)\n"
+    layers += "layer R = mamba1(d_inner=48, gives=scan)\nlayer U = gmu(d_inner=48)\nlayer F = mlp()\n"
+    chain = units(text("A R F T U F", head=head, layers=layers).layers, device=H200)
+    stream, kv, scan = 64 * 4, 2 * 2 * 16 * 2, 48 * 2
+    sent = [stream, stream + kv, *[stream + kv + scan] * 2, stream + scan, stream, stream, 0]
+    assert [u.out_bytes for u in chain] == [128 * n for n in sent]
+    again = units(text("A(recompute=true) R F T U F", head=head, layers=layers).layers, device=H200)
+    assert again[1].activation_bytes == 128 * (stream + kv)
+
+
 def test_a_tied_table_is_paid_on_both_ends():
     tied = text("M F M F", head=HEAD.replace("128 }", "128\n tie_embeddings = true }"))
     made = plan(tied.checked, stages=2)

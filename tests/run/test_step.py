@@ -57,7 +57,9 @@ def test_targets_segments_and_padding_are_passed_on():
     _assert_equal(model, TrainStep(model).step(tokens, targets, **batch), expected)
 
 
-@pytest.mark.parametrize("stack, different", [("M*24", 1), (MIX, 3), ("[C F]*4 M", 3)])
+@pytest.mark.parametrize("stack, different", [
+    ("M*24", 1), (MIX, 3), ("[C F]*4 M", 3), ("Lends [Borrows F]*3 Lends Borrows", 3), ("Giver Memory F Memory", 3),
+])
 def test_layers_alike_compile_once(stack, different):
     """`C` is recomputed in the backward pass; everything compiles whole, so a break would raise."""
     model = made(stack).train()

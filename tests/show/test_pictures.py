@@ -68,6 +68,19 @@ def test_what_is_given_aside_is_drawn():
     assert "residual=aside" in tree_text(program("zamba2_1_2b").layers)
 
 
+def test_what_layers_give_is_drawn():
+    """From the middle of the model to the folded upper half, one line each."""
+    graph = program("phi_4_mini_flash").layers
+    picture = flow(graph)
+    links = [k for k in picture.links if k.carried]
+    assert [(picture.boxes[k.source].label, picture.boxes[k.target].label, k.sort) for k in links] == [
+        ("M", "U", "scan"), ("A", "A", "kv"),
+    ]
+    for form in dot_text, mermaid_text:
+        assert "scan" in form(graph) and "kv" in form(graph)
+    assert "gives=kv" in tree_text(graph) and "takes=kv" in tree_text(graph)
+
+
 def test_every_box_can_be_reached():
     """Following links from the embedding gets to every box, in each shipped shape of model."""
     for name in ("nemotron_h_8b", "falcon_h1_0_5b", "tiny", "shared"):

@@ -23,7 +23,7 @@ PROBLEMS = [
     ("E020", "layer B = [M «Q»] stack { B }", ["no layer `Q`"]),
     ("E021", "stack { M «mamba9»(heads=2) }", ["no kind `mamba9`", "did you mean `mamba"]),
     ("E021", "layer M = «te.linear»() stack { M }", ["no kind `te.linear`"]),
-    ("E021", "layer X = «zzzzzz»() stack { X }", ["kinds: attention, channel_mix"]),
+    ("E021", "layer X = «zzzzzz»() stack { X }", ["kinds: attention, cca, channel_mix"]),
     ("E022", "layer M = mamba2(«headz»=4) stack { M }", ["`mamba2` has no field `headz`", "`heads`"]),
     ("E022", "layer M = mamba2(«ssm_state_size»=4) stack { M }", ["did you mean `d_state`?"]),
     ("E022", "stack { A(«chunk»=4) }", ["`A` (a `attention`) has no field `chunk`"]),

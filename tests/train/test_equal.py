@@ -10,10 +10,12 @@ from train_cases import go, together, told, weights
 
 TWO = {
     "data": {}, "data bf16": {"dtype": "bf16"}, "1f1b": {"stages": 2}, "gpipe": {"stages": 2, "pipeline": "gpipe", "microbatch": 2},
-    "interleaved": {"stages": 2, "pipeline": "interleaved"},
+    "interleaved": {"stages": 2, "pipeline": "interleaved"}, "zb": {"stages": 2, "pipeline": "zb"},
+    "zbv": {"stages": 2, "pipeline": "zbv"}, "zb recomputed": {"stages": 2, "pipeline": "zb", "recompute": True},
 }
 FOUR = {
     "data": {}, "stages x data": {"stages": 2}, "1f1b": {"stages": 4}, "interleaved x data": {"stages": 2, "pipeline": "interleaved"},
+    "zbv x data": {"stages": 2, "pipeline": "zbv"}, "zbv x data bf16": {"stages": 2, "pipeline": "zbv", "dtype": "bf16"},
 }
 
 

@@ -15,7 +15,7 @@ E204 = declare(
     """
     Every key/value head serves heads / kv_heads query heads, so `heads` must be a multiple of `kv_heads`; and
     of the tensor-parallel size, where there is one. Differential attention takes one half of the heads from the
-    other, so both are even.
+    other, so both are even; of `cca`, half of the values' channels, kv_heads * head_dim, are the token's before.
 
     Why: query head h reads key/value head h // (heads / kv_heads); no kernel takes unequal shares.
 
@@ -28,7 +28,7 @@ E204 = declare(
 
 def check(subject: Subject) -> Iterator[Problem]:
     tp = subject.facts.tp
-    for site in subject.sites("attention", "mla"):
+    for site in subject.sites("attention", "mla", "cca"):
         heads, kv_heads = site.f.heads, site.f.get("kv_heads", 1)
         if heads % kv_heads:
             yield site.problem(
@@ -46,4 +46,11 @@ def check(subject: Subject) -> Iterator[Problem]:
             yield site.problem(
                 E204, "`heads` must be a multiple of the tensor-parallel size", ("heads",),
                 label=f"{heads} cannot be split over {tp} devices", help=(f"tp: {divide(heads, tp)}",),
+            )
+    for site in subject.sites("cca"):
+        kv_heads, head_dim = site.f.kv_heads, site.f.head_dim
+        if kv_heads * head_dim % 2:
+            yield site.problem(
+                E204, "half of the values' channels are the previous token's", ("kv_heads", "head_dim"),
+                label=f"{kv_heads} * {head_dim} have no half", help=(f"`head_dim={head_dim + 1}`",),
             )

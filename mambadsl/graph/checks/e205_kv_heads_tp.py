@@ -41,7 +41,7 @@ W205 = declare(
 
 def check(subject: Subject) -> Iterator[Problem]:
     facts = subject.facts
-    for site in subject.sites("attention"):
+    for site in subject.sites("attention", "cca"):
         kv_heads = site.f.kv_heads
         if kv_heads % facts.tp == 0:
             continue

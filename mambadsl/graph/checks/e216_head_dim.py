@@ -25,7 +25,7 @@ E216 = declare(
 
 def check(subject: Subject) -> Iterator[Problem]:
     d_model = subject.graph.model.d_model
-    for site in subject.sites("attention"):
+    for site in subject.sites("attention", "cca"):
         if site.defaulted("head_dim") and d_model % site.f.heads:
             yield site.problem(
                 E216, "`heads` must divide d_model where `head_dim` is not given", ("heads",),

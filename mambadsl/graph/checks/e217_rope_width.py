@@ -26,7 +26,7 @@ E217 = declare(
 
 
 def check(subject: Subject) -> Iterator[Problem]:
-    for site in subject.sites("attention"):
+    for site in subject.sites("attention", "cca"):
         rope = site.f.rope
         unfit = site.defaulted("head_dim") and subject.graph.model.d_model % site.f.heads
         if rope.name == "none" or unfit:  # E216 speaks about the latter

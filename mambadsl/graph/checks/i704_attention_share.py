@@ -13,8 +13,8 @@ I704 = declare(
     "an unusual share or place of attention layers",
     """
     Among the attention and recurrent layers of a hybrid, more than a quarter (rounded up) are attention; or
-    three and more attention layers all stand in one half of the depth. Sums, windows and short convolutions do
-    not count.
+    three and more attention layers all stand in one half of the depth. Sums, windows, short convolutions, and
+    attention that takes the keys of another layer do not count.
 
     Why: released hybrids have 7 to 13 % (Nemotron-H, Jamba, Bamba, Granite 4) or a quarter (Qwen3-Next, OLMo
     Hybrid, Kimi Linear), evenly spread: every full attention layer costs cache for each token. It is a habit,
@@ -36,7 +36,7 @@ def check(subject: Subject) -> Iterator[Problem]:
             kind = get(mixer.kind)
             if kind.recurrent and not kind.local:
                 mixers.append((False, node))
-            elif kind.attends and mixer.fields.get("window") is None:
+            elif kind.attends and mixer.fields.get("window") is None and mixer.fields.get("takes") != "kv":
                 mixers.append((True, node))
     places = [i for i, (attention, _) in enumerate(mixers) if attention]
     if not places or len(places) == len(mixers):

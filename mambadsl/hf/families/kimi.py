@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ from mambadsl.adapt.table import Unlike
 from mambadsl.adapt.tensors import Cut, Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
-from mambadsl.hf.entries import act, apart, by_type, form, norm, pairs, router
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed, key, read_only
+from mambadsl.hf.entries import act, apart, by_type, form, norm, pairs, read_rope, router, sharpness, write_rope
+from mambadsl.hf.family import Both, Family, Layer, Recipe, Tail, fixed, key, read_only
 from mambadsl.kinds.values import NONE, Values, Variant
 
 SETTINGS = dict(
@@ -101,9 +102,34 @@ def _derived(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
 
 
 def _read_turn(given: Mapping[str, Any]) -> Variant:
-    if given.get("rope_type", "default") != "default":
-        raise Unlike(f"has the type `{given['rope_type']}`; with a counterpart: `default`")
-    return form("rope", theta=given["rope_theta"], pairs="interleaved")
+    """Of all `qk_rope_head_dim` channels, neighbours together."""
+    found = read_rope(given)
+    if found.name != "rope":
+        raise Unlike("does not turn channels in pairs of neighbours")
+    scaling = getattr(found, "scaling", NONE)
+    if scaling != NONE and found.fraction != 1:
+        raise Unlike(f"has `partial_rotary_factor` {found.fraction} beside its scaling; only 1 has a counterpart")
+    return form("rope", theta=found.theta, pairs="interleaved", scaling=scaling)
+
+
+def _read_scale(c: Settings) -> float | None:
+    """With yarn it may grow, as DeepSeek's does."""
+    everywhere = c.rope_parameters.get("mscale_all_dim")
+    if not everywhere or c.rope_parameters.get("rope_type", "default") == "default":
+        return None
+    return c.qk_head_dim**-0.5 * sharpness(c.rope_parameters["factor"], everywhere) ** 2
+
+
+def _ling_derived(fields: Mapping[str, Values], model: Values) -> Mapping[str, Any]:
+    found, f = dict(_derived(fields, model)), fields.get("L")
+    if f is None or f.scale is None:
+        return found
+    factor = f.rope.scaling.factor if f.rope.name == "rope" and f.rope.scaling.name == "yarn" else 1
+    if factor <= 1:
+        raise Unlike("`scale` of `mla` follows from yarn, without which it is auto")
+    sharp = (f.scale * (f.nope_dim + f.rope_dim) ** 0.5) ** 0.5
+    everywhere = {"mscale_all_dim": (sharp - 1) / (0.1 * math.log(factor))}
+    return {**found, "rope_parameters": write_rope(f.rope) | everywhere}
 
 
 def _decay(c: Settings) -> Variant:
@@ -115,6 +141,41 @@ def _write_decay(value: Variant) -> Mapping[str, Any]:
     return {"kda_safe_gate": bounded} | ({"kda_lower_bound": value.lower_bound} if bounded else {})
 
 
+def _ahead_types(c: Settings) -> tuple[str, str]:
+    """Of every depth: the mixer's and the feed-forward layer's."""
+    mixers_, feeds = (set(c.get(name) or [usual]) for name, usual in AHEAD.items())
+    if len(mixers_) > 1 or len(feeds) > 1:
+        raise Unlike("has depths with different layers; only equal ones have a counterpart")
+    return mixers_.pop(), feeds.pop()
+
+
+def _depths(c: Settings) -> int:
+    _ahead_types(c)
+    return c.num_mtp_layers or 1
+
+
+def _ahead(c: Settings, depth: int) -> Iterator[Layer]:
+    """Blocks that are numbered on from the last one."""
+    mixer, feed = _ahead_types(c)
+    yield from pairs([(LAYERS[mixer], "attention")], [(FEEDS[feed], "mlp")], first=c.num_hidden_layers + depth)
+
+
+def _ends(c: Settings, depth: int) -> Mapping[str, str]:
+    at = f"model.layers.{c.num_hidden_layers + depth}"
+    names = {name: f"{at}.{name}.weight" for name in ("enorm", "hnorm", "eh_proj")}
+    return {**names, "final_norm": f"{at}.final_layernorm.weight"}
+
+
+def _tail_settings(depths: int, rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+    if not depths:
+        return {"num_nextn_predict_layers": 0}
+    found = _order(rows)
+    types = {"mtp_layer_types": found["layer_types"], "mtp_mlp_layer_types": found["mlp_layer_types"]}
+    return {"num_nextn_predict_layers": depths} | {name: depths * value for name, value in types.items()}
+
+
+#: What the blocks are that predict further tokens, where the configuration does not say.
+AHEAD = {"mtp_layer_types": "full_attention", "mtp_mlp_layer_types": "sparse"}
 DEMANDS = {"attention_bias": False, "attention_dropout": 0}
 FAMILIES = (
     Family(
@@ -159,9 +220,8 @@ FAMILIES = (
                 "mla",
                 LATENT | dict(
                     q_rank=fixed(None), out_gate=fixed("per_head"),
-                    rope=key("rope_parameters", _read_turn, lambda v: {
-                        "rope_type": "default", "rope_theta": float(getattr(v, "theta", 0)),
-                    }),
+                    rope=key("rope_parameters", _read_turn, write_rope),
+                    scale=read_only("rope_parameters", _read_scale),
                 ),
                 _ling_latent,
             ),
@@ -170,14 +230,18 @@ FAMILIES = (
                 "router.weight": "gate.weight", "router.bias": "gate.expert_bias",
             }),
         },
-        _layers("attention", "mlp"), _order, demands=DEMANDS, derived=_derived, embed="model.word_embeddings.weight",
-        # Heads of the multi-token prediction are not imported.
+        _layers("attention", "mlp"), _order, demands=DEMANDS, derived=_ling_derived,
+        embed="model.word_embeddings.weight",
         follows=(
             "num_hidden_layers", "num_key_value_heads", "qk_head_dim", "head_dim", "layer_group_size",
-            "first_k_dense_replace", "linear_num_heads", "linear_conv_kernel_dim", "rope_theta", "num_mtp_layers",
-            "num_nextn_predict_layers", "mtp_loss_scaling_factor",
+            "first_k_dense_replace", "linear_num_heads", "linear_conv_kernel_dim", "rope_theta",
+            "mtp_loss_scaling_factor",
         ),
-        # transformers saves all blocks' last projections under one name.
-        renamed={".attention.o_proj.": ".attention.dense."},
+        # transformers saves all blocks' last projections under one name, and reads the norm of a depth under another.
+        renamed={".attention.o_proj.": ".attention.dense.", ".final_layernorm.": ".shared_head.norm."},
+        tail=Tail(
+            ("num_nextn_predict_layers", "num_mtp_layers"), _depths, _ahead, _ends, _tail_settings,
+            follows=tuple(AHEAD),
+        ),
     ),
 )

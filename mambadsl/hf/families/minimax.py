@@ -32,6 +32,15 @@ class Slope(Rows):
     def below(self, path: str) -> Rows:
         return Slope(self.block, *Rows(*self.pieces).below(path).pieces)
 
+    def written(
+        self, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        [(name, (heads, *_))] = self.shapes(weight)
+        before, Q = name.removesuffix("slope_rate"), self.block
+        yield name, (heads, 1, 1)
+        yield from ((f"{before}{table}_decay", (heads, Q, 1)) for table in ("query", "key"))
+        yield f"{before}diagonal_decay", (1, heads, Q, Q)
+
     def write(
         self, tensor: Tensor, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}
     ) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import FP32_STREAM, act, dt_limit, norm, router
-from mambadsl.hf.family import Both, Family, Layer, Recipe, fixed
+from mambadsl.hf.family import Both, Family, Layer, Recipe, Tail, fixed
 from mambadsl.kinds.values import NONE
 
 KINDS = {"linear_attention": "M", "full_attention": "A", "mlp": "F", "moe": "E"}
@@ -70,6 +70,30 @@ def order(rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
     return {"layers_block_type": [back.get("+".join(row)) for row in rows]}
 
 
+def _depths(c: Settings) -> int:
+    return c.num_nextn_predict_layers or 1
+
+
+def _ahead(c: Settings, depth: int) -> Iterator[Layer]:
+    kinds = c.mtp_layers_block_type
+    for i, name in enumerate(kinds, depth * len(kinds)):
+        at = f"mtp.layers.{i}"
+        yield Layer((KINDS[name],), (f"{at}.mixer",), f"{at}.norm.weight")
+
+
+def _ends(c: Settings, depth: int) -> Mapping[str, str]:
+    """With the first and the last layer of the depth."""
+    count = len(c.mtp_layers_block_type)
+    first, last = depth * count, (depth + 1) * count - 1
+    before = {name: f"mtp.layers.{first}.{name}.weight" for name in ("enorm", "hnorm", "eh_proj")}
+    return {**before, "final_norm": f"mtp.layers.{last}.final_layernorm.weight"}
+
+
+def _tail_settings(depths: int, rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+    kinds = {"mtp_layers_block_type": order(rows)["layers_block_type"]} if depths else {}
+    return {"num_nextn_predict_layers": depths, **kinds}
+
+
 FAMILIES = (
     Family(
         "nemotron_h", "NemotronHForCausalLM",
@@ -82,11 +106,13 @@ FAMILIES = (
             "attention_bias": False, "attention_dropout": 0, "hidden_dropout": 0, "mamba_hidden_act": "silu",
             "mamba_proj_bias": False, "sliding_window": None,
         },
-        embed="backbone.embeddings.weight", final="backbone.norm_f.weight", empty=("mtp.*",),
-        # The last two: of the multi-token prediction, which Hugging Face does not load either.
+        embed="backbone.embeddings.weight", final="backbone.norm_f.weight",
         follows=(
             "num_hidden_layers", "expand", "hybrid_override_pattern", "mtp_hybrid_override_pattern",
-            "mtp_layers_block_type", "num_nextn_predict_layers",
+            "mtp_layers_block_type",
+        ),
+        tail=Tail(
+            ("num_nextn_predict_layers",), _depths, _ahead, _ends, _tail_settings, empty=("mtp.*",),
         ),
     ),
 )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mambadsl.adapt.table import Unlike
 from mambadsl.adapt.tensors import Piece, Place, Rows
 from mambadsl.hf import mixers
 from mambadsl.hf.config import Settings
 from mambadsl.hf.entries import act, apart, by_type, norm, pairs, rope, router
-from mambadsl.hf.family import Family, Layer, Recipe, fixed
+from mambadsl.hf.family import Family, Layer, Recipe, Tail, fixed
 from mambadsl.kinds.values import Values
 
 KINDS = {"linear_attention": ("D", "linear_attn"), "full_attention": ("A", "self_attn")}
@@ -93,9 +94,30 @@ def _every(recipe: str) -> Any:
     return layers
 
 
-DEMANDS = {"attention_dropout": 0}
-#: Heads of the multi-token prediction, which Hugging Face does not load either.
-MTP = "mtp.*", "model.mtp.*"
+def _tail(feed: Callable[[Settings], str]) -> Tail:
+    """One depth of full attention and a feed-forward layer of the kind `feed`, with ends of its own names."""
+
+    def depths(c: Settings) -> int:
+        said = {c.get(key) for key in keys if c.get(key)}
+        if said - {1}:
+            raise Unlike(f"is {max(said)}; only 1 has a counterpart: several share all but their layers")
+        return 1
+
+    def layers(c: Settings, depth: int) -> Iterator[Layer]:
+        yield from pairs([KINDS["full_attention"]], [(feed(c), "mlp")], base="mtp.layers")
+
+    def ends(c: Settings, depth: int) -> dict[str, str]:
+        own = "pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"
+        return {ours: f"mtp.{theirs}.weight" for ours, theirs in zip(("enorm", "hnorm", "eh_proj", "final_norm"), own)}
+
+    def settings(depths: int, rows: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
+        return {"mtp_num_hidden_layers": depths} if depths else {}
+
+    keys = "mtp_num_hidden_layers", "num_nextn_predict_layers"
+    return Tail(keys, depths, layers, ends, settings, empty=("mtp.*", "model.mtp.*"))
+
+
+DEMANDS = {"attention_dropout": 0, "mtp_use_dedicated_embeddings": False}
 FOLLOWS = "num_hidden_layers", "full_attention_interval"
 FAMILIES = (
     Family(
@@ -104,16 +126,16 @@ FAMILIES = (
             "D": Recipe("gated_delta_net", DELTA, _together), "A": ATTENTION, "F": MLP,
             "E": _moe(renorm="norm_topk_prob"),
         },
-        next_layers, next_order, demands=DEMANDS, empty=MTP, follows=FOLLOWS,
+        next_layers, next_order, demands=DEMANDS, follows=FOLLOWS, tail=_tail(lambda c: "E" if c.num_experts else "F"),
     ),
     Family(
         "qwen3_5_text", "Qwen3_5ForCausalLM", SETTINGS,
         {"D": Recipe("gated_delta_net", DELTA, _apart), "A": ATTENTION, "F": MLP},
-        _every("F"), _order, demands=DEMANDS, empty=MTP, follows=FOLLOWS,
+        _every("F"), _order, demands=DEMANDS, follows=FOLLOWS, tail=_tail(lambda c: "F"),
     ),
     Family(
         "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", SETTINGS,
         {"D": Recipe("gated_delta_net", DELTA, _apart), "A": ATTENTION, "E": _moe()},
-        _every("E"), _order, demands=DEMANDS, empty=MTP, follows=FOLLOWS,
+        _every("E"), _order, demands=DEMANDS, follows=FOLLOWS, tail=_tail(lambda c: "E"),
     ),
 )

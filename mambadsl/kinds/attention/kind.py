@@ -16,6 +16,7 @@ from mambadsl.kinds.kind import (
     RESIDUAL,
     STEP,
     ZEROS,
+    Carried,
     Dims,
     Flops,
     Init,
@@ -100,7 +101,8 @@ DIFFERENTIAL = OneForm(
     ),
 )
 
-FIELDS = (
+#: Heads, and what they see.
+HEAD_FIELDS = (
     Field(
         "heads", Int(),
         Computed("d_model // 64, or the next below that divides d_model", lambda v, model: _usual_heads(model.d_model)),
@@ -122,6 +124,13 @@ FIELDS = (
         "window", OrWord("none", Int()), None,
         "a token sees itself and the window - 1 tokens before it", "tokens",
     ),
+)
+FIELDS = (
+    *HEAD_FIELDS,
+    Field(
+        "keep", Int(0), 0, "the first tokens of each document are seen through any window (sinks; Hymba's meta tokens)",
+        "tokens",
+    ),
     Field("qk_norm", QK_NORM, QK_NORM.convert_word("none"), "RMS norm of queries and keys, before rope"),
     Field("scale", OrWord("auto", Real(above=0)), None, "scale of the scores; auto: head_dim ** -0.5"),
     Field("softcap", OrWord("none", Real(above=0)), None, "scores are squashed to cap * tanh(score / cap)"),
@@ -137,6 +146,11 @@ FIELDS = (
     Field("qkv_bias", Flag(), False, "qkv_proj has a bias"),
     Field("o_bias", Flag(), False, "o_proj has a bias"),
     Field("key_multiplier", Real(), 1, "scale of the keys, after their norm and before rope (Falcon-H1)"),
+    Field("gives", OneOf("none", "kv"), "none", "kv: layers below can take its keys and values"),
+    Field(
+        "takes", OneOf("none", "kv"), "none",
+        "kv: it has queries only, and reads the keys and values of the nearest layer above that gives them",
+    ),
 )
 
 
@@ -153,8 +167,9 @@ def gate_dim(f: Values) -> int:
 
 
 def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
+    kv = (("k", kv_dim(f)), ("v", kv_dim(f))) if f.takes == "none" else ()
     gate = (("gate", gate_dim(f)),) if gate_dim(f) else ()
-    return ("q", q_dim(f)), ("k", kv_dim(f)), ("v", kv_dim(f)), *gate
+    return ("q", q_dim(f)), *kv, *gate
 
 
 def rotary_dim(f: Values) -> int:
@@ -169,8 +184,9 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     table = [*linear("qkv_proj", width, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out")]
     if f.qk_norm.name != "none":
         full, init = f.qk_norm.name == "full_width", ZEROS if f.qk_norm.zero_centered else ONES
-        for name, width in ("q_norm", q if full else f.head_dim), ("k_norm", kv if full else f.head_dim):
-            table.append(Weight(f"{name}.weight", (width,), init, decay=False, quantise=False))
+        for name, width in ("q_norm", q), *([("k_norm", kv)] if f.takes == "none" else []):
+            shape = (width if full else f.head_dim,)
+            table.append(Weight(f"{name}.weight", shape, init, decay=False, quantise=False))
     if f.sinks:
         table.append(Weight("sinks", (f.heads,), fp32=True, decay=False, quantise=False, tp="heads"))
     if f.differential.name != "none":
@@ -185,16 +201,37 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     return tuple(table)
 
 
+def _kv(f: Values) -> tuple[Carried, ...]:
+    return (Carried("kv", (2, f.kv_heads, f.head_dim), kept=("k", "v")),)
+
+
+def gives(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    """Keys as queries meet them: after their norm and rope."""
+    return _kv(f) if f.gives == "kv" else ()
+
+
+def takes(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    return _kv(f) if f.takes == "kv" else ()
+
+
 def state(f: Values, dims: Dims) -> tuple[State, ...]:
+    """Keys and values taken from above are their giver's."""
+    if f.takes == "kv":
+        return ()
     shape = (f.kv_heads, f.head_dim)
-    return tuple(State(name, shape, per_token=True, window=f.window) for name in ("k", "v"))
+    return tuple(State(name, shape, per_token=True, window=f.window, keep=f.keep) for name in ("k", "v"))
 
 
-def mean_context(length: int, window: int | None) -> Fraction:
-    """Mean number of tokens that a token of a sequence sees, itself included."""
+def mean_context(length: int, window: int | None, keep: int = 0) -> Fraction:
+    """Mean number of tokens that a token of a sequence sees: the last `window`, itself included, and the first `keep`.
+    """
     if window is None or window >= length:
         return Fraction(length + 1, 2)
-    return Fraction(window * (window + 1) // 2 + (length - window) * window, length)
+    seen = window * (window + 1) // 2 + (length - window) * window
+    # The k-th token outside of the window sees min(k, keep) more.
+    outside = length - window
+    few = min(outside, keep)
+    return Fraction(seen + few * (few + 1) // 2 + (outside - few) * keep, length)
 
 
 def flops(f: Values, dims: Dims, length: int) -> Flops:
@@ -202,12 +239,12 @@ def flops(f: Values, dims: Dims, length: int) -> Flops:
     pass of the core does 5 products for 2 (flash attention computes the scores again)."""
     proj = matmul(dims.d_in * sum(n for _, n in in_segments(f)), q_dim(f) * dims.d_model)
     products = 6 if f.differential.name == "halves" else 4
-    core = products * q_dim(f) * mean_context(length, f.window)
+    core = products * q_dim(f) * mean_context(length, f.window, f.keep)
     return proj + mixing(core, backward=Fraction(5, 2))
 
 
 def saved(f: Values, dims: Dims) -> Saved:
-    """Input, q, k, v, the gate, the core's output and one log-sum-exp per head."""
+    """Input, q, k, v (its own ones), the gate, the core's output and one log-sum-exp per head."""
     return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + q_dim(f), f.heads)
 
 
@@ -223,11 +260,13 @@ KIND = Kind(
     flops=flops,
     saved=saved,
     slots=(
-        Slot("qkv_proj", "x_BTD -> [q | k | v | gate]"),
+        Slot("qkv_proj", "x_BTD -> [q | k | v | gate], without k and v where those are taken"),
         Slot("core", "softmax(scale * q k^T + mask) v with window, softcap and packed documents"),
         Slot("o_proj", "back to d_model"),
         STEP,
     ),
     source="Hugging Face transformers; rope: arXiv:2104.09864",
+    gives=gives,
+    takes=takes,
     attends=True,
 )

@@ -79,8 +79,10 @@ def naive(
     x_BTD: Tensor,
     tokens: Tokens,
     state: State | None = None,
+    *,
+    kv: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """Padding gives zeros."""
+    """kv: [B, T, 2, K, P], the keys and values of another layer, where those are taken. Padding gives zeros."""
     B, T, _ = x_BTD.shape
     positions = tokens.positions_BT.tolist()
     segments = [[0] * T] * B if tokens.segments_BT is None else tokens.segments_BT.tolist()
@@ -94,12 +96,13 @@ def naive(
             if document == PADDING:
                 continue
             length = 1 + max(p for p, s in zip(positions[b], segments[b]) if s == document)
-            q_HP, k_KP, v_KP, gate = project(weights, f, x_BTD[b, t], position, length)
+            taken = None if kv is None else kv[b, t]
+            q_HP, k_KP, v_KP, gate = project(weights, f, x_BTD[b, t], position, length, taken)
             rows[b].append((document, position, k_KP, v_KP))
             seen = [
                 (k, v)
                 for (s, p, k, v) in rows[b]
-                if s == document and p <= position and (f.window is None or p > position - f.window)
+                if s == document and p <= position and (f.window is None or p > position - f.window or p < f.keep)
             ]
             heads = [one_head(q_HP[h], seen, h * f.kv_heads // f.heads, f, sinks[h]) for h in range(f.heads)]
             if f.differential.name == "halves":
@@ -115,26 +118,38 @@ def naive(
 
 
 def project(
-    weights: Mapping[str, Tensor], f: Values, x_D: Tensor, position: int, length: int
+    weights: Mapping[str, Tensor], f: Values, x_D: Tensor, position: int, length: int, taken: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Queries of each head, keys and values [K, P] of one token, and the gate (empty without one)."""
+    """Queries of each head, keys and values [K, P] of one token, and the gate (empty without one). taken: keys and
+    values that come from elsewhere."""
     qkv = weights["qkv_proj.weight"] @ x_D
     if f.qkv_bias:
         qkv = qkv + weights["qkv_proj.bias"]
-    q, k, v, gate = qkv.split((q_dim(f), kv_dim(f), kv_dim(f), gate_dim(f)))
-    normed = f.qk_norm.name != "none"
-    q_scale, k_scale = (weights[f"{name}_norm.weight"] + f.qk_norm.zero_centered if normed else None for name in "qk")
+    if taken is None:
+        q, k, v, gate = qkv.split((q_dim(f), kv_dim(f), kv_dim(f), gate_dim(f)))
+        k_KP = ready(weights, f, k, "k", position, length)
+        v_KP = list(v.split(f.head_dim))
+    else:
+        q, gate = qkv.split((q_dim(f), gate_dim(f)))
+        k_KP, v_KP = list(taken[0]), list(taken[1])
+    return ready(weights, f, q, "q", position, length), torch.stack(k_KP), torch.stack(v_KP), gate
+
+
+def ready(
+    weights: Mapping[str, Tensor], f: Values, h: Tensor, name: str, position: int, length: int
+) -> list[Tensor]:
+    """Queries ("q") or keys ("k") of one token, head by head: normed, scaled, turned."""
+    scale = weights[f"{name}_norm.weight"] + f.qk_norm.zero_centered if f.qk_norm.name != "none" else None
     if f.qk_norm.name == "full_width":
-        q, k = rms(q, q_scale, f.qk_norm.eps), rms(k, k_scale, f.qk_norm.eps)
-    q_HP, k_KP = list(q.split(f.head_dim)), list(k.split(f.head_dim))
+        h = rms(h, scale, f.qk_norm.eps)
+    heads = list(h.split(f.head_dim))
     if f.qk_norm.name == "per_head":
-        q_HP = [rms(q, q_scale, f.qk_norm.eps) for q in q_HP]
-        k_KP = [rms(k, k_scale, f.qk_norm.eps) for k in k_KP]
-    k_KP = [k * f.key_multiplier for k in k_KP]
+        heads = [rms(one, scale, f.qk_norm.eps) for one in heads]
+    if name == "k":
+        heads = [one * f.key_multiplier for one in heads]
     if f.rope.name != "none":
-        q_HP = [turn(q, f.rope, rotary_dim(f), position, length) for q in q_HP]
-        k_KP = [turn(k, f.rope, rotary_dim(f), position, length) for k in k_KP]
-    return q_HP, torch.stack(k_KP), torch.stack(v.split(f.head_dim)), gate
+        heads = [turn(one, f.rope, rotary_dim(f), position, length) for one in heads]
+    return heads
 
 
 def one_head(

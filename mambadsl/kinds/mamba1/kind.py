@@ -7,10 +7,11 @@ their own. N d_state, R dt_rank.
 
 from __future__ import annotations
 
-from mambadsl.kinds.fields import DT_FIELDS, Computed, Field, Flag, Int, OneForm, Real, chunk_field
+from mambadsl.kinds.fields import DT_FIELDS, Computed, Field, Flag, Int, OneForm, OneOf, Real, chunk_field
 from mambadsl.kinds.kind import (
     ONES,
     RESIDUAL,
+    Carried,
     Dims,
     Flops,
     Init,
@@ -44,6 +45,7 @@ FIELDS = (
         "dt_bc_norm", DT_BC_NORM, DT_BC_NORM.convert_word("none"),
         "RMS norms of dt, B and C before use: learned (Jamba), weightless (Falcon Mamba)",
     ),
+    Field("gives", OneOf("none", "scan"), "none", "scan: layers below can take what the scan gives, before the gate"),
     *DT_FIELDS,
 )
 
@@ -89,6 +91,10 @@ def state(f: Values, dims: Dims) -> tuple[State, ...]:
     return State("conv", (f.d_inner, f.d_conv - 1)), State("ssm", (f.d_inner, f.d_state), fp32=True)
 
 
+def gives(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    return (Carried("scan", (f.d_inner,)),) if f.gives == "scan" else ()
+
+
 def flops(f: Values, dims: Dims, length: int) -> Flops:
     """9 operations for each channel and state: decay, input, update, read-out (the count of the
     selective-scan kernels' authors)."""
@@ -115,6 +121,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    gives=gives,
     slots=(
         Slot("in_proj", "x_BTD -> [x | z]"),
         Slot("conv", "causal depthwise convolution with silu, its last inputs as state"),

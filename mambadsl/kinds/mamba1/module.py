@@ -102,15 +102,16 @@ class Module(KindModule):
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         rows = Rows.of(tokens, state)
         xz_BTE = self.enter(rows.pack(x_BTD), self.in_proj, norm)
         x_BTI, z_BTI = xz_BTE.chunk(2, -1)
         x_BTI, conv_state = self.convolve(x_BTI, rows, state)
         y_BTI, ssm_state = self._scanned(x_BTI, rows, rows.past(state, "ssm"))
         rows.keep(state, conv=conv_state, ssm=ssm_state)
-        y_BTI = (y_BTI.float() * F.silu(z_BTI.float())).to(z_BTI.dtype)
-        return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))
+        gated_BTI = (y_BTI.float() * F.silu(z_BTI.float())).to(z_BTI.dtype)
+        y_BTD = rows.unpack(self.parts["out_proj"](gated_BTI, self.out_proj.weight, self.out_proj.bias))
+        return (y_BTD, {"scan": rows.unpack(y_BTI)}) if self.gives else y_BTD
 
     def _scanned(self, x_BTI: Tensor, rows: Rows, state_BIN: Tensor | None) -> tuple[Tensor, Tensor]:
         """The scan of all heads, and the state after it: heads are channels side by side."""

@@ -1,8 +1,9 @@
 """Mixture of experts: a router sends each token to top_k of `experts` feed-forward experts.
 
 Routers as in Jamba, Granite 4 H, Mixtral (softmax) and DeepSeek-V3, Nemotron 3, Kimi (sigmoid with a
-selection bias, groups of experts, renormalisation and a scale); shared experts; a latent width that the
-routed experts work in (Nemotron 3 Super). Every token is kept: no capacity, nothing dropped.
+selection bias, groups of experts, renormalisation and a scale), Zaya (an MLP that may choose no expert at all);
+shared experts; a latent width that the routed experts work in (Nemotron 3 Super). Every token is kept: no capacity,
+nothing dropped.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from fractions import Fraction
 from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneForm, OneOf, OrWord, Real
 from mambadsl.kinds.kind import (
     NORMAL,
+    ONES,
     RESIDUAL,
     ZEROS,
+    Carried,
     Dims,
     Flops,
+    Init,
     Kind,
     Saved,
     Slot,
@@ -54,6 +58,15 @@ ROUTER = OneForm(
         Field("renorm_eps", Real(0), 1e-20, "added to the sum when weights are renormalised"),
         _SCALE,
     ),
+    mlp=(
+        Field("d_router", Int(), 256, "width of the router", "channels"),
+        Field("eps", Real(above=0), 1e-5, "eps of the norm before its MLP"),
+        Field("skip", Flag(), True, "one choice more: no expert, which adds nothing"),
+        Field(
+            "carry", OneOf("none", "first", "next"), "none",
+            "first: what the MLP reads is handed to the routers below; next: that of the router above is added, scaled",
+        ),
+    ),
 )
 
 FIELDS = (
@@ -82,10 +95,7 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     inner_in, inner_out = (f.latent, f.latent) if f.latent else (dims.d_in, dims.d_model)
     up_name, wide = ("gate_up_proj", 2) if f.gated else ("up_proj", 1)
     segments = (("gate", f.d_ff), ("up", f.d_ff)) if f.gated else ()
-    table = [Weight("router.weight", (f.experts, dims.d_in), NORMAL, quantise=False)]
-    if f.router.name == "sigmoid" and f.router.bias:
-        fixed = dict(fp32=True, decay=False, trained=False, quantise=False)
-        table.append(Weight("router.bias", (f.experts,), ZEROS, **fixed))
+    table = list(router_weights(f, dims))
     if f.latent:
         table += linear("latent_in_proj", f.latent, dims.d_in)
     table += [
@@ -106,6 +116,43 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     return tuple(table)
 
 
+def choices(f: Values) -> int:
+    """The experts, and what else a router can choose."""
+    return f.experts + f.router.values.get("skip", False)
+
+
+def router_weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
+    """router.bias is for choosing only. Of `mlp`: what the MLP reads, router.enter of x and router.carry_scale times
+    what the router above read, is normed; then come fc1 and fc2, and router.weight is the last layer."""
+    fixed = dict(fp32=True, decay=False, trained=False, quantise=False)
+    if f.router.name != "mlp":
+        found = (Weight("router.weight", (f.experts, dims.d_in), NORMAL, quantise=False),)
+        biased = f.router.name == "sigmoid" and f.router.bias
+        return (*found, Weight("router.bias", (f.experts,), ZEROS, **fixed)) if biased else found
+    width, layers = f.router.d_router, []
+    for name, read in ("enter", dims.d_in), ("fc1", width), ("fc2", width):
+        layers.append(Weight(f"router.{name}.weight", (width, read), NORMAL, quantise=False))
+        layers.append(Weight(f"router.{name}.bias", (width,), ZEROS, decay=False, quantise=False))
+    small = dict(decay=False, quantise=False)
+    return (
+        *layers,
+        *((Weight("router.carry_scale", (width,), ONES, **small),) if f.router.carry == "next" else ()),
+        Weight("router.norm.weight", (width,), ONES, **small),
+        Weight("router.weight", (choices(f), width), NORMAL, quantise=False),
+        Weight("router.bias", (choices(f),), Init.of("ending", last=-1) if f.router.skip else ZEROS, **fixed),
+    )
+
+
+def gives(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    carries = f.router.values.get("carry", "none") != "none"
+    return (Carried("router", (f.router.d_router,), fp32=True),) if carries else ()
+
+
+def takes(f: Values, dims: Dims) -> tuple[Carried, ...]:
+    carries = f.router.values.get("carry") == "next"
+    return (Carried("router", (f.router.d_router,), fp32=True),) if carries else ()
+
+
 def state(f: Values, dims: Dims) -> tuple[State, ...]:
     return ()
 
@@ -119,7 +166,7 @@ def saved(f: Values, dims: Dims) -> Saved:
     wide = 2 if f.gated else 1
     inner = f.latent or dims.d_in
     routed = f.top_k * (inner + wide * f.d_ff) + (f.latent or 0)
-    return Saved(dims.d_in + routed + wide * f.shared_d_ff, f.experts)
+    return Saved(dims.d_in + routed + wide * f.shared_d_ff, choices(f) + 4 * f.router.values.get("d_router", 0))
 
 
 KIND = Kind(
@@ -133,10 +180,12 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    gives=gives,
+    takes=takes,
     slots=(
         Slot("router", "scores, choice and weights of experts, in float32"),
         Slot("experts", "the routed experts' two products over tokens sorted by expert"),
         Slot("shared", "the shared expert"),
     ),
-    source="arXiv:2401.04088, arXiv:2412.19437",
+    source="arXiv:2401.04088, arXiv:2412.19437; Hugging Face ZayaRouter",
 )

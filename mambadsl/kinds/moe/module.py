@@ -1,7 +1,7 @@
 """Mixture of experts in torch: a router in float32, then one product per expert that has tokens.
 
 Letters: N tokens (batch * time), D width that the router reads, E experts, K top_k, F hidden width of
-one expert (2F where gated: [gate | up]), L width that the experts read and write.
+one expert (2F where gated: [gate | up]), L width that the experts read and write, R d_router.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambadsl.kinds.activations import activate
-from mambadsl.kinds.module import KindModule
+from mambadsl.kinds.module import Holder, KindModule
 from mambadsl.kinds.moe.kind import KIND
+from mambadsl.kinds.norm import rms_norm
 from mambadsl.kinds.tokens import Tokens
 from mambadsl.kinds.values import Variant
 
@@ -25,7 +26,8 @@ def route(
     """Each token's experts and their weights: index_NK int64, weight_NK float32.
 
     router: a form of `kind.ROUTER`. bias_E is added for choosing only. Equal scores: the expert of the
-    lower number first.
+    lower number first. Of `mlp`, x is what its last layer reads; a token that chooses no expert has number 0 and weight
+    0, so that shapes are the same whatever is chosen.
     """
     logits_NE = F.linear(x_ND.float(), weight_ED.float())
     if router.name == "softmax":
@@ -34,6 +36,14 @@ def route(
             weight_NK = logits_NE.softmax(-1).gather(-1, index_NK)
         else:
             weight_NK = logits_NE.gather(-1, index_NK).softmax(-1)
+    elif router.name == "mlp":
+        scores_NE = logits_NE.softmax(-1)
+        index_NK = best(scores_NE.detach() + bias_E, top_k)
+        weight_NK = scores_NE.gather(-1, index_NK)
+        if router.skip:
+            none_NK = index_NK == len(weight_ED) - 1
+            index_NK, weight_NK = index_NK.masked_fill(none_NK, 0), weight_NK.masked_fill(none_NK, 0)
+        return index_NK, weight_NK
     else:
         scores_NE = logits_NE.sigmoid()
         choice_NE = scores_NE.detach() if bias_E is None else scores_NE.detach() + bias_E
@@ -107,13 +117,18 @@ class Module(KindModule):
     kind = KIND
     REFERENCE = {"router": route, "experts": run_experts, "shared": run_shared}
 
-    def forward(self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, router: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """router: what the MLP of the router above read, before its norm, [B, T, R]."""
         f, form = self.f, dict(act=self.f.act, gated=self.f.gated)
         up = "gate_up_proj" if f.gated else "up_proj"
         x_ND = x_BTD.flatten(0, 1)
-        route = self.parts["router"](
-            x_ND, self.router.weight, self.router.bias, router=f.router, top_k=f.top_k
-        )
+        read = x_ND
+        if f.router.name == "mlp":
+            carried_NR = self._carried(x_ND, router)
+            read = self._router_reads(carried_NR)
+        route = self.parts["router"](read, self.router.weight, self.router.bias, router=f.router, top_k=f.top_k)
         inner_NL = F.linear(x_ND, self.latent_in_proj.weight) if f.latent else x_ND
         y_ND = self.parts["experts"](
             inner_NL, *route, getattr(self.experts, up), self.experts.down_proj, **form
@@ -124,4 +139,24 @@ class Module(KindModule):
             gate = self.shared_gate.weight if f.shared_gate == "sigmoid" else None
             weights = getattr(self.shared, up).weight, self.shared.down_proj.weight, gate
             y_ND = y_ND + self.parts["shared"](x_ND, *weights, **form)
-        return y_ND.unflatten(0, x_BTD.shape[:2])
+        y_BTD = y_ND.unflatten(0, x_BTD.shape[:2])
+        return (y_BTD, {"router": carried_NR.unflatten(0, x_BTD.shape[:2])}) if self.gives else y_BTD
+
+    def _carried(self, x_ND: Tensor, above_BTR: Tensor | None) -> Tensor:
+        """What an MLP router makes of x, and of what the router above did, float32 [N, R]."""
+        mine_NR = _float_linear(x_ND, self.router.enter)
+        if above_BTR is None:
+            return mine_NR
+        return mine_NR + above_BTR.flatten(0, 1).float() * self.router.carry_scale.float()
+
+    def _router_reads(self, carried_NR: Tensor) -> Tensor:
+        """What the last layer of an MLP router reads, float32 [N, R]."""
+        router = self.router
+        r_NR = rms_norm(carried_NR, router.norm.weight, eps=self.f.router.eps)
+        for layer in router.fc1, router.fc2:
+            r_NR = F.gelu(_float_linear(r_NR, layer))
+        return r_NR
+
+
+def _float_linear(x: Tensor, layer: Holder) -> Tensor:
+    return F.linear(x.float(), layer.weight.float(), layer.bias.float())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mambadsl.kinds.conv import _last_inputs
+from mambadsl.kinds.conv import last_inputs
 from mambadsl.parts.triton.conv import convolve
 from mambadsl.parts.triton.ssd.kernels import documents
 
@@ -35,9 +35,9 @@ def causal_conv(
     if segments_BT is None:
         y_BTC = convolve(x_BTC, weight_CK, bias_C, None, before_BJC.transpose(1, 2), BY)
         last_BSC = torch.cat([before_BJC, x_BTC[:, max(x_BTC.shape[1] - J, 0) :]], dim=1)
-        return y_BTC, _last_inputs(last_BSC, J, None, None)
+        return y_BTC, last_inputs(last_BSC, J, None, None)
     # The kernels take documents or a state, not both: the state's inputs go in front, as tokens.
     x_BSC = torch.cat([before_BJC, x_BTC], dim=1)
     segments_BS = torch.cat([segments_BT[:, :1].expand(-1, J), segments_BT], dim=1)
     y_BSC = convolve(x_BSC, weight_CK, bias_C, documents(segments_BS), None, BY)
-    return y_BSC[:, J:], _last_inputs(x_BSC, J, segments_BT, lengths_B)
+    return y_BSC[:, J:], last_inputs(x_BSC, J, segments_BT, lengths_B)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mambadsl.kinds import registry
+from mambadsl.kinds.residual import form_of
 from mambadsl.parts.part import Request
 
 _FP8_SIDE = 16
@@ -25,7 +26,8 @@ def norm_linear(request: Request) -> Iterator[str]:
     norm = sub.norm
     if not request.alone:
         yield "the layers of a sum share one norm"
-    if sub.residual.name in ("post", "normed"):
+    form = form_of(sub.residual)
+    if not form.before or form.keeps_normed:
         yield f"residual = {sub.residual.name}: the norm is not the projection's alone"
     if branch.in_multiplier != 1:
         yield f"in_multiplier = {branch.in_multiplier} stands between norm and projection"
@@ -43,6 +45,8 @@ def attention(request: Request) -> Iterator[str]:
         yield f"head_dim must be a multiple of 8, at most 256, not {request.fields.head_dim}"
     if request.fields.softcap is not None:
         yield "it has no fused kernel with a softcap"
+    if request.fields.keep:
+        yield "its windows keep no first tokens"
     if request.fields.sinks:
         yield "its softmax is used without sinks"
 

@@ -9,13 +9,14 @@ from mambadsl.parts.te.accepts import attention, linear, norm_linear, rms_norm
 FP8 = Field("fp8", Flag(), False, "the product in FP8")
 RECIPE = Field("recipe", OneOf("current", "block"), "current", "how FP8 tensors are scaled")
 
-RECURRENT = (
-    "mamba2", "mamba1", "short_conv", "gated_delta_net", "kimi_delta", "rg_lru", "lightning", "mamba3", "mlstm",
+MIXERS = (
+    "mamba2", "mamba1", "short_conv", "gated_delta_net", "kimi_delta", "rg_lru", "lightning", "mamba3", "mlstm", "gmu",
 )
 ENTRIES = (
-    *(f"{kind}.in_proj" for kind in RECURRENT), "attention.qkv_proj", "mla.in_proj", "mlp.up_proj", "linear.out_proj",
+    *(f"{kind}.in_proj" for kind in MIXERS), "attention.qkv_proj", "cca.qkv_proj", "mla.in_proj", "mlp.up_proj",
+    "linear.out_proj",
 )
-EXITS = (*(f"{kind}.out_proj" for kind in RECURRENT), "attention.o_proj", "mla.o_proj", "mlp.down_proj")
+EXITS = (*(f"{kind}.out_proj" for kind in MIXERS), "attention.o_proj", "cca.o_proj", "mla.o_proj", "mlp.down_proj")
 
 PACKAGE = Package(
     name="te",

@@ -9,6 +9,7 @@ from mambadsl.parts.part import Request
 #: For each kind: channels of a head, by the fields that they come from.
 HEADS = {
     "attention": lambda f: {"head_dim": f.head_dim},
+    "cca": lambda f: {"head_dim": f.head_dim},
     "mla": lambda f: {"nope_dim + rope_dim": f.nope_dim + f.rope_dim, "value_dim": f.value_dim},
 }
 

@@ -43,7 +43,7 @@ MASKED_SLICE, CAPPED_SLICE = 2048, 256
 
 
 def make_attention(*, backend: str = "auto") -> Callable[..., Tensor]:
-    """A function for `attention.core`: (q_BTHP, k_BSKP, v_BSKP, queries, keys, *, scale, window, softcap)
+    """A function for `attention.core`: (q_BTHP, k_BSKP, v_BSKP, queries, keys, *, scale, window, softcap, keep)
     -> [B, T, H, P], equal to `attend` within rounding.
 
     backend: what plain causal attention prefers, `auto`, `cudnn`, `flash` or `efficient`; another one
@@ -55,10 +55,10 @@ def make_attention(*, backend: str = "auto") -> Callable[..., Tensor]:
 
     def attention(
         q_BTHP: Tensor, k_BSKP: Tensor, v_BSKP: Tensor, queries: Tokens, keys: Tokens, *, scale: float,
-        window: int | None, softcap: float | None,
+        window: int | None, softcap: float | None, keep: int = 0,
     ) -> Tensor:
         window = None if window is not None and keys is queries and window >= queries.length else window
-        shape = dict(scale=scale, window=window, softcap=softcap)
+        shape = dict(scale=scale, window=window, softcap=softcap, keep=keep)
         if keys is queries and queries.segments_BT is None and window is None and softcap is None:
             with _preferring(order, q_BTHP):
                 return plain(q_BTHP, k_BSKP, v_BSKP, scale=scale)
@@ -93,7 +93,7 @@ def plain(q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, *, scale: float) -> Te
 
 def flex(
     q_BTHP: Tensor, k_BTKP: Tensor, v_BTKP: Tensor, tokens: Tokens, *, scale: float, window: int | None,
-    softcap: float | None,
+    softcap: float | None, keep: int = 0,
 ) -> Tensor:
     """Attention through FlexAttention, compiled by itself where the caller is not.
 
@@ -108,9 +108,10 @@ def flex(
         return softcap * torch.tanh(score / softcap)
 
     run = flex_attention if torch.compiler.is_compiling() else _compiled
+    grouped = q_BHTP.shape[1] != k_BKTP.shape[1]
     return run(
         q_BHTP, k_BKTP, v_BKTP, score_mod=None if softcap is None else capped,
-        block_mask=block_mask(tokens, window=window), scale=scale, enable_gqa=q_BHTP.shape[1] != k_BKTP.shape[1],
+        block_mask=block_mask(tokens, window=window, keep=keep), scale=scale, enable_gqa=grouped,
     ).transpose(1, 2)
 
 
@@ -131,7 +132,7 @@ def _flex() -> Callable[..., Tensor]:
 
 def masked(
     q_BTHP: Tensor, k_BSKP: Tensor, v_BSKP: Tensor, queries: Tokens, keys: Tokens, *, scale: float,
-    window: int | None, softcap: float | None,
+    window: int | None, softcap: float | None, keep: int = 0,
 ) -> Tensor:
     """Attention under the bool mask of `visible` for any queries and keys, a slice of queries at a time.
 
@@ -146,7 +147,7 @@ def masked(
         some = Tokens(
             queries.positions_BT[:, part], None if queries.segments_BT is None else queries.segments_BT[:, part]
         )
-        given = q_BKGTP[:, :, :, part], k_BKSP, v_BKSP, visible(some, keys, window=window), scale
+        given = q_BKGTP[:, :, :, part], k_BKSP, v_BKSP, visible(some, keys, window=window, keep=keep), scale
         if softcap is None:
             slices.append(_masked(*given))
         else:

@@ -17,8 +17,9 @@ from mambadsl.kinds.tokens import Tokens
 BLOCK = 128
 
 
-def block_mask(tokens: Tokens, *, window: int | None) -> BlockMask:
-    """What `visible` shows of real tokens: of their own document, not later ones, not further back than window - 1.
+def block_mask(tokens: Tokens, *, window: int | None, keep: int = 0) -> BlockMask:
+    """What `visible` shows of real tokens: of their own document, not later ones, not further back than window - 1, but
+    for the first `keep` tokens of the document.
 
     Exact where positions rise by 1 from token to token of a document (`Tokens` makes no others). Padding sees
     the padding before it in its row and itself, so no row is empty.
@@ -26,14 +27,16 @@ def block_mask(tokens: Tokens, *, window: int | None) -> BlockMask:
     segments_BT, positions_BT = tokens.segments_BT, tokens.positions_BT
 
     def seen(b, h, query, key):
-        back = query - key
+        back, place = query - key, key
         shown = back >= 0
         if segments_BT is not None:
             shown = shown & (segments_BT[b, query] == segments_BT[b, key])
-            back = positions_BT[b, query] - positions_BT[b, key]
-        return shown if window is None else shown & (back < window)
+            back, place = positions_BT[b, query] - positions_BT[b, key], positions_BT[b, key]
+        if window is None:
+            return shown
+        return shown & ((back < window) | (place < keep) if keep else back < window)
 
-    some_BJJ, all_BJJ = block_pairs(tokens, window=window)
+    some_BJJ, all_BJJ = block_pairs(tokens, window=window, keep=keep)
     some_kv, some_kv_index, some_q, some_q_index = _lists(some_BJJ & ~all_BJJ)
     all_kv, all_kv_index, all_q, all_q_index = _lists(all_BJJ)
     return BlockMask(
@@ -43,7 +46,7 @@ def block_mask(tokens: Tokens, *, window: int | None) -> BlockMask:
     )
 
 
-def block_pairs(tokens: Tokens, *, window: int | None) -> tuple[Tensor, Tensor]:
+def block_pairs(tokens: Tokens, *, window: int | None, keep: int = 0) -> tuple[Tensor, Tensor]:
     """For each block of queries and block of keys: may any of the queries see any of the keys; does each see all.
 
     bool [B, J, J] each, B 1 without segments. The first may be true of pairs without a visible key, never false of
@@ -64,8 +67,8 @@ def block_pairs(tokens: Tokens, *, window: int | None) -> tuple[Tensor, Tensor]:
         all_BJJ = all_BJJ & (low_BJ[:, :, None] == high_BJ[:, None]) & (low_BJ[:, None] == high_BJ[:, :, None])
     if window is not None:
         low_BJ, high_BJ = _range(positions_BT, J)
-        some_BJJ = some_BJJ & (low_BJ[:, :, None] - high_BJ[:, None] < window)
-        all_BJJ = all_BJJ & (high_BJ[:, :, None] - low_BJ[:, None] < window)
+        some_BJJ = some_BJJ & ((low_BJ[:, :, None] - high_BJ[:, None] < window) | (low_BJ[:, None] < keep))
+        all_BJJ = all_BJJ & ((high_BJ[:, :, None] - low_BJ[:, None] < window) | (high_BJ[:, None] < keep))
     if T % BLOCK:
         whole_J = block_J < T // BLOCK
         all_BJJ = all_BJJ & whole_J[:, None] & whole_J

@@ -20,7 +20,7 @@ PACKAGE = Package(
     source="https://pytorch.org",
     parts=(
         Part(
-            "torch.attention", ("attention.core", "mla.core"),
+            "torch.attention", ("attention.core", "mla.core", "cca.core"),
             "scaled_dot_product_attention; FlexAttention for documents, windows and softcaps",
             "mambadsl.parts.torch.attention:make_attention", attention, (BACKEND,), devices=("cuda", "cpu"),
         ),

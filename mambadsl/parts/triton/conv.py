@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mambadsl.kinds.conv import _last_inputs
+from mambadsl.kinds.conv import last_inputs
 from mambadsl.parts.triton.conv_kernels import conv_backward, conv_forward
 from mambadsl.parts.triton.ssd.kernels import documents, kernels
 from mambadsl.parts.triton.sums import column_sums
@@ -231,6 +231,6 @@ def _made(*, silu: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
         y_BTC = convolve(x_BTC, weight_CK, bias_C, document_BT, state_BCJ, "triton", silu)
         read_BTC = x_BTC if segments_BT is not None else x_BTC[:, max(x_BTC.shape[1] - J, 0) :]
         before_BSC = torch.cat([state_BCJ.transpose(1, 2), read_BTC], dim=1)
-        return y_BTC, _last_inputs(before_BSC, J, segments_BT, lengths_B)
+        return y_BTC, last_inputs(before_BSC, J, segments_BT, lengths_B)
 
     return conv

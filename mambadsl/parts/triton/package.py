@@ -88,7 +88,7 @@ PACKAGE = Package(
             "mambadsl.parts.triton.conv:make_conv", conv,
         ),
         Part(
-            "triton.plain_conv", ("short_conv.conv", "rg_lru.conv"),
+            "triton.plain_conv", ("short_conv.conv", "rg_lru.conv", "cca.conv"),
             "the convolution without silu, documents and states included",
             "mambadsl.parts.triton.conv:make_plain_conv", conv,
         ),

@@ -40,7 +40,7 @@ def _sublayer(request: Any) -> Iterator[str]:
     if request.sub.residual.name != "pre":
         yield f"the residual form is `{request.sub.residual.name}`, not `pre`"
     if request.beside:
-        yield "the layer reads what the one before gave aside of the stream"
+        yield "the layer reads or gives something that goes past the stream"
     if request.sub.input != "stream":
         yield f"the layer reads `{request.sub.input}`, not the stream alone"
     if request.branch.adapter.name != "none":
@@ -65,6 +65,8 @@ def _attention(f: Values) -> Iterator[str]:
         yield "qk_norm is over the full width, not per head"
     elif f.qk_norm.name == "per_head" and f.qk_norm.zero_centered:
         yield "the scale of qk_norm is 1 + weight"
+    if f.keep and f.window is not None:
+        yield "its windows keep no first tokens"
     if f.sinks:
         yield "its softmax has no sinks"
     if f.differential.name != "none":

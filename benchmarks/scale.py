@@ -1,0 +1,140 @@
+"""Training over several GPUs: `mambadsl train` itself, mesh after mesh, each beside one GPU's speed.
+
+    python benchmarks/scale.py [--ranks 2] [--model benchmarks/hybrid_1_7b.mdl] [--only REGEX] [--steps 10] [--json FILE]
+    python benchmarks/scale.py --cpu        a check of the benchmark itself: tiny, on the CPU
+
+Each row is a run of its own under torchrun on the same random tokens; its time is the median of the steps without the
+first five, its loss after the same steps must be near one GPU's. Memory is the first rank's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+model tiny { vocab = 256  d_model = 32 }
+layer M = mamba2(head_dim=8, d_state=8, chunk=8)
+layer A = attention(heads=4)
+layer F = mlp(d_ff=64)
+stack { [M F A F]*4 }
+"""
+
+
+@dataclass
+class Row:
+    """name: the mesh. ranks: processes. options: of `mambadsl train`."""
+
+    name: str
+    ranks: int
+    options: tuple[str, ...]
+    step_s: float = float("nan")
+    tokens_per_s: float = float("nan")
+    memory_gib: float = float("nan")
+    loss: float = float("nan")
+    note: str = ""
+    told: list[str] = field(default_factory=list)
+
+
+def rows(ranks: int, *, microbatch: int, microbatches: int) -> list[Row]:
+    """One GPU first. Every row has the same batch a GPU in the data meshes, and the same batch in pipelines."""
+    def options(batch: int, *more: str) -> tuple[str, ...]:
+        return "--batch", str(batch), "--microbatch", str(microbatch), *more
+
+    pipe = microbatch * microbatches
+    stages = "--stages", str(ranks)
+    return [
+        Row("1 GPU", 1, options(microbatch)),
+        Row(f"{ranks} data", ranks, options(microbatch * ranks)),
+        Row(f"1 GPU, {microbatches} microbatches", 1, options(pipe)),
+        Row(f"{ranks} stages 1f1b, {microbatches} microbatches", ranks, options(pipe, *stages)),
+        Row(f"{ranks} stages interleaved", ranks, options(pipe, *stages, "--pipeline", "interleaved")),
+        Row(f"{ranks} stages zbv", ranks, options(pipe, *stages, "--pipeline", "zbv")),
+        Row(f"{ranks} tensor", ranks, options(microbatch, "--tensor", str(ranks))),
+    ]
+
+
+def run(row: Row, model: Path, data: Path, folder: Path, common: list[str], *, limit: float) -> None:
+    out = folder / re.sub(r"\W+", "-", row.name)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.ranks)]
+    command = [sys.executable, *launch, "-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out)]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    options = [o for o in common if not ("zb" in row.name and o == "--compile")]
+    try:
+        done = subprocess.run(
+            [*command, *row.options, *options], env=env, timeout=limit, capture_output=True, text=True
+        )
+    except subprocess.TimeoutExpired:
+        row.note = f"longer than {limit:.0f} s"
+        return
+    row.told = done.stderr.splitlines()[-40:] + done.stdout.splitlines()[-40:]
+    if done.returncode:
+        row.note = f"exit {done.returncode}: " + " ".join(done.stderr.split())[-1500:]
+        return
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "step_s" in line and "loss" in line]
+    steady = lines[5:]
+    row.step_s = statistics.median(line["step_s"] for line in steady)
+    row.tokens_per_s = statistics.median(line["tokens_per_s"] for line in steady)
+    row.memory_gib = max(line.get("memory_bytes", 0) for line in lines) / 2**30
+    row.loss = lines[-1]["loss"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model", type=Path, default=ROOT / "benchmarks/hybrid_1_7b.mdl")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--microbatches", type=int, default=32)
+    parser.add_argument("--microbatch", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=150)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--plan-device", default="h200")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--cpu", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        length = 32 if given.cpu else 4096
+        np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 256, 40_000 * (1 if given.cpu else 200)))
+        common = ["--length", str(length), "--steps", str(given.steps), "--save-every", "0", "--seed", "1"]
+        if given.cpu:
+            model = folder / "tiny.mdl"
+            model.write_text(TINY)
+            common += ["--device", "cpu"]
+        else:
+            model = given.model
+            common += ["--device", "cuda", "--dtype", "bf16", "--parts", "fused", "--plan-device", given.plan_device]
+            common += [] if given.no_compile else ["--compile"]
+        found = rows(given.ranks, microbatch=given.microbatch, microbatches=given.microbatches)
+        for row in found:
+            if re.search(given.only, row.name):
+                begun = time.monotonic()
+                run(row, model, folder / "tokens.npy", folder, common, limit=given.limit)
+                rate = f"{row.step_s * 1e3:9.1f} ms  {row.tokens_per_s:10,.0f} tokens/s  {row.memory_gib:6.1f} GiB"
+                print(f"{row.name:36s} {rate}  loss {row.loss:.4f}  {row.note}  ({time.monotonic() - begun:.0f} s)", flush=True)
+    by_name = {row.name: row for row in found}
+    for row in found[1:]:
+        one = by_name["1 GPU" if "data" in row.name or "tensor" in row.name else found[2].name]
+        if row is not found[2] and row.tokens_per_s == row.tokens_per_s:
+            print(f"{row.name}: {row.tokens_per_s / one.tokens_per_s:.2f} times one GPU")
+    if given.json:
+        given.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
+    return 1 if any(row.note for row in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
