@@ -203,8 +203,12 @@ def other_data(path: str) -> None:
     words = lambda folder: Path(path)  # noqa: E731
 
 
+def refuse(why: str) -> None:
+    raise ValueError(why)
+
+
 ACTIONS: dict[str, Callable] = {
-    "exit": lambda: os._exit(KILLED),
+    "exit": lambda: os._exit(KILLED), "refuse": refuse,
     "signal": lambda number, times=1: [os.kill(os.getpid(), number) for _ in range(times)],
 }
 FAULTS: dict[str, Callable] = {

@@ -126,16 +126,18 @@ def run(
     program = model.program()
     part_set(how["parts"], program)
     try:
-        import torch
-    except ModuleNotFoundError:
+        from mambadsl.build.device import usual
+        from mambadsl.train.failure import Alone, NotFinite
+        from mambadsl.train.loop import Keeping
+        from mambadsl.train.run import train
+        from mambadsl.train.settings import Settings
+        from mambadsl.train.world import lost
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         raise click.ClickException("train needs PyTorch: pip install 'mambadsl[torch]'") from None
-    from mambadsl.train.failure import NotFinite
-    from mambadsl.train.loop import Keeping
-    from mambadsl.train.run import train
-    from mambadsl.train.settings import Settings
-    from mambadsl.train.world import lost
 
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or usual()
     try:
         settings = Settings(
             length=length or program.spec.settings.context, dtype=dtype or ("fp32" if place == "cpu" else "bf16"),
@@ -154,10 +156,9 @@ def run(
         raise click.ClickException(str(error)) from None
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(
-            f"a device's memory is full: a smaller --microbatch, --recompute or more ranks need less ({error})"
-        ) from None
+    except Alone as error:
+        output.note(str(error))
+        return 1
     except RuntimeError as error:
         if (why := lost(error)) is None:
             raise

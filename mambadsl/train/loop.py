@@ -26,7 +26,7 @@ from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
 from mambadsl.train.engine import Engine, engine
-from mambadsl.train.failure import NotFinite, explain
+from mambadsl.train.failure import Alone, NotFinite, explain
 from mambadsl.train.gradients import Gradients
 from mambadsl.train.log import Log
 from mambadsl.train.match import about, check
@@ -140,10 +140,12 @@ class Run:
                     troubles.append(unsaved)
                 for trouble in filter(None, troubles):
                     tell(trouble)
-        except (NotFinite, ValueError):  # ValueError: data that was changed meanwhile.
+        except (NotFinite, ValueError) as error:
             # What is being written is of a step before.
             if trouble := self.saver.finish():
                 tell(trouble)
+            if isinstance(error, ValueError):  # Data that was changed meanwhile.
+                raise Alone(f"rank {world.rank}, step {step + 1}: {error}") from None
             raise
         finally:
             if log:

@@ -10,11 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mambadsl.build.device import device as usable
 from mambadsl.compile import Program
 from mambadsl.data.corpus import open_corpus
 from mambadsl.data.rows import Rows
 from mambadsl.plan.plan import Plan
+from mambadsl.train.failure import Alone
 from mambadsl.train.loop import Keeping, Result, Run
 from mambadsl.train.save import held
 from mambadsl.train.settings import Settings
@@ -44,11 +47,15 @@ def train(
         with world.agreed():
             corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)
             rows = Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
-        run = Run(
-            program.layers, rows, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights
-        )
-        with Stop() as stop:
-            return run.train(stop)
+        try:
+            run = Run(
+                program.layers, rows, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights
+            )
+            with Stop() as stop:
+                return run.train(stop)
+        except torch.OutOfMemoryError as error:
+            less = "a smaller microbatch, recompute or more ranks need less"
+            raise Alone(f"rank {world.rank}: the memory of {world.device} is full; {less} ({error})") from None
 
 
 def planning(program: Program, settings: Settings, **how: Any) -> Plan:

@@ -66,7 +66,9 @@ class Settings:
         if self.dtype not in DTYPES:
             raise ValueError(f"training computes in {' or '.join(DTYPES)}, not `{self.dtype}`")
         if self.compile and self.pipeline in ("zb", "zbv") and self.stages > 1:
-            raise ValueError(f"`{self.pipeline}` takes gradients of weights out of the layers, which --compile makes one")
+            raise ValueError(
+                f"`{self.pipeline}` takes gradients of weights out of the layers, which --compile makes one"
+            )
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
 

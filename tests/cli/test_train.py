@@ -92,6 +92,13 @@ def test_a_lost_rank_is_a_sentence(typed, tmp_path):
     assert "another process of the run is gone" in done.said[0] and "Traceback" not in done.said[0]
 
 
+def test_what_one_rank_finds_in_a_step_it_says(typed, tmp_path):
+    """As of a file of data that was changed; the save that was being written is completed."""
+    done = run(Typed(typed(), fault=("step", 3, "refuse", "`words.txt` was changed"), faulty=1), tmp_path, ranks=2)
+    assert done.codes == (1, 1) and "rank 1, step 4: `words.txt` was changed" in done.said[1]
+    assert not any("Traceback" in said or "bug" in said for said in done.said)
+
+
 def test_a_run_its_weights_and_a_run_from_them(typed, tmp_path):
     invoke = CliRunner().invoke
     result = invoke(cli, typed("--json"))
