@@ -12,11 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mambadsl"
 FLOORS = {
     "text": 0, "files": 0, "syntax": 1, "kinds": 1, "parts": 1.5, "spec": 2, "graph": 3, "plan": 4, "build": 5,
-    "show": 5, "adapt": 5.5, "data": 5.5, "run": 6, "hf": 6, "megatron": 6, "cli": 7,
+    "show": 5, "adapt": 5.5, "data": 5.5, "run": 6, "train": 6, "hf": 6, "megatron": 6, "cli": 7,
 }
 #: The compiler's front: names every stage, imports each when it is reached.
 FRONT = {"compile", "__init__", "__main__"}
-TORCH = {"build", "run"}
+TORCH = {"build", "run", "train"}
 #: What the compiler reads of a kind: everything else below kinds/ may be torch.
 TABLES = {"kind.py", "fields.py", "values.py", "registry.py", "sublayer.py", "__init__.py"}
 #: What is known of a part before any of it is loaded.

@@ -82,6 +82,22 @@ class InTurn:
 
 
 @dataclass(frozen=True)
+class Typed:
+    """`mambadsl ...`."""
+
+    words: tuple[str, ...]
+    fault: tuple[Any, ...] = ()
+    faulty: int = 0
+
+    def __call__(self) -> None:
+        from mambadsl.cli.commands import cli
+
+        if self.fault and int(os.environ.get("RANK", "0")) == self.faulty:
+            FAULTS[self.fault[0]](*self.fault[1:])
+        cli(list(self.words))
+
+
+@dataclass(frozen=True)
 class Launched:
     """As `torchrun --nproc-per-node 2 --max-restarts 1` does it, its processes forked too."""
 
@@ -187,8 +203,12 @@ def other_data(path: str) -> None:
     words = lambda folder: Path(path)  # noqa: E731
 
 
+def refuse(why: str) -> None:
+    raise ValueError(why)
+
+
 ACTIONS: dict[str, Callable] = {
-    "exit": lambda: os._exit(KILLED),
+    "exit": lambda: os._exit(KILLED), "refuse": refuse,
     "signal": lambda number, times=1: [os.kill(os.getpid(), number) for _ in range(times)],
 }
 FAULTS: dict[str, Callable] = {

@@ -13,3 +13,8 @@ def device(name: str | torch.device) -> torch.device:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"device `{name}` cannot be used: {reason}") from None
     return found
+
+
+def usual() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -164,23 +164,25 @@ def run(
     Ctrl-C and SIGTERM end it after the step that is being done, saved, with exit code 130 and 143; a second Ctrl-C
     ends it at once. Whatever ended it, the same command goes on from the last save.
     """
+    _paths(data)
     program = model.program()
     part_set(how["parts"], program)
     if ranks is not None and not dry_run:
         raise click.UsageError("--ranks is of --dry-run: a run has those that torchrun starts")
     try:
-        import torch
-    except ModuleNotFoundError:
+        from mambadsl.build.device import usual
+        from mambadsl.train.failure import Alone, NotFinite
+        from mambadsl.train.loop import Keeping
+        from mambadsl.train.run import rows, train
+        from mambadsl.train.settings import Settings
+        from mambadsl.train.world import lost
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         raise click.ClickException("train needs PyTorch: pip install 'mambadsl[torch]'") from None
-    from mambadsl.train.failure import NotFinite
-    from mambadsl.train.loop import Keeping
-    from mambadsl.train.run import rows, train
-    from mambadsl.train.settings import Settings
-    from mambadsl.train.world import lost
 
-    there = "cuda" if torch.cuda.is_available() else "cpu"
     # A dry run for another machine needs none of it.
-    place = device or ("cuda" if dry_run and plan_device in _devices() and plan_device != "cpu" else there)
+    place = device or ("cuda" if dry_run and plan_device in _devices() and plan_device != "cpu" else usual())
     try:
         settings = Settings(
             length=length or program.spec.settings.context, dtype=dtype or ("fp32" if place == "cpu" else "bf16"),
@@ -202,10 +204,9 @@ def run(
         raise click.ClickException(str(error)) from None
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(
-            f"a device's memory is full: a smaller --microbatch, --recompute or more ranks need less ({error})"
-        ) from None
+    except Alone as error:
+        output.note(str(error))
+        return 1
     except RuntimeError as error:
         if (why := lost(error)) is None:
             raise
@@ -219,6 +220,16 @@ def run(
     if done.unsaved:
         return 1
     return None if done.ended == "done" else 128 + signal.Signals[done.ended]
+
+
+def _paths(data: tuple[str, ...]) -> None:
+    if "" in data:
+        raise click.UsageError("--data is empty: this folder is `.`")
+    given: set[Path] = set()
+    for path in map(Path, data):
+        if path.resolve() in given:
+            raise click.UsageError(f"--data `{path}` is given twice")
+        given.add(path.resolve())
 
 
 def _tell(done: Result, steps: int, folder: Path, *, as_json: bool) -> None:

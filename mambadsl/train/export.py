@@ -1,6 +1,6 @@
 """A save of a run, of any mesh -> a folder of safetensors under the model's own names, and the model's text.
 
-One process, no group; a file's tensors in memory at a time. Refuses (ValueError) a folder without a run, a step that
+One process, no group; a weight in memory at a time. Refuses (ValueError) a folder without a run, a step that
 is not there, a save that cannot be read.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from functools import cache, partial
-from math import prod
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from mambadsl.build.shards import MAX_FILE_BYTES, Unit, save_shards
+from mambadsl.build.shards import MAX_FILE_BYTES, Unit, blank, save_shards
 from mambadsl.graph.json import from_data
 from mambadsl.graph.write import write
 from mambadsl.train.save import Saved, damaged, newest, read, saves, stored
@@ -42,7 +41,10 @@ def export_run(
     saved = _save(run, step)
     reader = _Reader(saved.folder)
     shapes = {key: shape for key, shape in stored(saved).items() if key.startswith("model.")}
-    units = [Unit(4 * prod(shape), partial(_weight, saved, reader, key, shape)) for key, shape in shapes.items()]
+    units = [
+        Unit({key.removeprefix("model."): blank(shape, torch.float32)}, partial(_weight, saved, reader, key, shape))
+        for key, shape in shapes.items()
+    ]
     graph = from_data(saved.about["graph"])
     about = {"format": "pt", "model": graph.name, "step": str(saved.step)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,10 @@ class NotFinite(RuntimeError):
     """The run has stopped; nothing was saved since the numbers went wrong."""
 
 
+class Alone(RuntimeError):
+    """What ends one rank, and the others for want of it: it tells why itself."""
+
+
 def explain(step: int, loss: float, norm: float, engine: Engine, batch: Batch, counts_K: Tensor, world: World) -> str:
     """Why step `step` cannot be done. Runs its forward pass again, watching every layer; every rank calls it."""
     found = _forward(engine, batch, counts_K) or _gradient(engine.pieces)

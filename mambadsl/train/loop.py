@@ -27,7 +27,7 @@ from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
 from mambadsl.train.compare import Comparison, compare
 from mambadsl.train.engine import Engine, engine
-from mambadsl.train.failure import NotFinite, explain
+from mambadsl.train.failure import Alone, NotFinite, explain
 from mambadsl.train.forecast import Forecast
 from mambadsl.train.gradients import Gradients
 from mambadsl.train.log import Log
@@ -150,10 +150,12 @@ class Run:
                     troubles.append(unsaved)
                 for trouble in filter(None, troubles):
                     tell(trouble)
-        except (NotFinite, ValueError):  # ValueError: data that was changed meanwhile.
+        except (NotFinite, ValueError) as error:
             # What is being written is of a step before.
             if trouble := self.saver.finish():
                 tell(trouble)
+            if isinstance(error, ValueError):  # Data that was changed meanwhile.
+                raise Alone(f"rank {world.rank}, step {step + 1}: {error}") from None
             raise
         finally:
             if log:
@@ -236,7 +238,7 @@ class Run:
     def _seed(self, step: int) -> None:
         """Dropout draws by the step and the rank's place, not by what was drawn before."""
         place = self.world.at("data") * self.world.ranks("pipeline") + self.world.at("pipeline")
-        torch.manual_seed((self.settings.seed << 40) ^ (step << 12) ^ place)
+        torch.manual_seed(((self.settings.seed << 40) ^ (step << 12) ^ place) % 2**63)
 
 
 class Meter:

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mambadsl.build.device import device as usable
 from mambadsl.compile import Program
 from mambadsl.data.corpus import open_corpus
@@ -19,6 +21,7 @@ from mambadsl.data.rows import Rows
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan import device as devices
 from mambadsl.plan.plan import Plan, plan_units
+from mambadsl.train.failure import Alone
 from mambadsl.train.forecast import Forecast, chain, forecast
 from mambadsl.train.loop import Keeping, Result, Run
 from mambadsl.train.pieces import recomputed
@@ -54,12 +57,16 @@ def train(
                 stack.enter_context(held(folder))
         with world.agreed():
             found = rows(program, data, settings, tokenizer=tokenizer, held_out=held_out)
-        run = Run(
-            program.layers, found, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights,
-            forecast=will,
-        )
-        with Stop() as stop:
-            return run.train(stop)
+        try:
+            run = Run(
+                program.layers, found, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights,
+                forecast=will,
+            )
+            with Stop() as stop:
+                return run.train(stop)
+        except torch.OutOfMemoryError as error:
+            less = "a smaller microbatch, recompute or more ranks need less"
+            raise Alone(f"rank {world.rank}: the memory of {world.device} is full; {less} ({error})") from None
 
 
 def rows(

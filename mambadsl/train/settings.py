@@ -6,6 +6,7 @@ nearest that can.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,6 +57,14 @@ class Settings:
         for name in ("length", "batch", "steps", "stages", "tensor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
+        for name in ("lr", "floor", "decay", "weight_decay", "eps", "clip"):
+            value = getattr(self, name)
+            if not (value is None and name == "clip" or 0 <= value < math.inf):
+                raise ValueError(f"{name} is a number from 0, not {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seeds are from 0 to {2**32 - 1}, not {self.seed}")
+        if self.virtual is not None and self.stages == 1:
+            raise ValueError("virtual stages are of a pipeline, which takes more than 1 stage")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"there is no schedule `{self.schedule}`: {', '.join(SCHEDULES)}")
         if self.dtype not in DTYPES:

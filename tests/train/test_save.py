@@ -1,0 +1,108 @@
+"""Saves: complete or not there, of any mesh for any other, and as safetensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_faults import TEXT, Start, run
+
+import mambadsl
+from mambadsl.build.checkpoint import load_weights
+from mambadsl.graph.weights import all_weights
+from mambadsl.train.export import export_run
+from mambadsl.train.save import Saved, complete, held, newest, prune, read, saves
+
+MESHES = {"data": (2, {}), "stages": (2, {"stages": 2})}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Name of a mesh -> the folder of a run of four steps; `alone`: one process."""
+    base = tmp_path_factory.mktemp("runs")
+    for name, (ranks, settings) in {"alone": (1, {}), **MESHES}.items():
+        assert run(Start(base / name, {"steps": 4, "eps": 1e-3, **settings}), ranks=ranks).result["ended"] == "done"
+    return {name: base / name for name in ("alone", *MESHES)}
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_weights_of_any_mesh_are_the_models(runs, tmp_path, mesh):
+    for name in ("alone", mesh):
+        *_, text = export_run(runs[name], tmp_path / name)
+        assert mambadsl.load(text).layers == mambadsl.load(text=TEXT).layers
+    truth, found = (load_file(tmp_path / name / "weights.safetensors") for name in ("alone", mesh))
+    assert found.keys() == truth.keys() == all_weights(mambadsl.load(text=TEXT).layers).keys()
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-5)
+
+
+def test_several_files(runs, tmp_path):
+    files = export_run(runs["alone"], tmp_path / "many", step=2, max_file_bytes=8_000)
+    assert len(files) > 3
+    export_run(runs["alone"], tmp_path / "one", step=2)
+    one, many = (
+        load_weights(mambadsl.load(text=TEXT).build(seed=seed), tmp_path / name).tensors()
+        for seed, name in enumerate(("one", "many"))
+    )
+    assert all(torch.equal(one[path], many[path]) for path in one)
+
+
+def test_a_run_begins_with_weights_on_any_mesh(runs, tmp_path):
+    export_run(runs["alone"], tmp_path / "weights")
+    found = {}
+    for name, (ranks, settings) in {"alone": (1, {}), **MESHES}.items():
+        start = Start(tmp_path / name, {"steps": 2, "eps": 1e-3, **settings}, weights=tmp_path / "weights")
+        assert run(start, ranks=ranks).result["ended"] == "done"
+        found[name] = losses(start.folder)
+    assert found["alone"][0] < losses(runs["alone"])[0] - 0.1
+    for mesh in MESHES:
+        assert found[mesh] == pytest.approx(found["alone"], rel=1e-5)
+
+
+def test_weights_of_another_model(runs, tmp_path):
+    export_run(runs["alone"], tmp_path / "weights")
+    other = Start(tmp_path / "run", text=TEXT.replace("M F A F", "M F A"), weights=tmp_path / "weights")
+    refused = run(other)
+    assert refused.code == 70 and "E905" in refused.said[0] and "stack.3" in refused.said[0]
+    assert not saves(tmp_path / "run") and not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def save(folder, *, step):
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"step": step, "files": {}}))
+
+
+def test_pruning_leaves_whole_saves_and_what_is_newer(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path / f"step-{step:08d}", step=step)
+    for broken in (2, 4, 6):
+        (tmp_path / f"step-{broken:08d}" / "run.json").unlink()
+    prune(tmp_path, 2)
+    assert [folder.name for folder in saves(tmp_path)] == [f"step-{step:08d}" for step in (3, 4, 5, 6)]
+    found, doubts = newest(tmp_path)
+    assert found.step == 5 and len(doubts) == 1
+
+
+def test_a_save_without_a_ranks_files_is_none(runs, tmp_path):
+    """As when machines do not share the folder."""
+    import shutil
+
+    part = tmp_path / "step-00000009.part"
+    shutil.copytree(newest(runs["data"])[0].folder, part)
+    (part / "__1_0.distcp").unlink()
+    with pytest.raises(OSError, match="__1_0.distcp not found: .* all machines"):
+        complete(part, {"step": 9})
+    assert isinstance(read(newest(runs["data"])[0].folder), Saved)
+
+
+def test_a_folder_is_held_by_one(tmp_path):
+    with held(tmp_path / "run"):
+        with pytest.raises(ValueError, match="another process is training in"), held(tmp_path / "run"):
+            pass
+    with held(tmp_path / "run"):
+        pass
