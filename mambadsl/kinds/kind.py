@@ -209,6 +209,11 @@ class Kind:
     example: a small layer that every kernel takes; of a kind that takes something, with the layer that gives it.
     module_code: where the torch module is, `module:Class` or a function that returns the class; of the kinds shipped,
     `Module` in the folder's module.py.
+    split(f, ranks): the fields of one rank's part of a layer that so many compute together; None where it has no such
+    parts. The layer gives the sum of what they give, a bias behind a weight that is split "in" added once; what such a
+    weight gives inside of a layer goes through the module's `summed`, and must have no bias. A part's own
+    tables tell what it has: a segment as large as the layer's is on all ranks, of a smaller one each rank has its own,
+    in order; where there are more ranks than different ones, neighbours have the same.
     """
 
     name: str
@@ -229,6 +234,7 @@ class Kind:
     color: str = ""
     example: str = ""
     module_code: str | Callable[[], Any] = ""
+    split: Callable[[Values, int], Values | None] = lambda f, ranks: None
 
     def field(self, name: str) -> Field | None:
         return next((f for f in self.fields if f.name == name), None)
@@ -250,6 +256,16 @@ class Kind:
     @property
     def package(self) -> str:
         return f"mambadsl.kinds.{self.name}"
+
+
+def divided(f: Values, ranks: int, *names: str, copied: tuple[str, ...] = ()) -> Values | None:
+    """The fields with a `ranks`th of each of `names`, and of `copied` too, or 1 where several ranks have the same one.
+    None where a number does not divide."""
+    if any(f[name] % ranks for name in names) or any(f[name] % ranks and ranks % f[name] for name in copied):
+        return None
+    return f.replace(
+        **{name: f[name] // ranks for name in names}, **{name: max(1, f[name] // ranks) for name in copied}
+    )
 
 
 def norm_weights(prefix: str, norm: Any, width: int) -> tuple[Weight, ...]:

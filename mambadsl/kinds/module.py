@@ -55,6 +55,8 @@ class KindModule(Declared):
     projection that reads x; a part there may do the norm before it as well (forward then gets it as `norm`)."""
 
     kind: Kind
+    #: What adds up a projection inside of a layer whose channels several ranks share.
+    summed: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)
     REFERENCE: Mapping[str, Callable[..., Any]] = {}
     ENTRY = ""
 

@@ -12,7 +12,8 @@ from mambadsl.build.failure import notes
 from mambadsl.data.rows import Batch
 from mambadsl.graph.graph import Node
 from mambadsl.train.engine import Engine
-from mambadsl.train.pieces import Piece, local
+from mambadsl.train.held import local
+from mambadsl.train.pieces import Piece
 from mambadsl.train.world import World
 
 

@@ -1,11 +1,14 @@
 """Gradients between the backward passes and the optimizer: added up where a weight lives twice, measured, clipped.
 
 A weight lives twice where two stages have it (a tied table, a shared block), and on every data rank where it is kept
-whole (declared float32). Its copies begin equal and get equal gradients, so they stay equal.
+whole (declared float32). Where tensor ranks share a layer, those that have the same elements of a weight have a part of
+their gradients each; of weights around such layers, all have the whole. Copies begin equal and get equal gradients, so
+they stay equal.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mambadsl.train.pieces import Piece, local
+from mambadsl.train.held import Box, boxes, local
+from mambadsl.train.pieces import Piece
+from mambadsl.train.slices import Slice
 from mambadsl.train.world import World
 
 
@@ -26,7 +31,9 @@ class Gradients:
     def __init__(self, pieces: Sequence[Piece], world: World):
         self.world = world
         self.parameters: dict[str, list[nn.Parameter]] = {}
+        self.slices: dict[str, Slice] = {}
         for made in pieces:
+            self.slices.update(made.slices)
             for path, p in made.model.named_parameters():
                 self.parameters.setdefault(path, []).append(p)
         self.owned, self.groups = self._sharing()
@@ -58,6 +65,7 @@ class Gradients:
 
     def add_up(self) -> None:
         """Copies of a weight get the sum of their gradients."""
+        self._add_up_parts()
         for copies in self.parameters.values():
             if len(copies) > 1:
                 total = sum(local(p.grad) for p in copies)
@@ -77,25 +85,45 @@ class Gradients:
                 for grad, part in zip(whole, flat.split([grad.numel() for grad in whole])):
                     grad.copy_(part.view_as(grad))
 
+    def _add_up_parts(self) -> None:
+        """Of elements that several tensor ranks have. One sum for all: what a rank shares with its neighbours alone has
+        a place of its own in it."""
+        ranks, at = self.world.ranks("tensor"), self.world.at("tensor")
+        several = [
+            box for path in self.slices for p in self.parameters.get(path, ()) if p.grad is not None
+            for box in boxes(p.grad, self.slices[path]) if box.copies > 1
+        ]
+        if not several:
+            return
+        flat = torch.cat([_placed(box, places=ranks // box.copies, at=at // box.copies) for box in several])
+        dist.all_reduce(flat, group=self.world.group("tensor"))
+        sums = flat.split([ranks // box.copies * box.view.numel() for box in several])
+        for box, total in zip(several, sums):
+            box.view.copy_(total.view(ranks // box.copies, *box.view.shape)[at // box.copies])
+
     def norm(self) -> Tensor:
         """Of all weights' gradients, each counted once; a float32 scalar, the same on every rank."""
-        cut, whole = [], []
-        for path in self.owned:
+        world, cut, whole = self.world, defaultdict(list), defaultdict(list)
+        for path in sorted(self.owned):
             p = self.parameters[path][0]
             if p.grad is not None:
-                (cut if isinstance(p, DTensor) else whole).append(local(p.grad))
+                for box in boxes(p.grad, self.slices.get(path), copies=world.ranks("tensor")):
+                    (cut if isinstance(p, DTensor) else whole)[box.copies].append(box.view)
         total = self._squares(cut)
-        if self.world.ranks("data") > 1:
-            dist.all_reduce(total, group=self.world.group("data"))
+        if world.ranks("data") > 1:
+            dist.all_reduce(total, group=world.group("data"))
         total = total + self._squares(whole)
-        if self.world.ranks("pipeline") > 1:
-            dist.all_reduce(total, group=self.world.group("pipeline"))
+        for axis in ("tensor", "pipeline"):
+            if world.ranks(axis) > 1:
+                dist.all_reduce(total, group=world.group(axis))
         return total.sqrt().float()
 
-    def _squares(self, grads: list[Tensor]) -> Tensor:
-        if not grads:
-            return torch.zeros((), dtype=torch.float64, device=self.world.device)
-        return torch.stack(torch._foreach_norm(grads)).double().square().sum()
+    def _squares(self, grads: dict[int, list[Tensor]]) -> Tensor:
+        """copies -> gradients that so many tensor ranks have."""
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for copies, views in grads.items():
+            total += torch.stack(torch._foreach_norm(views)).double().square().sum() / copies
+        return total
 
     def clip(self, norm: Tensor, limit: float | None) -> None:
         """Scales every gradient so that their norm is at most `limit`."""
@@ -109,3 +137,11 @@ class Gradients:
             for p in copies:
                 p.grad = None
 
+
+def _placed(box: Box, *, places: int, at: int) -> Tensor:
+    """The box's elements in their place of several, zeros in the others."""
+    if places == 1:
+        return box.view.flatten()
+    flat = box.view.new_zeros(places, box.view.numel())
+    flat[at] = box.view.flatten()
+    return flat.flatten()

@@ -37,6 +37,7 @@ from mambadsl.train.peak import peak_flops
 from mambadsl.train.pieces import put
 from mambadsl.train.save import Saver, newest, read
 from mambadsl.train.settings import Settings
+from mambadsl.train.slices import whole
 from mambadsl.train.stop import Stop
 from mambadsl.train.tables import compared_text
 from mambadsl.train.watch import Watch
@@ -99,13 +100,15 @@ class Run:
         self.forecast, self.watch = forecast, Watch(self.engine, world)
         if begun is not None:
             for made in self.engine.pieces:
-                put(made.model, begun.value)
+                put(made, begun.value)
         self.depths = self.engine.pieces[-1].model.trained_depths
         self.gradients = Gradients(self.engine.pieces, world)
         self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
         self.notes = [f"passed over: {doubt}" for doubt in doubts]
+        if alone := whole(graph, world.ranks("tensor")):
+            self.notes.append(f"whole on every tensor rank: {', '.join(alone)}")
         if saved is not None:
             self.start = self.saver.load(saved)
             self.notes.append(f"goes on after step {self.start:,}, from `{saved.folder}`")

@@ -1,7 +1,7 @@
 """What one rank trains: a stage of the model, or the whole of it, sharded over the data ranks.
 
 In: a graph, a stage, the world. Out: a `Piece`, a module with the stage's model below `model`, weights and all. Every
-weight is drawn by its path and only this rank's rows of it are kept, so any layout begins with the same bits. FSDP2
+weight is drawn by its path and only what this rank has of it is kept, so any layout begins with the same bits. FSDP2
 holds weights in float32 and gathers them layer by layer in what layers compute in; weights declared float32 are on
 every data rank, and so are their gradients (`gradients.py` adds them up).
 """
@@ -9,15 +9,13 @@ every data rank, and so are their gradients (`gradients.py` adds them up).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mambadsl.build.init import draw
 from mambadsl.build.machine import machine
@@ -25,21 +23,26 @@ from mambadsl.build.model import DTYPES, Model
 from mambadsl.build.refuse import problems
 from mambadsl.build.stage import Stage
 from mambadsl.graph.graph import LayerGraph, Role
+from mambadsl.graph.weights import all_weights
 from mambadsl.plan.assign import assign
 from mambadsl.text.diagnostic import MdlError
+from mambadsl.train.held import boxes
 from mambadsl.train.settings import Settings
+from mambadsl.train.slices import Slice, split
+from mambadsl.train.tensor import join
 from mambadsl.train.world import World
 
 
 class Piece(nn.Module):
     """A stage as a pipeline runs it: tensors in, tensors out; of the last one, its share of the step's loss.
 
-    counts_K: of the step, set before its first microbatch (`Model.share`).
+    counts_K: of the step, set before its first microbatch (`Model.share`). slices: path -> what the rank has of the
+    weight, of layers that tensor ranks share.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, slices: Mapping[str, Slice]):
         super().__init__()
-        self.model = model
+        self.model, self.slices = model, slices
         self.counts_K: Tensor | None = None
 
     @property
@@ -73,15 +76,17 @@ def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings) -> 
     """The rank's piece with its initial values. Raises MdlError: E901, E906, and E902, E907 of the part set."""
     if found := problems(graph):
         raise MdlError(found)
-    where = machine(world.device)
-    assignment = assign(graph, parts=settings.parts, machine=where, dtype=settings.dtype)
-    model = Model(recomputed(graph) if settings.recompute else graph, stage, assignment, device="meta")
+    mine = split(recomputed(graph) if settings.recompute else graph, world.ranks("tensor"))
+    here = replace(stage, nodes=tuple(mine.by_path[path] for path in stage.paths))
+    assignment = assign(mine, parts=settings.parts, machine=machine(world.device), dtype=settings.dtype)
+    model = Model(mine, here, assignment, device="meta")
+    made = Piece(model, join(model, graph, world))
     if settings.compile:
         compile_layers(model)
-    made = Piece(model)
     shard(made, world, settings)
     made.to_empty(device=world.device)
-    put(model, lambda path: draw(model.weights[path], graph, path=path, seed=settings.seed))
+    weights = all_weights(graph)
+    put(made, lambda path: draw(weights[path], graph, path=path, seed=settings.seed))
     return made.train()
 
 
@@ -135,20 +140,10 @@ def shard(made: Piece, world: World, settings: Settings) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def put(model: Model, value: Callable[[str], Tensor]) -> None:
-    """Gives every weight and buffer of this rank its rows of the whole value."""
+def put(made: Piece, value: Callable[[str], Tensor]) -> None:
+    """Gives every weight and buffer what this rank has of the whole value."""
     with torch.no_grad():
-        for path, tensor in model.tensors().items():
+        for path, tensor in made.model.tensors().items():
             whole = value(path)
-            if isinstance(tensor, DTensor):
-                shape, offset = compute_local_shape_and_global_offset(
-                    tensor.shape, tensor.device_mesh, tensor.placements
-                )
-                whole = whole[tuple(slice(a, a + n) for a, n in zip(offset, shape))]
-                tensor = tensor.to_local()
-            tensor.copy_(whole)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's rows."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            for box in boxes(tensor, made.slices.get(path)):
+                box.view.copy_(box.of(whole))

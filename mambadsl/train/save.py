@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mambadsl.build.checkpoint import LISTED, listed
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.graph.weights import all_weights
+from mambadsl.train.held import LoadPlanner, SavePlanner, Sliced, local
 from mambadsl.train.optimizer import Optimizer
 from mambadsl.train.pieces import Piece
 from mambadsl.train.world import World
@@ -150,14 +151,18 @@ class Saver:
         return None
 
     def tensors(self) -> dict[str, Any]:
-        """Key -> this rank's tensor; of copies of one weight, the first."""
-        found: dict[str, Tensor] = {}
+        """Key -> what this rank has of the tensor; of copies of one weight, the first."""
+        found: dict[str, Tensor | Sliced] = {}
         for made in self.pieces:
             for path, tensor in made.model.tensors().items():
-                found.setdefault(f"model.{path}", tensor.detach())
+                found.setdefault(f"model.{path}", self._held(path, tensor.detach()))
         for path, name, tensor in self.optimizer.state():
-            found.setdefault(f"optim.{path}.{name}", tensor)
+            found.setdefault(f"optim.{path}.{name}", self._held(path, tensor))
         return found
+
+    def _held(self, path: str, tensor: Tensor) -> Tensor | Sliced:
+        held = next((made.slices[path] for made in self.pieces if path in made.slices), None)
+        return tensor if held is None else Sliced(tensor, held)
 
     def start(self, step: int, about: dict[str, Any]) -> str | None:
         """Begins a save; training may go on at once. Gives what went wrong with the one before."""
@@ -166,7 +171,8 @@ class Saver:
         if self.world.first:
             shutil.rmtree(part, ignore_errors=True)
         self.world.barrier()
-        going = dcp.async_save(self.tensors(), checkpoint_id=part, process_group=self.world.files)
+        how = dict(planner=SavePlanner(), process_group=self.world.files)
+        going = dcp.async_save(self.tensors(), checkpoint_id=part, **how)
         self._going = going, part, {"step": step, **about}
         return trouble
 
@@ -191,7 +197,7 @@ class Saver:
         """Weights and moments of the save; gives its step. ValueError if they cannot be read."""
         tensors = self.tensors()
         try:
-            dcp.load(tensors, checkpoint_id=saved.folder, process_group=self.world.files)
+            dcp.load(tensors, checkpoint_id=saved.folder, planner=LoadPlanner(), process_group=self.world.files)
         except CheckpointException as error:
             first = next(iter(error.failures.values()))[0]
             raise damaged(saved, first) from None
@@ -204,8 +210,10 @@ class Saver:
         return saved.step
 
 
-def _same(tensor: Tensor, loaded: Tensor) -> None:
+def _same(tensor: Tensor, loaded: Tensor | Sliced) -> None:
     """A second copy of a weight gets what the first one got."""
+    if isinstance(loaded, Sliced):
+        tensor, loaded = local(tensor), loaded.tensor
     if tensor.data_ptr() != loaded.data_ptr():
         tensor.copy_(loaded)
 

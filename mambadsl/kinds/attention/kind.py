@@ -25,6 +25,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -248,6 +249,14 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + q_dim(f), f.heads)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """By query heads; fewer key/value heads are on several ranks. Norms over the full width need all heads, and
+    differential heads their partner of the other half."""
+    if f.qk_norm.name == "full_width" or f.differential.name != "none":
+        return None
+    return divided(f, ranks, "heads", copied=("kv_heads",))
+
+
 KIND = Kind(
     name="attention",
     example="attention(heads=4, kv_heads=2, head_dim=64)",
@@ -259,6 +268,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("qkv_proj", "x_BTD -> [q | k | v | gate], without k and v where those are taken"),
         Slot("core", "softmax(scale * q k^T + mask) v with window, softcap and packed documents"),

@@ -7,7 +7,7 @@ RWKV.
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Computed, Field, Int
-from mambadsl.kinds.kind import RESIDUAL, Dims, Flops, Init, Kind, Saved, Slot, State, Weight, linear, matmul
+from mambadsl.kinds.kind import RESIDUAL, Dims, Flops, Init, Kind, Saved, Slot, State, Weight, divided, linear, matmul
 from mambadsl.kinds.values import Values
 
 FIELDS = (
@@ -42,6 +42,11 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(2 * dims.d_in + f.d_ff + 2 * dims.d_model)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """The receptance is the same on all ranks."""
+    return divided(f, ranks, "d_ff")
+
+
 KIND = Kind(
     name="channel_mix",
     example="channel_mix(d_ff=256)",
@@ -53,6 +58,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("up_proj", "hidden values of each token, mixed with the one before it"),
         Slot("r_proj", "what the receptance is a sigmoid of"),

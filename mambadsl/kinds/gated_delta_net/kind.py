@@ -20,6 +20,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -120,6 +121,10 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + v_dim(f))
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    return divided(f, ranks, "heads", copied=("key_heads",))
+
+
 KIND = Kind(
     name="gated_delta_net",
     example="gated_delta_net(heads=4, key_heads=2, key_dim=64, value_dim=64)",
@@ -131,6 +136,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [q | k | v | z | b | a]"),
         Slot("conv", "causal depthwise convolution with silu, its last inputs as state"),

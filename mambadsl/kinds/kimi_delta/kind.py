@@ -21,6 +21,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -140,6 +141,10 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + second + v_dim(f))
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    return divided(f, ranks, "heads")
+
+
 KIND = Kind(
     name="kimi_delta",
     example="kimi_delta(heads=4, key_dim=64, value_dim=64)",
@@ -151,6 +156,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [q | k | v | z | b | a]"),
         Slot("conv", "causal depthwise convolution with silu, its last inputs as state"),

@@ -20,6 +20,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -110,6 +111,11 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + 2 * f.d_inner + f.heads * (f.dt_rank + 2 * f.d_state) + f.d_inner)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """By heads; of one head by channels, which all have a part in dt, B and C."""
+    return divided(f, ranks, "d_inner") if f.heads == 1 else divided(f, ranks, "heads", "d_inner")
+
+
 KIND = Kind(
     name="mamba1",
     example="mamba1(d_inner=512, d_state=16, chunk=64)",
@@ -121,6 +127,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     gives=gives,
     slots=(
         Slot("in_proj", "x_BTD -> [x | z]"),

@@ -135,7 +135,7 @@ class Module(KindModule):
         """What depends on the input: dt [B, T, I] in float32, B and C [B, T, N]. From one head's rows of x_proj and
         dt_proj (E: R + 2N)."""
         f = self.f
-        low, B, C = F.linear(x_BTI, low_EI).split([f.dt_rank, f.d_state, f.d_state], -1)
+        low, B, C = self.summed(F.linear(x_BTI, low_EI)).split([f.dt_rank, f.d_state, f.d_state], -1)
         if f.dt_bc_norm.name != "none":
             learned, eps = f.dt_bc_norm.name == "learned", f.dt_bc_norm.eps
             low = rms_norm(low, self.dt_norm.weight if learned else None, eps=eps)

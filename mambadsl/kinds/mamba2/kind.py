@@ -22,6 +22,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -130,6 +131,12 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + d_inner(f))
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """By heads; B and C of fewer groups are on several ranks, but a group of the norm is on one."""
+    normed = () if f.gated_norm == "none" else ("norm_groups",)
+    return divided(f, ranks, "heads", *normed, copied=("groups",))
+
+
 KIND = Kind(
     name="mamba2",
     example="mamba2(heads=8, head_dim=64, d_state=64, groups=2, chunk=64)",
@@ -141,6 +148,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [z | x | B | C | dt]"),
         Slot("conv", "causal depthwise convolution with silu, its last inputs as state"),

@@ -20,6 +20,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -113,6 +114,13 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + f.rank * d_inner(f))
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """By heads. Of several inputs a head, the groups of one lie side by side: they are not cut."""
+    if f.rank > 1 and f.groups > 1:
+        return None
+    return divided(f, ranks, "heads", copied=("groups",))
+
+
 KIND = Kind(
     name="mamba3",
     example="mamba3(heads=4, head_dim=64, d_state=64, chunk=64)",
@@ -124,6 +132,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [z | x | B | C | dt | A | trap | angle]"),
         Slot("scan", "the trapezoidal scan of turned keys and queries, with initial and final states"),

@@ -22,6 +22,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -117,6 +118,11 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + entries + queries + v_dim(f), f.heads)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """By heads; every rank has the latents."""
+    return divided(f, ranks, "heads")
+
+
 KIND = Kind(
     name="mla",
     example="mla(heads=4, nope_dim=64, rope_dim=32, value_dim=64, kv_rank=128)",
@@ -128,6 +134,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [q | latent | k_rope | gate]"),
         Slot("core", "softmax(scale * q k^T + mask) v with packed documents, of all heads or in the latent"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Computed, Field, Flag, Int, OneOf, Real
-from mambadsl.kinds.kind import RESIDUAL, STEP, Dims, Flops, Kind, Saved, Slot, State, Weight, linear, matmul
+from mambadsl.kinds.kind import RESIDUAL, STEP, Dims, Flops, Kind, Saved, Slot, State, Weight, divided, linear, matmul
 from mambadsl.kinds.values import Values
 
 ACT = OneOf("silu", "gelu", "gelu_tanh", "relu2", "relu")
@@ -39,6 +39,10 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + (2 if f.gated else 1) * f.d_ff)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    return divided(f, ranks, "d_ff")
+
+
 KIND = Kind(
     name="mlp",
     example="mlp(d_ff=512, gated=true)",
@@ -50,6 +54,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("up_proj", "x_BTD -> hidden (gate and up in one where gated)"),
         Slot("act", "activation, and the product with the gate"),

@@ -20,6 +20,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -100,6 +101,10 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + v_dim(f))
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    return divided(f, ranks, "heads")
+
+
 KIND = Kind(
     name="mlstm",
     example="mlstm(heads=4, key_dim=64, value_dim=64)",
@@ -111,6 +116,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [q | k | v | o | i | f]"),
         Slot("scan", "the matrix memory, with initial and final states"),

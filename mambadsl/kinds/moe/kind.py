@@ -25,6 +25,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
 )
@@ -169,6 +170,11 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + routed + wide * f.shared_d_ff, choices(f) + 4 * f.router.values.get("d_router", 0))
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """Every rank has a part of every expert."""
+    return divided(f, ranks, "d_ff", "shared_d_ff")
+
+
 KIND = Kind(
     name="moe",
     example="moe(experts=4, top_k=2, d_ff=256)",
@@ -180,6 +186,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     gives=gives,
     takes=takes,
     slots=(

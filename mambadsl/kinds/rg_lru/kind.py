@@ -17,6 +17,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -84,6 +85,10 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + 2 * f.d_inner + 3 * f.d_inner, f.d_inner)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    return divided(f, ranks, "blocks", "d_inner")
+
+
 KIND = Kind(
     name="rg_lru",
     example="rg_lru(blocks=4)",
@@ -95,6 +100,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [x | y]"),
         Slot("conv", "causal depthwise convolution without activation, its last inputs as state"),

@@ -6,7 +6,7 @@ As the `conv` layers of LFM2 (Liquid AI, 2025): no activation, no state but the 
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Computed, Field, Flag, Int
-from mambadsl.kinds.kind import RESIDUAL, Dims, Flops, Init, Kind, Saved, Slot, State, Weight, linear, matmul
+from mambadsl.kinds.kind import RESIDUAL, Dims, Flops, Init, Kind, Saved, Slot, State, Weight, divided, linear, matmul
 from mambadsl.kinds.values import Values
 
 FIELDS = (
@@ -46,6 +46,10 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + 3 * f.d_inner + f.d_inner)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    return divided(f, ranks, "d_inner")
+
+
 KIND = Kind(
     name="short_conv",
     example="short_conv(d_conv=3)",
@@ -57,6 +61,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [B | C | x]"),
         Slot("conv", "causal depthwise convolution without activation, its last inputs as state"),

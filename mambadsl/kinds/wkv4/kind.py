@@ -17,6 +17,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -62,6 +63,10 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(3 * dims.d_in + 4 * f.d_inner)
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    return divided(f, ranks, "d_inner")
+
+
 KIND = Kind(
     name="wkv4",
     example="wkv4(d_inner=64)",
@@ -73,6 +78,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("k_proj", "keys of each token, mixed with the one before it"),
         Slot("v_proj", "values of the same"),

@@ -1,0 +1,94 @@
+"""Layers that tensor ranks compute together: each runs its part, and what the parts give is added up.
+
+In: a graph and the world. Out: the rank's part as a graph, and a model of it whose mixers are joined. The stream, the
+norms and what is added to the stream are whole on every rank (Shoeybi et al., arXiv:1909.08053, section 3): a mixer
+reads the whole stream, whose gradient is the sum of the parts', and gives the sum of the parts' outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+
+from mambadsl.build.model import Model
+from mambadsl.graph.graph import LayerGraph
+from mambadsl.kinds.module import KindModule
+from mambadsl.train.slices import Slice, inner, same, slices
+from mambadsl.train.world import World
+
+
+def join(model: Model, graph: LayerGraph, world: World) -> dict[str, Slice]:
+    """Lets the model of one rank's part of the graph compute its layers with the other ranks'. Path -> what the rank
+    has of the weight, of those whose gradients come from parts."""
+    ranks, rank = world.ranks("tensor"), world.at("tensor")
+    found = slices(graph, model.graph, ranks=ranks, rank=rank)
+    for path, held in found.items():
+        if held is None and path in model.weights:
+            _drop(model, path)
+    group = world.group("tensor")
+    for path, mixer in model.named_modules():
+        # Of a shared layer, the uses have the owner's hooks.
+        if isinstance(mixer, KindModule) and any(name.startswith(f"{path}.") for name in found):
+            mixer.register_forward_pre_hook(lambda _, given: (_Enter.apply(given[0], group), *given[1:]))
+            mixer.register_forward_hook(lambda _module, _given, y_BTD: _Leave.apply(y_BTD, group))
+    sums = inner(graph, model.graph)
+    for node, sublayer in model.sublayers():
+        for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
+            if path in sums:
+                mixer.summed = lambda y: _Enter.apply(_Leave.apply(y, group), group)
+    found.update(_norms(model, found, ranks))
+    return {path: held for path, held in found.items() if held is not None and path in model.weights}
+
+
+def _drop(model: Model, path: str) -> None:
+    owner, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, None)
+    del model.weights[path]
+
+
+def _norms(model: Model, found: dict[str, Slice | None], ranks: int) -> dict[str, Slice]:
+    """Norms that the parts of mixers compute have partial gradients too."""
+    leaves: dict[str, set[bool]] = {}
+    for node, sublayer in model.sublayers():
+        if any(path.startswith(f"{node.owner}.mixer.") for path in found):
+            leaves.setdefault(node.owner, set()).add(sublayer.leaves_norm)
+    if mixed := [owner for owner, ways in leaves.items() if len(ways) > 1]:
+        raise ValueError(
+            f"`{mixed[0]}` leaves its norm to a part in some of its uses only, which tensor ranks cannot share: "
+            "take another part set"
+        )
+    normed = tuple(f"{owner}.norm." for owner, ways in leaves.items() if True in ways)
+    return {path: same(w, ranks) for path, w in model.weights.items() if path.startswith(normed)} if normed else {}
+
+
+class _Enter(torch.autograd.Function):
+    """The whole, as each part reads it; backwards, the sum of the parts' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.group), None
+
+
+class _Leave(torch.autograd.Function):
+    """The sum of the parts; backwards, each part has the whole's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _summed(y, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))

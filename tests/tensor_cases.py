@@ -1,0 +1,120 @@
+"""Runs that tensor ranks make together, case after case in one start: `torchrun ... tensor_cases.py OUT`.
+
+OUT/cases.json: name -> {"model", "settings"}; OUT gets a folder of a run for each. `alone` is the same in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import mambadsl
+from mambadsl.data.corpus import open_corpus
+from mambadsl.data.rows import Rows
+from mambadsl.train.loop import Keeping, Run
+from mambadsl.train.run import planning
+from mambadsl.train.settings import Settings
+from mambadsl.train.stop import Stop
+from mambadsl.train.world import World, opened
+
+HEAD = "vocab = 256  d_model = 16  context = 32  init_std = 0.2"
+LAYERS = """
+layer M = mamba2(heads=4, head_dim=6, d_state=5, groups=4, bias=true, chunk=4)
+layer Few = mamba2(heads=4, head_dim=6, d_state=5, groups=2, gated_norm=none, chunk=4)
+layer A = attention(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100), qk_norm=per_head, qkv_bias=true, o_bias=true)
+layer One = attention(heads=4, kv_heads=1, head_dim=6, out_gate=per_head, sinks=true)
+layer F = mlp(d_ff=20, bias=true)
+layer Dropped = F(dropout=0.2)
+layer G = mlp(d_ff=12, gated=true)
+layer E = moe(experts=4, top_k=2, d_ff=8, gated=true, shared_d_ff=8, shared_gate=sigmoid, router=sigmoid)
+layer Narrow = moe(experts=4, top_k=2, d_ff=12, latent=6)
+layer Delta = gated_delta_net(heads=4, key_heads=2, key_dim=5, value_dim=6, chunk=4)
+layer Kimi = kimi_delta(heads=4, key_dim=5, value_dim=6, decay_rank=4, gate_rank=3, chunk=4)
+layer Ling = kimi_delta(heads=4, key_dim=5, value_dim=6, decay=bounded, decay_rank=full, gate_rank=full, chunk=4)
+layer Latent = mla(heads=4, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7, rope=rope(theta=100), out_gate=per_head)
+layer Turned = mla(heads=4, nope_dim=5, rope_dim=4, value_dim=6, kv_rank=7, q_rank=9)
+layer Heads = mamba1(d_inner=24, heads=4, d_state=4, dt_rank=2, dt_bc_norm=learned, chunk=4)
+layer Channelled = mamba1(d_inner=24, d_state=4, dt_rank=2, dt_bc_norm=learned, bias=true, chunk=4)
+layer Turning = mamba3(heads=4, head_dim=6, d_state=8, groups=2, chunk=4)
+layer Many = mamba3(heads=4, head_dim=6, d_state=8, groups=1, rank=2, gated_norm=before_gate, chunk=4)
+layer Exponential = mlstm(heads=4, key_dim=4, value_dim=6, chunk=4)
+layer Unit = rg_lru(d_inner=12, blocks=4, chunk=4)
+layer Conv = short_conv(d_conv=3, conv_bias=true, bias=true)
+layer Mean = wkv4(d_inner=12, chunk=4)
+layer Channels = channel_mix(d_ff=20)
+layer Fixed = lightning(heads=4, head_dim=6, chunk=4)
+layer Side = attention(heads=4, head_dim=4, input=with_embedding, residual=aside)
+layer Proj = linear(norm=none, residual=aside)
+layer Again = A(recompute=true)
+shared S = [One(adapter=lora(rank=3, targets=[qkv_proj, o_proj], per=segment)) F]
+shared Z = Side
+"""
+STACKS = {
+    "usual": "M A F Few G E",
+    "linear": "Delta Kimi Ling Exponential Conv Fixed",
+    "more": "Latent Turned Heads Turning Many Unit",
+    "older": "Mean Channelled Channels Narrow M+A Again",
+    "sharing": "S M S Z Proj F S",
+    "dropped": "Dropped Again",
+}
+#: An epsilon that rounding does not turn over: Adam divides what is next to nothing by itself.
+COMMON = dict(length=16, batch=8, steps=3, lr=1e-2, eps=1e-3, parts="reference", seed=3)
+
+
+def text(model: str) -> str:
+    """`usual tied`, `sharing untied`."""
+    stack, _, end = model.rpartition(" ")
+    tied = "true" if end == "tied" else "false"
+    return f"model small {{ {HEAD} tie_embeddings = {tied} }} {LAYERS} stack {{ {STACKS.get(stack, stack)} }}"
+
+
+def run_in(world: World, case: dict[str, Any], out: Path, name: str) -> Run:
+    """The case's run, ready to train."""
+    program = mambadsl.load(text=text(case["model"]))
+    settings = Settings(**{**COMMON, **case["settings"]})
+    plan = planning(program, settings, device="cpu") if settings.stages > 1 else None
+    cache = out / f"data {os.environ.get('RANK', 'alone')}"
+    rows = Rows(open_corpus([Path(__file__)], vocab=256, cache=cache), length=settings.length)
+    keeping = Keeping(save_every=2, held_out_every=0, quiet=True)
+    return Run(program.layers, rows, settings, out / name, world=world, plan=plan, keeping=keeping)
+
+
+def together(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int, timeout: float = 400) -> None:
+    """All cases in one start of so many processes."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, __file__, str(out)], env=env, timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def alone(case: dict[str, Any], out: Path, name: str, *, trains: bool = True) -> dict[str, torch.Tensor]:
+    """The case's weights and moments in one process, by key; after its last step, or as they are in its last save."""
+    settings = {key: v for key, v in case["settings"].items() if key not in ("stages", "tensor", "pipeline")}
+    with opened(torch.device("cpu")) as world:
+        run = run_in(world, {**case, "settings": settings}, out, name)
+        if trains:
+            with Stop() as stop:
+                run.train(stop)
+        return {key: tensor.clone() for key, tensor in run.saver.tensors().items()}
+
+
+def main(out: Path) -> None:
+    dist.init_process_group("gloo")
+    for name, case in json.loads((out / "cases.json").read_text()).items():
+        sizes = {key: case["settings"].get(key, 1) for key in ("stages", "tensor")}
+        with Stop() as stop, opened(torch.device("cpu"), **sizes) as world:
+            run_in(world, case, out, name).train(stop)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
