@@ -11,6 +11,7 @@ from mambadsl.cli import output
 from mambadsl.cli.command import command
 from mambadsl.cli.planning import planned_parts, plans
 from mambadsl.cli.source import Given, part_set, takes_model
+from mambadsl.cli.types import COUNT
 
 if TYPE_CHECKING:
     from mambadsl.compile import Program
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(("fp32", "bf16")), help="Layers are timed in (default: bf16 on a GPU).")
 @click.option("--compile", is_flag=True, help="They are timed through torch.compile.")
 @click.option("--recompute", is_flag=True, help="They are timed as `train --recompute` runs them.")
+@click.option("--tensor", type=COUNT, metavar="N", help="They are timed as one of N ranks that share them has them.")
 def run(
     model: Given, how: dict[str, Any], parts: str | None, measure: Path | None, as_json: bool, **measuring: Any
 ) -> None:
@@ -79,7 +81,7 @@ def run(
 
 def _measured(
     program: Program, path: Path, how: dict[str, Any], *, parts: str, dtype: str | None, compile: bool, recompute: bool,
-    quiet: bool,
+    tensor: int | None, quiet: bool,
 ) -> Measurement:
     """Writes the file of times, and makes it the device of `how`."""
     from json import dumps
@@ -104,6 +106,7 @@ def _measured(
         found = measure(
             program.layers, device=device, dtype=dtype or ("fp32" if device == "cpu" else "bf16"), parts=parts,
             length=how.get("length"), sequences=how.get("sequences", 1), compile=compile, recompute=recompute,
+            tensor=tensor or 1,
             tell=(lambda words: None) if quiet else output.note,
         )
     except ValueError as error:

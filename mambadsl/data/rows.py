@@ -29,7 +29,7 @@ class Batch:
 
     tokens_BT: Tensor
     targets_BT: Tensor
-    segments_BT: Tensor
+    segments_BT: Tensor | None
 
 
 class Rows:

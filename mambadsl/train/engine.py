@@ -60,7 +60,9 @@ class Whole:
         [made] = self.pieces
         made.train(train)
         made.counts_K = counts_K
-        parts = [t.split(self.microbatch) for t in (batch.tokens_BT, batch.targets_BT, batch.segments_BT)]
+        tensors = batch.tokens_BT, batch.targets_BT, batch.segments_BT
+        count = len(batch.tokens_BT) // self.microbatch
+        parts = [[None] * count if t is None else t.split(self.microbatch) for t in tensors]
         total = torch.zeros((), device=batch.tokens_BT.device)
         for k, (tokens_BT, targets_BT, segments_BT) in enumerate(zip(*parts)):
             if isinstance(made, FSDPModule):

@@ -219,8 +219,10 @@ class Run:
     def _mine(self, rows: Callable[[int, int], Batch], first: int) -> Batch:
         """This data rank's rows of the `batch` from `first` on."""
         found = rows(first + self.world.at("data") * self.each, self.each)
-        tensors = (found.tokens_BT, found.targets_BT, found.segments_BT)
-        return Batch(*(t.to(self.world.device, non_blocking=True) for t in tensors))
+        # Rows of one document each: layers have less to do where nobody says so.
+        segments_BT = found.segments_BT if found.segments_BT.any() else None
+        tensors = (found.tokens_BT, found.targets_BT, segments_BT)
+        return Batch(*(t if t is None else t.to(self.world.device, non_blocking=True) for t in tensors))
 
     def _counts(self, batch: Batch) -> Tensor:
         counts_K = counts(batch.targets_BT, depths=self.depths, segments=batch.segments_BT)

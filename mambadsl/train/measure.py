@@ -36,6 +36,7 @@ from mambadsl.train.clock import Clock
 from mambadsl.train.machine import Speeds, speeds
 from mambadsl.train.memory import memory
 from mambadsl.train.pieces import Piece, compile_layers, recomputed
+from mambadsl.train.slices import split
 
 #: Passes before the first that counts, and those that count: as many as fit into the time, within limits.
 WARM, LEAST, MOST, SECONDS = 3, 5, 20, 0.4
@@ -95,18 +96,19 @@ class Measurement:
 
 def measure(
     graph: LayerGraph, *, device: Any = "cpu", dtype: str = "fp32", parts: str = "auto", length: int | None = None,
-    sequences: int = 1, compile: bool = False, recompute: bool = False,
+    sequences: int = 1, compile: bool = False, recompute: bool = False, tensor: int = 1,
     tell: Callable[[str], None] = lambda words: None,
 ) -> Measurement:
     """length: tokens of a sequence (default: the model's context). sequences: of a microbatch. compile, recompute: as
-    training has them. tell: of each layer before it is measured."""
+    training has them. tensor: ranks that share each layer; what one of them has is measured, without what they send.
+    tell: of each layer before it is measured."""
     length = graph.model.context if length is None else length
     for name, given in ("length", length), ("sequences", sequences):
         if given < 1:
             raise ValueError(f"{name} must be at least 1, not {given}")
     if found := problems(graph):
         raise MdlError(found)
-    graph, place = recomputed(graph) if recompute else graph, usable(device)
+    graph, place = split(recomputed(graph) if recompute else graph, tensor), usable(device)
     where = machine(place)
     assignment = assign(graph, parts=parts, machine=where, dtype=dtype)
     base = next((name for name in DEVICES if where.name and name in where.name.lower()), None)
@@ -125,13 +127,13 @@ def measure(
                 f"`{path}` with {sequences} x {length:,} tokens does not fit into the memory of {place}: measure fewer "
                 "sequences or a shorter length"
             ) from None
-        split = "none" if inputs is None else "measured" if inputs <= TOGETHER * whole else "flops"
-        if split == "flops":
+        by = "none" if inputs is None else "measured" if inputs <= TOGETHER * whole else "flops"
+        if by == "flops":
             share = flops[path].backward_input / flops[path].backward if flops[path].backward else 1
             inputs = whole * float(share)
         inputs = inputs or 0.0
         time = LayerTime(path, forward, inputs, whole - inputs, kept, working)
-        rows.append(Measured(kinds[path], alike, time, split))
+        rows.append(Measured(kinds[path], alike, time, by))
         # The head's time has the tail's.
         rows += [Measured(kinds[n.path], (n.path,), LayerTime(n.path, 0, 0, 0, 0, 0), "none") for n in stage.tail
                  if n is not first]
@@ -183,7 +185,7 @@ class _Bench:
         """Seconds of the forward, of the backward for inputs alone (None if there are none) and of the whole backward;
         bytes kept in between, and needed on top."""
         model = initialise(Model(self.graph, stage, self.assignment, **self.made))
-        made = Piece(model).train()
+        made = Piece(model, {}).train()
         made.counts_K = counts(self.tokens_BT, depths=model.trained_depths)
         self.inputs = tuple(map(self._input, stage.takes))
         self.sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in made.parameters() if p.dtype != torch.float32}

@@ -18,16 +18,13 @@ from mambadsl.build.device import device as usable
 from mambadsl.compile import Program
 from mambadsl.data.corpus import open_corpus
 from mambadsl.data.rows import Rows
-from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan import device as devices
 from mambadsl.plan.plan import Plan, plan_units
 from mambadsl.train.failure import Alone
 from mambadsl.train.forecast import Forecast, chain, forecast
 from mambadsl.train.loop import Keeping, Result, Run
-from mambadsl.train.pieces import recomputed
 from mambadsl.train.save import held
 from mambadsl.train.settings import Settings
-from mambadsl.train.slices import split
 from mambadsl.train.stop import Stop
 from mambadsl.train.world import opened, shape
 
@@ -45,7 +42,6 @@ def train(
     place = usable(device)
     _, ranks, _ = shape(stages=settings.stages, tensor=settings.tensor)
     settings.rows(ranks)
-    split(program.layers, settings.tensor)
     planned = planned or {"device": "cpu" if place.type == "cpu" else "h200"}
     settings = gathering(program, settings, **planned)
     plan = planning(program, settings, **planned) if settings.stages > 1 else None
@@ -87,7 +83,7 @@ def planning(
     each, micro = settings.rows(data)
     where = devices.device(device)
     return plan_units(
-        chain(own(program, settings), settings, data=data, device=where), stages=settings.stages,
+        chain(program.layers, settings, data=data, device=where), stages=settings.stages,
         schedule=settings.pipeline, virtual=settings.virtual, microbatches=each // micro, memory_limit=memory_limit,
         device=where,
     )
@@ -100,7 +96,7 @@ def expected(
     """What so many ranks (default: those that there are) will hold and take, with a pipeline's plan."""
     ranks = math.prod(shape(stages=settings.stages, tensor=settings.tensor, size=ranks))
     return forecast(
-        own(program, settings), settings, ranks=ranks, device=device, plan=plan, memory_limit=memory_limit, fused=fused
+        program.layers, settings, ranks=ranks, device=device, plan=plan, memory_limit=memory_limit, fused=fused
     )
 
 
@@ -113,7 +109,3 @@ def gathering(program: Program, settings: Settings, **how: Any) -> Settings:
         return whole
     return replace(settings, gather="layers")
 
-
-def own(program: Program, settings: Settings) -> LayerGraph:
-    """The model as the run has it."""
-    return recomputed(program.layers) if settings.recompute else program.layers

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mambadsl.compile import load
@@ -21,7 +22,6 @@ from mambadsl.train import measure as measuring
 from mambadsl.train import pieces
 from mambadsl.train.engine import engine
 from mambadsl.train.forecast import forecast
-from mambadsl.train.held import local
 from mambadsl.train.memory import Counted
 from mambadsl.train.optimizer import Optimizer
 from mambadsl.train.run import expected, planning
@@ -81,6 +81,10 @@ def world(rank, shape):
         dist.destroy_process_group()
 
 
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def size(tensors):
     return sum(local(t).numel() * t.element_size() for t in tensors)
 
@@ -99,6 +103,19 @@ def test_weights_and_moments_are_those_of_the_pieces(name, dtype, ranks, stages,
             assert size(t for made in parts for t in made.model.tensors().values()) == held.weights
             assert sum(local(p).numel() for made in parts for p in made.model.parameters()) == held.params
             assert size(t for *_, t in Optimizer(parts, how, fused=False).state()) == held.optimizer
+
+
+@pytest.mark.parametrize("ranks, stages", [(2, 1), (4, 1), (4, 2)])
+def test_tensor_ranks_hold_their_parts(ranks, stages):
+    program, how = model("plain"), settings("bf16", stages, 1, tensor=2)
+    plan = planning(program, how, ranks=ranks) if stages > 1 else None
+    will = expected(program, how, plan=plan, ranks=ranks)
+    for rank in range(ranks):
+        with world(rank, (stages, ranks // stages // 2, 2)) as here:
+            parts = engine(program.layers, here, how, plan).pieces
+            assert size(t for made in parts for t in made.model.tensors().values()) == will.of(rank).weights
+    alone = expected(program, settings("bf16", microbatch=1), ranks=1)
+    assert will.held[0].params < alone.held[0].params
 
 
 @pytest.fixture(scope="module")
