@@ -59,7 +59,8 @@ def _told_once(function: Callable) -> Callable:
 @command(
     "train",
     examples=(
-        "mambadsl train models/tiny.mdl --data README.md --length 64 --batch 4 --steps 2 -o build/run",
+        "mambadsl train models/tiny.mdl --data docs/language.md --length 64 --batch 4 --steps 2 -o build/run",
+        "mambadsl train models/tiny.mdl --data models --length 64 --batch 4 --steps 2 --schedule wsd --held-out 0.05",
     ),
 )
 @_told_once
