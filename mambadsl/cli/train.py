@@ -98,6 +98,7 @@ def _dry_run(
     examples=(
         "mambadsl train models/tiny.mdl --data docs/language.md --length 64 --batch 4 --steps 2 -o build/run",
         "mambadsl train models/tiny.mdl --data docs/language.md --stages 2 --plan-device h200 --dry-run --ranks 4",
+        "mambadsl train models/tiny.mdl --data models --length 64 --batch 4 --steps 2 --schedule wsd --held-out 0.05",
     ),
 )
 @_told_once
@@ -131,7 +132,8 @@ def _dry_run(
 @click.option("--held-out-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS")
 @click.option("--save-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS",
               help="0: only at the end.")
-@click.option("--keep", type=COUNT, default=2, show_default=True, metavar="N", help="Saves that are left.")
+@click.option("--keep", type=_NUMBER, default=2, show_default=True, metavar="N",
+              help="Saves that are left; 0: none is made.")
 @click.option("--dtype", type=click.Choice(("fp32", "bf16")), help="Layers compute in (default: bf16 on a GPU).")
 @click.option("--device", metavar="NAME", help="cpu, cuda, ... (default: cuda where there is one).")
 @click.option("--parts", default="auto", show_default=True, metavar="SET", help="The part set that runs it.")

@@ -64,7 +64,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """What is written when: every so many steps, 0 for never. saves: complete ones that are left."""
+    """What is written when: every so many steps, 0 for never. saves: complete ones that are left; 0: none is made."""
 
     save_every: int = 500
     saves: int = 2
@@ -143,7 +143,7 @@ class Run:
                         log.held_out(step, held_out)
                 # A save that failed is told, and tried again when the next is due.
                 troubles = [self.saver.finish(wait=False)]
-                if _due(step, keeping.save_every) or ended:
+                if keeping.saves and (_due(step, keeping.save_every) or ended):
                     troubles.append(self.saver.start(step, self.about))
                 if ended:
                     unsaved = next(filter(None, world.gathered(self.saver.finish())), None)
