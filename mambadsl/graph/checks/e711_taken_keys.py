@@ -14,8 +14,8 @@ E711 = declare(
     """
     Attention with `takes=kv` has queries only; keys and values are those of the nearest layer above with
     `gives=kv`. They come as that layer reads them: turned by its `rope`, as old as its `window`. So the two have
-    the same `rope`, and the window of the one that takes is no wider, nor does it `keep` more first tokens. It has
-    no keys of its own to scale (`key_multiplier`) or to give.
+    the same `rope`, and the window of the one that takes is no wider, nor does it `keep` more first tokens. It
+    has no keys of its own to scale (`key_multiplier`) or to give.
 
     Why: queries and keys that are turned differently do not meet, and in decoding the giver has let go of keys
     older than its window.
