@@ -1,16 +1,17 @@
 """Training over several GPUs: `mambadsl train` itself, mesh after mesh, each beside one GPU's speed.
 
-    python benchmarks/scale.py [--ranks 2] [--model benchmarks/hybrid_1_7b.mdl] [--only REGEX] [--json FILE]
+    python benchmarks/scale.py [--ranks 2] [--model FILE] [--only REGEX] [--plan-device FILE] [--json FILE]
     python benchmarks/scale.py --cpu        a check of the benchmark itself: tiny, on the CPU
 
 Each row is a run of its own under torchrun on the same random tokens; its time is the median of the steps without the
-first five, its loss after the same steps must be near one GPU's. Memory is the first rank's peak.
+first three, its loss after the same steps must be near one GPU's. Memory is the first rank's peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -40,6 +41,7 @@ class Row:
     name: str
     ranks: int
     options: tuple[str, ...]
+    beside: str = ""
     step_s: float = float("nan")
     tokens_per_s: float = float("nan")
     memory_gib: float = float("nan")
@@ -48,21 +50,21 @@ class Row:
     told: list[str] = field(default_factory=list)
 
 
-def rows(ranks: int, *, microbatch: int, microbatches: int) -> list[Row]:
-    """One GPU first. Every row has the same batch a GPU in the data meshes, and the same batch in pipelines."""
-    def options(batch: int, *more: str) -> tuple[str, ...]:
-        return "--batch", str(batch), "--microbatch", str(microbatch), *more
+def rows(ranks: int, *, microbatch: int, many: int, pipeline: int) -> list[Row]:
+    """Each with the row that it is compared with: as much work a GPU; of a pipeline, as large microbatches."""
+    def options(count: int, *more: str) -> tuple[str, ...]:
+        return "--batch", str(count * microbatch), "--microbatch", str(microbatch), *more
 
-    pipe = microbatch * microbatches
     stages = "--stages", str(ranks)
     return [
-        Row("1 GPU", 1, options(microbatch)),
-        Row(f"{ranks} data", ranks, options(microbatch * ranks)),
-        Row(f"1 GPU, {microbatches} microbatches", 1, options(pipe)),
-        Row(f"{ranks} stages 1f1b, {microbatches} microbatches", ranks, options(pipe, *stages)),
-        Row(f"{ranks} stages interleaved", ranks, options(pipe, *stages, "--pipeline", "interleaved")),
-        Row(f"{ranks} stages zbv", ranks, options(pipe, *stages, "--pipeline", "zbv")),
-        Row(f"{ranks} tensor", ranks, options(microbatch, "--tensor", str(ranks))),
+        Row("1 GPU", 1, options(many)),
+        Row(f"{ranks} data", ranks, options(many * ranks), beside="1 GPU"),
+        Row("1 GPU, 1 microbatch", 1, options(1)),
+        Row(f"{ranks} data, 1 microbatch", ranks, options(ranks), beside="1 GPU, 1 microbatch"),
+        Row(f"{ranks} stages 1f1b", ranks, options(pipeline, *stages), beside="1 GPU"),
+        Row(f"{ranks} stages loop", ranks, options(pipeline, *stages, "--pipeline", "interleaved"), beside="1 GPU"),
+        Row(f"{ranks} stages zbv", ranks, options(pipeline, *stages, "--pipeline", "zbv"), beside="1 GPU"),
+        Row(f"{ranks} tensor", ranks, options(many, "--tensor", str(ranks)), beside="1 GPU"),
     ]
 
 
@@ -79,13 +81,15 @@ def run(row: Row, model: Path, data: Path, folder: Path, common: list[str], *, l
     except subprocess.TimeoutExpired:
         row.note = f"longer than {limit:.0f} s"
         return
-    row.told = done.stderr.splitlines()[-40:] + done.stdout.splitlines()[-40:]
+    lines = done.stderr.splitlines()
+    begin = next((k for k, line in enumerate(lines) if "predicted" in line and "measured" in line), len(lines))
+    row.told = lines[begin : begin + 8]
     if done.returncode:
         row.note = f"exit {done.returncode}: " + " ".join(done.stderr.split())[-1500:]
         return
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "step_s" in line and "loss" in line]
-    steady = lines[5:]
+    steady = lines[3:]
     row.step_s = statistics.median(line["step_s"] for line in steady)
     row.tokens_per_s = statistics.median(line["tokens_per_s"] for line in steady)
     row.memory_gib = max(line.get("memory_bytes", 0) for line in lines) / 2**30
@@ -97,8 +101,9 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--model", type=Path, default=ROOT / "benchmarks/hybrid_1_7b.mdl")
     parser.add_argument("--only", default="")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--microbatches", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--microbatches", type=int, default=8, help="of a step of a GPU that has the whole model")
+    parser.add_argument("--pipeline", type=int, default=32, help="microbatches of a step of a pipeline")
     parser.add_argument("--microbatch", type=int, default=2)
     parser.add_argument("--limit", type=float, default=150)
     parser.add_argument("--no-compile", action="store_true")
@@ -110,7 +115,7 @@ def main() -> int:
         folder = Path(name)
         length = 32 if given.cpu else 4096
         np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 256, 40_000 * (1 if given.cpu else 200)))
-        common = ["--length", str(length), "--steps", str(given.steps), "--save-every", "0", "--seed", "1"]
+        common = ["--length", str(length), "--steps", str(given.steps), "--keep", "0", "--seed", "1"]
         if given.cpu:
             model = folder / "tiny.mdl"
             model.write_text(TINY)
@@ -119,7 +124,7 @@ def main() -> int:
             model = given.model
             common += ["--device", "cuda", "--dtype", "bf16", "--parts", "fused", "--plan-device", given.plan_device]
             common += [] if given.no_compile else ["--compile"]
-        found = rows(given.ranks, microbatch=given.microbatch, microbatches=given.microbatches)
+        found = rows(given.ranks, microbatch=given.microbatch, many=given.microbatches, pipeline=given.pipeline)
         for row in found:
             if re.search(given.only, row.name):
                 begun = time.monotonic()
@@ -127,11 +132,13 @@ def main() -> int:
                 rate = f"{row.step_s * 1e3:9.1f} ms  {row.tokens_per_s:10,.0f} tokens/s  {row.memory_gib:6.1f} GiB"
                 took = time.monotonic() - begun
                 print(f"{row.name:36s} {rate}  loss {row.loss:.4f}  {row.note}  ({took:.0f} s)", flush=True)
-    by_name = {row.name: row for row in found}
-    for row in found[1:]:
-        one = by_name["1 GPU" if "data" in row.name or "tensor" in row.name else found[2].name]
-        if row is not found[2] and row.tokens_per_s == row.tokens_per_s:
-            print(f"{row.name}: {row.tokens_per_s / one.tokens_per_s:.2f} times one GPU")
+    speed = {row.name: row.tokens_per_s for row in found}
+    for row in found:
+        if row.beside and not math.isnan(ratio := row.tokens_per_s / speed[row.beside]):
+            print(f"{row.name}: {ratio:.2f} times `{row.beside}`")
+    for row in found:
+        if row.told:
+            print(f"\n{row.name}", *row.told, sep="\n")
     if given.json:
         given.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
     return 1 if any(row.note for row in found) else 0

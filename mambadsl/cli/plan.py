@@ -93,12 +93,14 @@ def _measured(
         raise click.UsageError("--measure writes times, --measured reads them: give one of the two")
     part_set(parts, program)
     try:
-        import torch
-    except ModuleNotFoundError:
+        from mambadsl.build.device import usual
+        from mambadsl.train.measure import measure
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
         raise click.ClickException("--measure needs PyTorch: pip install 'mambadsl[torch]'") from None
-    from mambadsl.train.measure import measure
 
-    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = given or usual()
     if device != "cpu" and not device.startswith("cuda"):
         raise click.UsageError(f"--measure times this machine: --device cpu or cuda, not {device}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +108,7 @@ def _measured(
         found = measure(
             program.layers, device=device, dtype=dtype or ("fp32" if device == "cpu" else "bf16"), parts=parts,
             length=how.get("length"), sequences=how.get("sequences", 1), compile=compile, recompute=recompute,
-            tensor=tensor or 1,
-            tell=(lambda words: None) if quiet else output.note,
+            tensor=tensor or 1, tell=(lambda words: None) if quiet else output.note,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

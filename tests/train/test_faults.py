@@ -37,7 +37,7 @@ def stopped(never_stopped, tmp_path):
 
 
 def clean(folder: Path) -> bool:
-    return {f.name for f in folder.iterdir()} == {*WHOLE, "log.jsonl", ".lock"}
+    return {f.name for f in folder.iterdir()} == {*WHOLE, "log.jsonl", ".lock", "compared.json"}
 
 
 def test_killed_before_any_request_to_the_disk(never_stopped, tmp_path):
