@@ -100,15 +100,17 @@ def measure(
     tell: Callable[[str], None] = lambda words: None,
 ) -> Measurement:
     """length: tokens of a sequence (default: the model's context). sequences: of a microbatch. compile, recompute: as
-    training has them. tensor: ranks that share each layer; what one of them has is measured, without what they send.
-    tell: of each layer before it is measured."""
+    training has them; rows are of one document each. tensor: ranks that share each layer; what one of them has is
+    measured, without what they send. tell: of each layer before it is measured."""
     length = graph.model.context if length is None else length
     for name, given in ("length", length), ("sequences", sequences):
         if given < 1:
             raise ValueError(f"{name} must be at least 1, not {given}")
     if found := problems(graph):
         raise MdlError(found)
-    graph, place = split(recomputed(graph) if recompute else graph, tensor), usable(device)
+    graph = split(recomputed(graph) if recompute else graph, tensor)
+    # A tensor's device has its number, which torch wants when asked for memory.
+    place = torch.empty(0, device=usable(device)).device
     where = machine(place)
     assignment = assign(graph, parts=parts, machine=where, dtype=dtype)
     base = next((name for name in DEVICES if where.name and name in where.name.lower()), None)
@@ -179,7 +181,6 @@ class _Bench:
             for name, given in node.gives(model.d_model).items():
                 self.taken[name] = given.shape, torch.float32 if given.fp32 else narrow
         self.tokens_BT = torch.randint(graph.model.vocab, shape, device=device)
-        self.segments_BT = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def run(self, stage: Stage) -> tuple[float, float | None, float, int, int]:
         """Seconds of the forward, of the backward for inputs alone (None if there are none) and of the whole backward;
@@ -208,7 +209,7 @@ class _Bench:
         return torch.randn(batch, length, *shape, dtype=dtype, device=self.device, requires_grad=True)
 
     def _forward(self, made: Piece) -> tuple[Tensor, ...]:
-        given = made(*self.inputs, targets_BT=self.tokens_BT, segments_BT=self.segments_BT)
+        given = made(*self.inputs, targets_BT=self.tokens_BT)
         return given if isinstance(given, tuple) else (given,)
 
     def _backward(self, made: Piece, out: tuple[Tensor, ...]) -> None:
