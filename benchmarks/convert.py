@@ -42,7 +42,7 @@ def make(name: str, folder: Path, shard_bytes: int) -> None:
     }
 
     def one(name: str, shape: tuple[int, ...]) -> list:
-        return [(name, torch.empty(shape, dtype=torch.bfloat16).normal_())]
+        return [(name, [torch.empty(shape, dtype=torch.bfloat16).normal_()])]
 
     units = [
         Unit({name: blank(shape, torch.bfloat16)}, lambda name=name, shape=shape: one(name, shape))
@@ -87,10 +87,10 @@ def work(what: str, folder: Path, scratch: Path) -> dict:
     elif what == "export":
         export_hf(import_hf(folder).program, scratch / "again", weights=scratch / "ours")
     else:
-        for file in sorted(folder.glob("*.safetensors")):
-            shutil.copyfile(file, scratch / file.name)
+        shutil.copytree(folder, scratch / "copied")
     os.sync()
     seconds = time.monotonic() - start
+    shutil.rmtree(scratch / "copied", ignore_errors=True)
     return {
         "seconds": seconds, "cpu": time.process_time() - cpu, "memory": memory.most - memory.first,
         "all_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

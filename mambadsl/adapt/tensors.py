@@ -68,7 +68,14 @@ class Rows:
         return all(there[name] == shape for name, shape in self.shapes(weight))
 
     def read(self, get: Get, weight: Weight) -> Tensor:
-        return self._read(get, weight, weight.shape)
+        import torch
+
+        parts = list(self.parts(get, weight))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(weight.shape)
+
+    def parts(self, get: Get, weight: Weight) -> Iterator[Tensor]:
+        """What holds the weight's rows, one below the other: theirs themselves, where they are rows of ours."""
+        yield from self._parts(get, weight, weight.shape)
 
     def write(
         self, tensor: Tensor, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}
@@ -90,20 +97,19 @@ class Rows:
             known = prod(n for n in piece.shape or () if n > 0)
             yield piece.name, tuple(n if n > 0 else prod(own) // known for n in piece.shape or own)
 
-    def _read(self, get: Get, weight: Weight, shape: tuple[int, ...]) -> Tensor:
-        import torch
-
+    def _parts(self, get: Get, weight: Weight, shape: tuple[int, ...]) -> Iterator[Tensor]:
         if self._whole(weight):
             [piece] = self.pieces
             theirs = get(piece.name)
-            return theirs.transpose(-1, -2) if piece.transposed else theirs.reshape(shape)
+            yield theirs.transpose(-1, -2) if piece.transposed else theirs.reshape(shape)
+            return
         sizes, found = dict(weight.segments), {}
         for piece, segments in self.held(weight):
             rows = [sizes[s] for s in segments]
             theirs = get(piece.name).reshape(piece.groups, sum(rows) // piece.groups, *shape[1:])
             parts = theirs.split([n // piece.groups for n in rows], 1)
             found |= {s: part.flatten(0, 1) for s, part in zip(segments, parts)}
-        return torch.cat([found[s] for s in sizes])
+        yield from (found[s] for s in sizes)
 
     def _write(self, tensor: Tensor, weight: Weight) -> Iterator[tuple[str, Tensor]]:
         import torch
@@ -152,11 +158,9 @@ class Experts(Rows):
         found = list(self._shapes(weight, weight.shape[1:]))
         yield from ((name.format(i), shape) for i in range(self.count) for name, shape in found)
 
-    def read(self, get: Get, weight: Weight) -> Tensor:
-        import torch
-
-        one = weight.shape[1:]
-        return torch.stack([self._read(lambda n: get(n.format(i)), weight, one) for i in range(self.count)])
+    def parts(self, get: Get, weight: Weight) -> Iterator[Tensor]:
+        for i in range(self.count):
+            yield from self._parts(lambda n: get(n.format(i)), weight, weight.shape[1:])
 
     def write(
         self, tensor: Tensor, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}
@@ -174,10 +178,8 @@ class Cut(Rows):
         same = all(there[name][1:] == shape[1:] for name, shape in wanted)
         return same and sum(there[name][0] for name, _ in wanted) == weight.shape[0]
 
-    def read(self, get: Get, weight: Weight) -> Tensor:
-        import torch
-
-        return torch.cat([get(name) for name in self.names()]).reshape(weight.shape)
+    def parts(self, get: Get, weight: Weight) -> Iterator[Tensor]:
+        yield from map(get, self.names())
 
     def write(
         self, tensor: Tensor, weight: Weight, shapes: Mapping[str, tuple[int, ...]] = {}

@@ -53,8 +53,8 @@ def save_weights(
     )
 
 
-def _one(path: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    return [(path, tensor)]
+def _one(path: str, tensor: Tensor) -> list[tuple[str, list[Tensor]]]:
+    return [(path, [tensor])]
 
 
 def load_weights(model: Model, folder: str | Path, *, device: Any = "cpu") -> Model:

@@ -1,4 +1,4 @@
-"""Tensors to safetensors files of a limited size; in memory are those that are made together.
+"""Tensors to safetensors files of a limited size, one after the other.
 
 A folder gets `STEM.safetensors`, or `STEM-00001-of-00003.safetensors`, ... and an index. Files appear complete or not
 at all; earlier ones of the same stem go last. The format (a header of JSON, then the tensors' bytes without gaps) is
@@ -32,10 +32,11 @@ _ORDER = {dtype: -i for i, dtype in enumerate(DTYPES.values())}
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that are made together. held: the shape and dtype of each (a tensor on any device has both)."""
+    """Tensors that are made together. held: the shape and dtype of each (a tensor on any device has both). make: of
+    each, what holds its rows, one below the other."""
 
     held: Mapping[str, Tensor]
-    make: Callable[[], Iterable[tuple[str, Tensor]]]
+    make: Callable[[], Iterable[tuple[str, Iterable[Tensor]]]]
 
     @property
     def bytes(self) -> int:
@@ -89,8 +90,14 @@ def _write(folder: Path, shards: dict[str, list[Unit]], index: str | None, about
 
 def _fill(file: int, unit: Unit, starts: Mapping[str, int]) -> None:
     left = dict(unit.held)
-    for path, tensor in unit.make():
-        _put(file, _bytes(tensor, left.pop(path)), starts[path])
+    for path, parts in unit.make():
+        held, at = left.pop(path), starts[path]
+        for part in parts:
+            if part.dtype != held.dtype:
+                raise ValueError(f"`{path}` was made of {part.dtype} where {held.dtype} was to be")
+            at += _put(file, _bytes(part), at)
+        if at != starts[path] + held.nbytes:
+            raise ValueError(f"`{path}` was made of {at - starts[path]} bytes where {held.nbytes} were to be")
     if left:
         raise ValueError(f"not made: {', '.join(left)}")
 
@@ -108,17 +115,17 @@ def _header(shard: Sequence[Unit], about: dict[str, str]) -> tuple[bytes, dict[s
     return header, {path: len(header) + start for path, start in starts.items()}
 
 
-def _bytes(tensor: Tensor, held: Tensor) -> memoryview:
-    if (tensor.shape, tensor.dtype) != (held.shape, held.dtype):
-        raise ValueError(f"{tensor.dtype}{list(tensor.shape)} was made where {held.dtype}{list(held.shape)} was to be")
+def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _put(file: int, data: bytes | memoryview, at: int) -> None:
-    data = memoryview(data)
-    while data:
-        done = os.pwrite(file, data[:CHUNK], at)
-        data, at = data[done:], at + done
+def _put(file: int, data: bytes | memoryview, at: int) -> int:
+    """How many bytes."""
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(file, left[:CHUNK], at)
+        left, at = left[done:], at + done
+    return len(data)
 
 
 def own_files(folder: Path, stem: str, index: str) -> list[Path]:

@@ -1,6 +1,6 @@
 """Tensors of Hugging Face's to weights of ours and back: the same bits in another order, a weight at a time.
 
-In memory is no more than the tensors of one weight, and what the system keeps of files.
+In memory is no more than one tensor, and what the system keeps of files.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Source:
         first = {path: self._name(next(rows.names())) for path, rows in self.imported.places.items()}
         file_of = self.files.file_of
         units = [
-            Unit({path: self._held(path)}, lambda path=path: [(path, self.read(path))])
+            self._unit(path)
             for path in sorted(self.weights, key=lambda path: order.get(file_of.get(first[path]), 0))
         ]
         about = {"format": "pt", "model": self.imported.graph.name}
@@ -65,12 +65,16 @@ class Source:
             Path(folder), "weights", units, index="weights.index.json", about=about, max_file_bytes=most
         )
 
-    def _held(self, path: str) -> Tensor:
-        """What `read` gives, on the meta device."""
+    def _unit(self, path: str) -> Unit:
+        weight, rows = self.weights[path], self.imported.places[path]
         if path in self.constants:
-            return self.read(path).to("meta")
-        dtypes = (self.files.dtypes[self._name(name)] for name in self.imported.places[path].names())
-        return blank(self.weights[path].shape, reduce(torch.promote_types, dtypes))
+            drawn = self.read(path)
+            return Unit({path: drawn}, lambda: [(path, [drawn])])
+        dtype = reduce(torch.promote_types, (self.files.dtypes[self._name(name)] for name in rows.names()))
+        return Unit(
+            {path: blank(weight.shape, dtype)},
+            lambda: [(path, (part.to(dtype) for part in rows.parts(self._get, weight)))],
+        )
 
     def _name(self, name: str) -> str:
         return self.renamed.get(name, name)
@@ -158,6 +162,6 @@ def export_units(
 def _written(
     rows: Rows, weight: Weight, files: Files, path: str, renamed: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, list[Tensor]]]:
     for name, tensor in rows.write(files.get(path), weight, shapes):
-        yield renamed.get(name, name), tensor
+        yield renamed.get(name, name), [tensor]

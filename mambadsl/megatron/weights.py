@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -103,11 +104,14 @@ class Source:
         for path, weight in self.weights.items():
             first = self.checkpoint.shards[next(self.imported.places[path].names())][0]
             held = blank(weight.shape, first.dtype)
-            units.append(Unit({path: held}, lambda path=path: [(path, self.read(path))]))
+            units.append(Unit({path: held}, partial(self._made, path)))
         about = {"format": "pt", "model": self.imported.graph.name}
         return save_shards(
             Path(folder), "weights", units, index="weights.index.json", about=about, max_file_bytes=MAX_FILE_BYTES
         )
+
+    def _made(self, path: str) -> list[tuple[str, Iterator[Tensor]]]:
+        return [(path, self.imported.places[path].parts(self._get, self.weights[path]))]
 
     def _get(self, name: str) -> Tensor:
         found, share = self.checkpoint.shards[name], self._of[name]
