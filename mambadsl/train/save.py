@@ -138,8 +138,11 @@ class Saver:
     def tidy(self) -> str | None:
         """Takes away what runs that were killed have left, and saves past those that are kept."""
         if self.world.first:
-            for left in (*self.run.glob(f"step-*{PART}"), *self.run.glob(f"step-*{OLD}")):
-                shutil.rmtree(left, ignore_errors=True)
+            for left in (*self.run.glob(f"*{PART}"), *self.run.glob(f"step-*{OLD}")):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
         return self._prune()
 
     def _prune(self) -> str | None:

@@ -66,7 +66,7 @@ def test_extras_bring_what_parts_import():
     assert brought >= {p.distribution for p in map(registry.package, registry._shipped())}
     assert extras["kernels"] == {"triton"} and extras["mamba"] == {"mamba-ssm", "causal-conv1d"}
     page = (ROOT / "docs" / "parts.md").read_text()
-    assert all(f"`{name}`" in page for name in extras.keys() - {"torch", "hf", "test"})
+    assert all(f"`{name}`" in page for name in extras.keys() - {"torch", "hf", "test", "train", "tokenizers"})
 
 
 def test_names_that_do_not_exist():
