@@ -12,6 +12,7 @@ from train_cases import MODELS, go, together, told, weights
 TWO = {
     "data": {},
     "data bf16": {"dtype": "bf16"},
+    "data by layers": {"gather": "layers", "microbatch": 2},
     "1f1b": {"stages": 2},
     "gpipe": {"stages": 2, "pipeline": "gpipe", "microbatch": 2},
     "interleaved": {"stages": 2, "pipeline": "interleaved"},
@@ -20,7 +21,7 @@ TWO = {
     "zbv": {"stages": 2, "pipeline": "zbv"},
 }
 FOUR = {
-    "data": {},
+    "data": {"microbatch": 1},
     "stages x data": {"stages": 2},
     "1f1b": {"stages": 4},
     "interleaved x data": {"stages": 2, "pipeline": "interleaved"},
