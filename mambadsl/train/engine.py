@@ -22,7 +22,7 @@ from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
 from mambadsl.plan.schedule import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, SCHEDULES, rank_of
 from mambadsl.train.deferred import defer
-from mambadsl.train.pieces import Piece, piece
+from mambadsl.train.pieces import Piece, between, piece
 from mambadsl.train.settings import Settings
 from mambadsl.train.sharding import regathers
 from mambadsl.train.world import World
@@ -90,14 +90,7 @@ def _examples(
     graph: LayerGraph, names: tuple[str, ...], *, rows: int, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """What crosses between stages, without memory; else torch would run every stage once, on nothing, to see it."""
-    d_model = graph.model.d_model
-    stream = torch.float32 if graph.model.residual_dtype == "fp32" else dtype
-    made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        name: ((rows, length, *c.shape), torch.float32 if c.fp32 else dtype)
-        for node in graph.nodes for name, c in node.gives(d_model).items()
-    }
-    made |= {name: ((rows, length, d_model), stream) for name in ("x0", "t")}
-    made["x"] = (rows, length, graph.streams * d_model), stream
+    made = {name: ((rows, length, *shape), kind) for name, (shape, kind) in between(graph, dtype).items()}
     made |= {"tokens": ((rows, length), torch.int64), "logits": ((), torch.float32)}
     return tuple(
         torch.empty(size, dtype=kind, device="meta", requires_grad=kind.is_floating_point)

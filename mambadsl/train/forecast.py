@@ -25,9 +25,8 @@ from mambadsl.plan.schedule import BACKWARD, FORWARD, Action, rank_of
 from mambadsl.plan.unit import Unit
 from mambadsl.train.layout import Layout, Place
 from mambadsl.train.peak import peak_of
-from mambadsl.train.pieces import recomputed
+from mambadsl.train.pieces import own
 from mambadsl.train.settings import Settings
-from mambadsl.train.slices import split
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ def chain(graph: LayerGraph, settings: Settings, *, data: int, device: Device) -
     """The planner's units for this trainer, on so many data ranks; measured times in place where the device has them,
     which are then of layers as a tensor rank has them. MdlError (E821) if they are for another microbatch."""
     _, micro = settings.rows(data)
-    layout, part = Layout(settings, data), own(graph, settings)
+    layout, part = Layout(settings, data), own(graph, recompute=settings.recompute, tensor=settings.tensor)
     found = units(
         part, device=device, length=settings.length, sequences=micro, narrow=layout.narrow,
         bytes_per_param=layout.bytes_per_param,
@@ -117,11 +116,6 @@ def chain(graph: LayerGraph, settings: Settings, *, data: int, device: Device) -
     )
 
 
-def own(graph: LayerGraph, settings: Settings) -> LayerGraph:
-    """The model as a rank runs it. ValueError if no layer can be shared by the tensor ranks."""
-    return split(recomputed(graph) if settings.recompute else graph, settings.tensor)
-
-
 def forecast(
     graph: LayerGraph, settings: Settings, *, ranks: int, device: str | Device = "h200", plan: Plan | None = None,
     memory_limit: int | None = None, fused: bool = True,
@@ -132,7 +126,8 @@ def forecast(
     where = devices.device(device)
     data = ranks // (settings.stages * settings.tensor)
     each, micro = settings.rows(data)
-    count, layout, part = each // micro, Layout(settings, data), own(graph, settings)
+    count, layout = each // micro, Layout(settings, data)
+    part = own(graph, recompute=settings.recompute, tensor=settings.tensor)
     by_path = {unit.path: unit for unit in chain(graph, settings, data=data, device=where)}
     places = [Place(part, layout, by_path, stages, order) for stages, order in _stages(graph, plan, count)]
     alike: dict[tuple, list[int]] = {}

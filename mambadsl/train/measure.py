@@ -35,8 +35,7 @@ from mambadsl.text.diagnostic import MdlError
 from mambadsl.train.clock import Clock
 from mambadsl.train.machine import Speeds, speeds
 from mambadsl.train.memory import memory
-from mambadsl.train.pieces import Piece, compile_layers, recomputed
-from mambadsl.train.slices import split
+from mambadsl.train.pieces import Piece, between, compile_layers, own
 
 #: Passes before the first that counts, and those that count: as many as fit into the time, within limits.
 WARM, LEAST, MOST, SECONDS = 3, 5, 20, 0.4
@@ -108,7 +107,7 @@ def measure(
             raise ValueError(f"{name} must be at least 1, not {given}")
     if found := problems(graph):
         raise MdlError(found)
-    graph = split(recomputed(graph) if recompute else graph, tensor)
+    graph = own(graph, recompute=recompute, tensor=tensor)
     # A tensor's device has its number, which torch wants when asked for memory.
     place = torch.empty(0, device=usable(device)).device
     where = machine(place)
@@ -172,14 +171,8 @@ class _Bench:
         self.graph, self.assignment, self.compile = graph, assignment, compile
         self.made = dict(dtype=DTYPES[dtype], device=device)
         self.device, self.clock = device, Clock(device)
-        model, narrow = graph.model, DTYPES[dtype]
-        stream = torch.float32 if model.residual_dtype == "fp32" else narrow
         #: Of what stages take, by name: what comes after batch and time, and the dtype.
-        self.taken = {name: ((model.d_model,), stream) for name in ("x0", "t")}
-        self.taken["x"] = (graph.streams * model.d_model,), stream
-        for node in graph.nodes:
-            for name, given in node.gives(model.d_model).items():
-                self.taken[name] = given.shape, torch.float32 if given.fp32 else narrow
+        self.taken = between(graph, DTYPES[dtype])
         self.tokens_BT = torch.randint(graph.model.vocab, shape, device=device)
 
     def run(self, stage: Stage) -> tuple[float, float | None, float, int, int]:

@@ -76,7 +76,7 @@ def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings) -> 
     """The rank's piece with its initial values. Raises MdlError: E901, E906, and E902, E907 of the part set."""
     if found := problems(graph):
         raise MdlError(found)
-    mine = split(recomputed(graph) if settings.recompute else graph, world.ranks("tensor"))
+    mine = own(graph, recompute=settings.recompute, tensor=settings.tensor)
     here = replace(stage, nodes=tuple(mine.by_path[path] for path in stage.paths))
     assignment = assign(mine, parts=settings.parts, machine=machine(world.device), dtype=settings.dtype)
     model = Model(mine, here, assignment, device="meta")
@@ -88,6 +88,23 @@ def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings) -> 
     weights = all_weights(graph)
     put(made, lambda path: draw(weights[path], graph, path=path, seed=settings.seed))
     return made.train()
+
+
+def own(graph: LayerGraph, *, recompute: bool, tensor: int) -> LayerGraph:
+    """The model as one of so many tensor ranks runs it. ValueError if they can share no layer."""
+    return split(recomputed(graph) if recompute else graph, tensor)
+
+
+def between(graph: LayerGraph, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What may cross between stages beside the tokens, by name: a token's shape and the dtype. dtype: of the layers."""
+    d_model = graph.model.d_model
+    stream = torch.float32 if graph.model.residual_dtype == "fp32" else dtype
+    given = {
+        name: (c.shape, torch.float32 if c.fp32 else dtype)
+        for node in graph.nodes for name, c in node.gives(d_model).items()
+    }
+    beside = {name: ((d_model,), stream) for name in ("x0", "t")}
+    return {**given, **beside, "x": ((graph.streams * d_model,), stream)}
 
 
 def recomputed(graph: LayerGraph) -> LayerGraph:
