@@ -1,6 +1,7 @@
 """Training over several GPUs: `mambadsl train` itself, mesh after mesh, each beside one GPU's speed.
 
     python benchmarks/scale.py [--ranks 2] [--model FILE] [--only REGEX] [--plan-device FILE] [--json FILE]
+    python benchmarks/scale.py --megatron   beside each of some meshes, Megatron-Core with the same split
     python benchmarks/scale.py --cpu        a check of the benchmark itself: tiny, on the CPU
 
 Each row is a run of its own under torchrun on the same random tokens; its time is the median of the steps without the
@@ -20,11 +21,18 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mambadsl  # noqa: E402
+from mambadsl.train.run import planning  # noqa: E402
+from mambadsl.train.settings import Settings  # noqa: E402
+
 TINY = """
 model tiny { vocab = 256  d_model = 32 }
 layer M = mamba2(head_dim=8, d_state=8, chunk=8)
@@ -36,12 +44,14 @@ stack { [M F A F]*4 }
 
 @dataclass
 class Row:
-    """name: the mesh. ranks: processes. options: of `mambadsl train`."""
+    """name: the mesh. ranks: processes. options: of `mambadsl train`. megatron: it is Megatron-Core's, on the rows and
+    from the weights of the row `beside`."""
 
     name: str
     ranks: int
     options: tuple[str, ...]
     beside: str = ""
+    megatron: bool = False
     step_s: float = float("nan")
     tokens_per_s: float = float("nan")
     memory_gib: float = float("nan")
@@ -68,16 +78,57 @@ def rows(ranks: int, *, microbatch: int, many: int, pipeline: int) -> list[Row]:
     ]
 
 
+def rivals(ours: list[Row]) -> list[Row]:
+    """Megatron-Core's, each behind the row of ours with the same split."""
+    found = []
+    for row in ours:
+        found.append(row)
+        if not re.search("microbatch|loop|zb|tensor", row.name):
+            found.append(Row(f"{row.name}, megatron", row.ranks, row.options, beside=row.name, megatron=True))
+    return found
+
+
+def place(folder: Path, name: str) -> Path:
+    return folder / re.sub(r"\W+", "-", name)
+
+
+def command(row: Row, model: Path, data: Path, folder: Path, common: list[str]) -> list[str]:
+    out = place(folder, row.name)
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.ranks)
+    ]
+    if not row.megatron:
+        options = [o for o in common if not ("zb" in row.name and o == "--compile")]
+        train = ["-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out)]
+        return [*launch, *train, *row.options, *options]
+    given = dict(zip(row.options[::2], row.options[1::2]))
+    same = [f"{name}={value}" for name, value in zip(common, common[1:]) if name in ("--length", "--seed")]
+    same += [f"{name}={given[name]}" for name in ("--batch", "--microbatch")]
+    theirs = ["-m", "rivals.megatron_ranks", "--beside", str(place(folder, row.beside)), "--model", str(model)]
+    theirs += ["--data", str(data), "--out", str(out), f"--cuts={','.join(map(str, cuts(row, model, given, common)))}"]
+    return [*launch, *theirs, *same]
+
+
+def cuts(row: Row, model: Path, given: dict[str, str], common: list[str]) -> list[int]:
+    """The layers at which the stages of our run after the first begin."""
+    if "--stages" not in given:
+        return []
+    told = dict(zip(common, common[1:]))
+    settings = Settings(
+        length=int(told["--length"]), batch=int(given["--batch"]), microbatch=int(given["--microbatch"]),
+        stages=row.ranks, dtype=told["--dtype"], parts=told["--parts"], compile="--compile" in common,
+    )
+    plan = planning(mambadsl.load(model), settings, device=told["--plan-device"], ranks=row.ranks)
+    ends = accumulate(sum(path.startswith("stack.") for path in stage.paths) for stage in plan.stages)
+    return list(ends)[:-1]
+
+
 def run(row: Row, model: Path, data: Path, folder: Path, common: list[str], *, limit: float) -> None:
-    out = folder / re.sub(r"\W+", "-", row.name)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.ranks)]
-    command = [sys.executable, *launch, "-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out)]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    options = [o for o in common if not ("zb" in row.name and o == "--compile")]
+    out = place(folder, row.name)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}"}
     try:
-        done = subprocess.run(
-            [*command, *row.options, *options], env=env, timeout=limit, capture_output=True, text=True
-        )
+        told = command(row, model, data, folder, common)
+        done = subprocess.run(told, env=env, timeout=limit, capture_output=True, text=True, cwd=ROOT)
     except subprocess.TimeoutExpired:
         row.note = f"longer than {limit:.0f} s"
         return
@@ -85,7 +136,10 @@ def run(row: Row, model: Path, data: Path, folder: Path, common: list[str], *, l
     begin = next((k for k, line in enumerate(lines) if "predicted" in line and "measured" in line), len(lines))
     row.told = lines[begin : begin + 8]
     if done.returncode:
-        row.note = f"exit {done.returncode}: " + " ".join(done.stderr.split())[-1500:]
+        said = [line for line in done.stderr.splitlines() if "elastic" not in line]
+        errors = [k for k, line in enumerate(said) if re.search(r"Error\b", line)]
+        said = said[max(0, errors[0] - 6) : errors[0] + 1] if errors else said
+        row.note = "\n".join([f"exit {done.returncode}:", *said])
         return
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "step_s" in line and "loss" in line]
@@ -109,6 +163,7 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--plan-device", default="h200")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--megatron", action="store_true")
     parser.add_argument("--cpu", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -125,6 +180,7 @@ def main() -> int:
             common += ["--device", "cuda", "--dtype", "bf16", "--parts", "fused", "--plan-device", given.plan_device]
             common += [] if given.no_compile else ["--compile"]
         found = rows(given.ranks, microbatch=given.microbatch, many=given.microbatches, pipeline=given.pipeline)
+        found = rivals(found) if given.megatron else found
         for row in found:
             if re.search(given.only, row.name):
                 begun = time.monotonic()

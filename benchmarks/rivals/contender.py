@@ -81,8 +81,11 @@ class Source:
     cut: Callable[[Tensor], Tensor] = lambda t: t
 
 
-def copy_weights(theirs: nn.Module, ours: Mapping[str, Tensor], names: Mapping[str, str | Source]) -> None:
-    """Fills every parameter of theirs. names: their name -> ours, `{i}` for the number of the layer."""
+def copy_weights(
+    theirs: nn.Module, ours: Mapping[str, Tensor], names: Mapping[str, str | Source], *, first_layer: int = 0
+) -> None:
+    """Fills every parameter of theirs. names: their name -> ours, `{i}` for the number of the layer. first_layer: the
+    number of ours that their layer 0 is."""
     used = set()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -92,7 +95,7 @@ def copy_weights(theirs: nn.Module, ours: Mapping[str, Tensor], names: Mapping[s
             if key not in names:
                 raise KeyError(f"nothing of ours is named for `{name}` {list(parameter.shape)}")
             source = names[key] if isinstance(names[key], Source) else Source(names[key])
-            path = source.name.replace("{i}", i)
+            path = source.name.replace("{i}", str(int(i) + first_layer) if i else "")
             value = source.cut(ours[path])
             if value.numel() != parameter.numel():
                 raise ValueError(f"`{path}` {list(value.shape)} does not fill `{name}` {list(parameter.shape)}")

@@ -57,9 +57,9 @@ def build(
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-    config = _config(shape, fp8=fp8)
+    how = config(shape, **(dict(fp8="hybrid", fp8_recipe="tensorwise") if fp8 else {}))
     model = HybridModel(
-        config=config, hybrid_stack_spec=hybrid_stack_spec, vocab_size=shape.vocab, max_sequence_length=length,
+        config=how, hybrid_stack_spec=hybrid_stack_spec, vocab_size=shape.vocab, max_sequence_length=length,
         hybrid_layer_pattern=shape.pattern, share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="none", parallel_output=True,
     ).cuda().train()
@@ -68,7 +68,7 @@ def build(
 
     def loss_with(implementation: str):
         def loss(tokens_BT: Tensor) -> Tensor:
-            config.cross_entropy_fusion_impl = implementation
+            how.cross_entropy_fusion_impl = implementation
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
             # The last token has no successor: its label is any, and does not count.
             loss_BT = model(tokens_BT, positions_BT, None, labels=tokens_BT.roll(-1, 1))
@@ -90,12 +90,12 @@ def build(
     ]
 
 
-def _config(shape: Shape, *, fp8: bool):
+def config(shape: Shape, **more):
+    """A TransformerConfig. more: of its fields."""
     from megatron.core.activations import squared_relu
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     m, a, f = shape.mamba2, shape.attention, shape.mlp
-    narrow = dict(fp8="hybrid", fp8_recipe="tensorwise") if fp8 else {}
     return TransformerConfig(
         num_layers=len(shape.pattern), hidden_size=shape.d_model, ffn_hidden_size=f.d_ff,
         num_attention_heads=a.heads, num_query_groups=a.kv_heads, kv_channels=a.head_dim,
@@ -104,7 +104,7 @@ def _config(shape: Shape, *, fp8: bool):
         normalization="RMSNorm", layernorm_epsilon=shape.eps, hidden_dropout=0.0, attention_dropout=0.0,
         bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, perform_initialization=False,
         bias_dropout_fusion=True, cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native",
-        **narrow,
+        **more,
     )
 
 
