@@ -29,6 +29,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from rivals.warm import warm  # noqa: E402
+
 import mambadsl  # noqa: E402
 from mambadsl.train.run import planning  # noqa: E402
 from mambadsl.train.settings import Settings  # noqa: E402
@@ -125,7 +127,8 @@ def cuts(row: Row, model: Path, given: dict[str, str], common: list[str]) -> lis
 
 def run(row: Row, model: Path, data: Path, folder: Path, common: list[str], *, limit: float) -> None:
     out = place(folder, row.name)
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    env = {"TRITON_CACHE_AUTOTUNING": "1", **os.environ, "PYTHONPATH": paths}
     try:
         told = command(row, model, data, folder, common)
         done = subprocess.run(told, env=env, timeout=limit, capture_output=True, text=True, cwd=ROOT)
@@ -164,6 +167,7 @@ def main() -> int:
     parser.add_argument("--plan-device", default="h200")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--megatron", action="store_true")
+    parser.add_argument("--warm", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes, for --megatron")
     parser.add_argument("--cpu", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -180,7 +184,10 @@ def main() -> int:
             common += ["--device", "cuda", "--dtype", "bf16", "--parts", "fused", "--plan-device", given.plan_device]
             common += [] if given.no_compile else ["--compile"]
         found = rows(given.ranks, microbatch=given.microbatch, many=given.microbatches, pipeline=given.pipeline)
-        found = rivals(found) if given.megatron else found
+        if given.megatron and not given.cpu:
+            found = rivals(found)
+            # Their kernels' candidates, dozens for each kernel, would be compiled one after the other.
+            warm(model.read_text(), "megatron", processes=given.warm, seconds=given.limit)
         for row in found:
             if re.search(given.only, row.name):
                 begun = time.monotonic()

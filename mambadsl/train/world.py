@@ -22,6 +22,8 @@ from mambadsl.text.diagnostic import MdlError
 #: Of a collective: past it, a rank that waits for one that is gone gives up, and torchrun ends the rest.
 TIMEOUT = timedelta(minutes=10)
 AXES = ("pipeline", "data", "tensor")
+#: Multiprocessors of a GPU that may send and receive between stages; by default NCCL takes up to 32.
+SENDERS = 4
 #: What torchrun gives to each process.
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -148,7 +150,8 @@ def opened(device: torch.device, *, stages: int = 1, tensor: int = 1, timeout: t
     else:
         _join(backend, timeout)
     try:
-        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+        how = {"pipeline": ("nccl", _narrow(timeout))} if device.type == "cuda" and stages > 1 else None
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES, backend_override=how)
         files, words = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
         yield World(mesh, device, files, words)
     finally:
@@ -169,6 +172,15 @@ def _own(device: torch.device, found: dict[str, int] | None) -> torch.device:
             device = torch.device("cuda", found["LOCAL_RANK"])
         torch.cuda.set_device(device)
     return device
+
+
+def _narrow(timeout: timedelta) -> Any:
+    """NCCL's options of a group that sends between stages. A receive that waits for its sender turns on the
+    multiprocessors that layers compute on: it gets few."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    options.config.max_ctas = SENDERS
+    return options
 
 
 def _join(backend: str, timeout: timedelta) -> None:
