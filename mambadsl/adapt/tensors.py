@@ -40,9 +40,10 @@ class Piece:
 
 class Rows:
     """Pieces that hold a weight of ours together, along its first axis. constant: theirs may be missing, for the weight
-    is never anything but what its law of initial values gives."""
+    is never anything but what its law of initial values gives. together: one tensor that may be there instead, our
+    weight as it is."""
 
-    constant = False
+    constant, together = False, ""
 
     def __init__(self, *pieces: Piece | str):
         self.pieces = tuple(Piece(p) if isinstance(p, str) else p for p in pieces)
@@ -142,17 +143,19 @@ class Rows:
 
 
 class Experts(Rows):
-    """A tensor an expert, stacked along our axis 0; the names have `{}` for the expert's number."""
+    """A tensor an expert, stacked along our axis 0; the names have `{}` for the expert's number. together: a tensor
+    that may hold them all in their place, as ours does."""
 
-    def __init__(self, count: int, *pieces: Piece | str):
+    def __init__(self, count: int, *pieces: Piece | str, together: str = ""):
         super().__init__(*pieces)
-        self.count = count
+        self.count, self.together = count, together
 
     def names(self) -> Iterator[str]:
         yield from (piece.name.format(i) for i in range(self.count) for piece in self.pieces)
 
     def below(self, path: str) -> Rows:
-        return Experts(self.count, *Rows(*self.pieces).below(path).pieces)
+        together = self.together and f"{path}.{self.together}"
+        return Experts(self.count, *Rows(*self.pieces).below(path).pieces, together=together)
 
     def shapes(self, weight: Weight) -> Iterator[tuple[str, tuple[int, ...]]]:
         found = list(self._shapes(weight, weight.shape[1:]))

@@ -70,7 +70,8 @@ def import_hf(
     files = tensors.save(weights)
     # The text model of a larger one is exported as one of its own.
     renamed = {} if imported.inside else tensors.renamed
-    _keep(folder, Path(weights) / KEPT, settings, {"renamed": renamed, "shapes": tensors.shapes})
+    found = {"renamed": renamed, "shapes": tensors.shapes, "together": tensors.together}
+    _keep(folder, Path(weights) / KEPT, settings, found)
     return ImportedModel(program, imported, origin, tensors.skipped, files)
 
 

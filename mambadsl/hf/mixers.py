@@ -39,12 +39,13 @@ def gated_q(f: Values) -> dict[str, Place]:
 def experts(
     f: Values, *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", below: str = "experts",
 ) -> dict[str, Place]:
+    """A matrix an expert, or as transformers 5 holds them: all in one."""
     at = f"{below}.{{}}"
-    return {
-        "experts.gate_up_proj": Experts(f.experts, f"{at}.{gate}.weight", f"{at}.{up}.weight"),
-        "experts.up_proj": Experts(f.experts, f"{at}.{up}.weight"),
-        "experts.down_proj": Experts(f.experts, f"{at}.{down}.weight"),
+    pieces = {
+        "gate_up_proj": (f"{at}.{gate}.weight", f"{at}.{up}.weight"), "up_proj": (f"{at}.{up}.weight",),
+        "down_proj": (f"{at}.{down}.weight",),
     }
+    return {f"experts.{n}": Experts(f.experts, *given, together=f"{below}.{n}") for n, given in pieces.items()}
 
 
 def shared(name: str) -> dict[str, Place]:

@@ -34,11 +34,13 @@ AROUND = "model.visual.*", "model.vision*", "model.multi_modal_projector.*", "vi
 class Source:
     """Weights of ours out of a folder of theirs, checked to fit. skipped: tensors that hold nothing a model needs.
     renamed: our table's names -> what the folder calls them. shapes: of tensors that are cut otherwise than tables
-    say."""
+    say. together: weights of ours that are one tensor there, where tables say several -> its name."""
 
     def __init__(self, imported: Imported, folder: str | Path):
         self.imported, self.files = imported, Files(folder)
         self.weights = all_weights(imported.graph)
+        self.places = dict(imported.places)
+        self.together: dict[str, str] = {}
         self.renamed: dict[str, str] = {}
         self.constants: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -48,12 +50,12 @@ class Source:
     def read(self, path: str) -> Tensor:
         if path in self.constants:
             return draw(self.weights[path], self.imported.graph, path=path, seed=0)
-        return self.imported.places[path].read(self._get, self.weights[path])
+        return self.places[path].read(self._get, self.weights[path])
 
     def save(self, folder: str | Path) -> tuple[Path, ...]:
         """Writes them under our names, in the order of their files."""
         order = {file: i for i, file in enumerate(self.files.sizes)}
-        first = {path: self._name(next(rows.names())) for path, rows in self.imported.places.items()}
+        first = {path: self._name(next(rows.names())) for path, rows in self.places.items()}
         file_of = self.files.file_of
         units = [
             self._unit(path)
@@ -66,7 +68,7 @@ class Source:
         )
 
     def _unit(self, path: str) -> Unit:
-        weight, rows = self.weights[path], self.imported.places[path]
+        weight, rows = self.weights[path], self.places[path]
         if path in self.constants:
             drawn = self.read(path)
             return Unit({path: drawn}, lambda: [(path, [drawn])])
@@ -84,7 +86,8 @@ class Source:
 
     def _check(self) -> None:
         wanted: dict[str, tuple[int, ...]] = {}
-        for path, rows in self.imported.places.items():
+        self._find_together()
+        for path, rows in self.places.items():
             wanted |= dict(rows.shapes(self.weights[path]))
         there = self.files.shapes
         for name in wanted:
@@ -92,9 +95,9 @@ class Source:
                 self._find_renamed(name, wanted)
         absent = {name for name in wanted if self._name(name) not in there}
         self.constants = {
-            path for path, rows in self.imported.places.items() if rows.constant and absent.issuperset(rows.names())
+            path for path, rows in self.places.items() if rows.constant and absent.issuperset(rows.names())
         }
-        given = {name for path in self.constants for name in self.imported.places[path].names()}
+        given = {name for path in self.constants for name in self.places[path].names()}
         missing = [name for name in wanted if name in absent and name not in given]
         used = {self._name(name) for name in wanted}
         shapes = {name: there[self._name(name)] for name in wanted if name not in absent}
@@ -102,7 +105,7 @@ class Source:
         self.skipped = tuple(name for name in left if self._empty(name))
         unknown = [name for name in left if name not in self.skipped]
         bent = [
-            name for path, rows in self.imported.places.items()
+            name for path, rows in self.places.items()
             if all(n in shapes for n in rows.names()) and not rows.fits(self.weights[path], shapes)
             for name in rows.names() if shapes[name] != wanted[name]
         ]
@@ -119,12 +122,21 @@ class Source:
         message = f"the tensors in `{self.files.folder}` do not fit the configuration: {summary}"
         raise MdlError([Diagnostic(E613, message, notes=tuple(facts))])
 
+    def _find_together(self) -> None:
+        for path, rows in self.places.items():
+            if rows.together and any(n in self.files.shapes for n in (rows.together, *self._renamed(rows.together))):
+                self.together[path] = rows.together
+        self.places |= {path: Rows(name) for path, name in self.together.items()}
+
     def _find_renamed(self, name: str, wanted: Mapping[str, object]) -> None:
-        renamed = {**self.imported.family.renamed, **(INSIDE if self.imported.inside else {})}
-        for ours, theirs in renamed.items():
-            other = name.replace(ours, theirs)
+        for other in self._renamed(name):
             if other in self.files.shapes and other not in wanted:
                 self.renamed[name] = other
+
+    def _renamed(self, name: str) -> list[str]:
+        """What else a folder may call it."""
+        renamed = {**self.imported.family.renamed, **(INSIDE if self.imported.inside else {})}
+        return [name.replace(ours, theirs) for ours, theirs in renamed.items()]
 
     def _empty(self, name: str) -> bool:
         family, graph = self.imported.family, self.imported.graph
@@ -148,11 +160,12 @@ class Source:
 
 def export_units(
     places: Mapping[str, Rows], weights: Mapping[str, Weight], files: Files, renamed: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]], together: Mapping[str, str] = {},
 ) -> Iterator[Unit]:
-    """Weights of ours in a folder, as tensors of theirs. renamed, shapes: as `Source` found them. Raises MdlError
-    (E613) where they do not fit."""
+    """Weights of ours in a folder, as tensors of theirs. renamed, shapes, together: as `Source` found them. Raises
+    MdlError (E613) where they do not fit."""
     hold(files, weights)
+    places = {**places, **{path: Rows(name) for path, name in together.items()}}
     for path, weight in weights.items():
         written = places[path].written(weight, shapes)
         held = {renamed.get(name, name): blank(shape, files.dtypes[path]) for name, shape in written}

@@ -259,3 +259,29 @@ def test_the_text_model_of_a_larger_one(tmp_path):
     assert_same_bits(tensors(tmp_path / "again"), whole)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert type(again) is type(hf_tiny.model("qwen3_5"))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "qwen3_next"])
+def test_experts_in_one_tensor(name, tmp_path):
+    """As transformers 5 holds them, and as some publish them."""
+    theirs = hf_tiny.saved(name, tmp_path / "theirs")
+    apart, packed = tensors(theirs), {}
+    model = hf_tiny.model(name).state_dict()
+    for path, tensor in model.items():
+        below, _, leaf = path.rpartition(".experts.")
+        if below and leaf in ("gate_up_proj", "down_proj"):
+            packed[path] = tensor.to(next(iter(apart.values())).dtype).contiguous()
+            apart = {k: v for k, v in apart.items() if not (k.startswith(f"{below}.experts.") and _is(k, leaf))}
+    assert packed
+    for file in theirs.glob("*.safetensors*"):
+        file.unlink()
+    save_file({**apart, **packed}, theirs / "model.safetensors", metadata={"format": "pt"})
+
+    found = import_hf(theirs, weights=tmp_path / "ours")
+    assert verify_hf(found.program, theirs, weights=tmp_path / "ours", length=21).same
+    assert export_hf(found.program, tmp_path / "again", weights=tmp_path / "ours").unchanged
+    assert_same_bits(tensors(tmp_path / "again"), {**apart, **packed})
+
+
+def _is(name, leaf):
+    return name.endswith("down_proj.weight") == (leaf == "down_proj")
