@@ -40,6 +40,8 @@ _FUSED: Order = {
     "kimi_delta.conv": _CONV,
     "gated_delta_net.scan": ("fla.gated_delta_rule", REFERENCE),
     "kimi_delta.scan": ("fla.kimi_delta_rule", REFERENCE),
+    "rg_lru.scan": ("fla.decaying_sums", REFERENCE),
+    "wkv4.scan": ("fla.weighted_means", REFERENCE),
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
     "lightning.scan": ("triton.scan", "mamba_ssm.scan"),
     "kimi_delta.gate_norm": ("triton.gate_norm",),
