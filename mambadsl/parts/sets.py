@@ -40,6 +40,9 @@ _FUSED: Order = {
     "kimi_delta.conv": _CONV,
     "gated_delta_net.scan": ("fla.gated_delta_rule", REFERENCE),
     "kimi_delta.scan": ("fla.kimi_delta_rule", REFERENCE),
+    "mamba3.core": ("mamba_ssm.siso", REFERENCE),
+    "rg_lru.scan": ("fla.decaying_sums", REFERENCE),
+    "wkv4.scan": ("fla.weighted_means", REFERENCE),
     "gated_delta_net.gate_norm": ("triton.gate_norm",),
     "lightning.scan": ("triton.scan", "mamba_ssm.scan"),
     "kimi_delta.gate_norm": ("triton.gate_norm",),
@@ -73,7 +76,7 @@ SETS: dict[str, PartSet] = {
     s.name: s
     for s in (
         PartSet("reference", "any machine; pure torch; the truth"),
-        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's for Mamba-1", _FUSED),
+        PartSet("fused", "training on GPUs: our kernels and torch's; mamba-ssm's and fla's where we have none", _FUSED),
         PartSet("te", "Transformer Engine linears, norms and attention; the rest as `fused`", _TE),
         PartSet("inference", "decoding: static caches, step kernels, one CUDA graph a step", _STEPS),
         PartSet("auto", "for this machine, the fastest that each slot accepts", _STEPS, lenient=True),

@@ -138,6 +138,7 @@ KIND = Kind(
         Slot("scan", "the trapezoidal scan of turned keys and queries, with initial and final states"),
         Slot("gate_norm", "gate and, where asked for, RMS norm of each head"),
         Slot("out_proj", "back to d_model"),
+        Slot("core", "scan + gate_norm in one, with the norms, biases and turns before them", ("scan", "gate_norm")),
     ),
     source="arXiv:2603.15569; mamba_ssm Mamba3",
     recurrent=True,

@@ -6,13 +6,13 @@
 k and q are B and C, normed, shifted by a bias of each head, and turned pair by pair through the sum of
 pi tanh(angle) dt so far. Results match mamba_ssm's Mamba3 (several inputs: with each pair's two channels side by side,
 where that pairs n with n + N / 2). Letters: B batch, T time, D d_model, H heads, P head_dim, I = H * P, N d_state,
-G groups, R rank, A angles, c chunks, Q tokens of a chunk, X = Q * R.
+G groups, R rank, A angles, E channels of in_proj, c chunks, Q tokens of a chunk, X = Q * R.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,66 +108,104 @@ def turned(t_BTHRN: Tensor, cos_BTHA: Tensor, sin_BTHA: Tensor) -> Tensor:
     return torch.cat((pairs, t_BTHRN[..., 2 * A :]), -1)
 
 
+class Inputs(NamedTuple):
+    """What is made of in_proj's output before the scan; all but z and x in float32.
+
+    b, c: normed, not shifted and turned yet. dt: 0 at padding. trap: before its sigmoid. angle: the sums so far;
+    last_angle: after the last token.
+    """
+
+    z_BTI: Tensor
+    x_BTHP: Tensor
+    b_BTRGN: Tensor
+    c_BTRGN: Tensor
+    dt_BTH: Tensor
+    log_decay_BTH: Tensor
+    trap_BTH: Tensor
+    angle_BTHA: Tensor
+    last_angle_BHA: Tensor
+
+
+def core(layer: Module, projected_BTE: Tensor, rows: Rows, state: dict[str, Any] | None) -> Tensor:
+    """From in_proj's output to out_proj's input [B, T, I]; reads and writes `state`."""
+    i, f = layer.inputs(projected_BTE, rows, state), layer.f
+    share_BTH, cos_sin = torch.sigmoid(i.trap_BTH), (i.angle_BTHA.cos(), i.angle_BTHA.sin())
+    k_BTHRN = turned(layer.shifted(i.b_BTRGN, layer.b_bias), *cos_sin)
+    q_BTHRN = turned(layer.shifted(i.c_BTRGN, layer.c_bias), *cos_sin)
+    x_BTHRP, earlier_BTH = layer.mixed(i.x_BTHP), (1 - share_BTH) * i.dt_BTH
+    y_BTHRP, ssm = layer.parts["scan"](
+        x_BTHRP, k_BTHRN, q_BTHRN, i.log_decay_BTH, share_BTH * i.dt_BTH, _next(earlier_BTH, rows),
+        chunk=f.chunk, segments_BT=rows.segments_BT, state_BHPN=layer.started(state, rows, earlier_BTH),
+    )
+    layer.keep(state, rows, i, ssm)
+    y_BTHRP = y_BTHRP + layer.D.float()[:, None, None] * x_BTHRP
+    return layer.gated(y_BTHRP.to(i.z_BTI.dtype), i.z_BTI)
+
+
 class Module(KindModule):
     """Slots: in_proj, out_proj (x, weight, bias) -> y as F.linear; scan as `trapezoidal_scan`; gate_norm as
-    `gate_norm`, on rows of T * R."""
+    `gate_norm`, on rows of T * R; core as in this file. The methods are for those who fill `core`."""
 
     kind = KIND
     ENTRY = "in_proj"
-    REFERENCE = {"in_proj": F.linear, "scan": trapezoidal_scan, "gate_norm": gate_norm, "out_proj": F.linear}
+    REFERENCE = {
+        "in_proj": F.linear, "scan": trapezoidal_scan, "gate_norm": gate_norm, "out_proj": F.linear, "core": core,
+    }
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None
     ) -> Tensor:
-        f, rows = self.f, Rows.of(tokens, state)
-        projected = self.enter(rows.pack(x_BTD), self.in_proj, norm)
-        z_BTI, x_BTI, B, C, dt, A, trap, angle = projected.split([size for _, size in in_segments(f)], -1)
+        rows = Rows.of(tokens, state)
+        projected_BTE = self.enter(rows.pack(x_BTD), self.in_proj, norm)
+        y_BTI = self.parts["core"](self, projected_BTE, rows, state)
+        return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))
+
+    def inputs(self, projected_BTE: Tensor, rows: Rows, state: dict[str, Any] | None) -> Inputs:
+        f = self.f
+        z_BTI, x_BTI, B, C, dt, A, trap, angle = projected_BTE.split([size for _, size in in_segments(f)], -1)
         dt_BTH = rows.without_padding(F.softplus(dt.float() + self.dt_bias.float()))
-        log_decay_BTH = -F.softplus(A.float()).clamp_min(f.a_floor) * dt_BTH
-        share_BTH = torch.sigmoid(trap.float())
         turn_BTHA = math.pi * torch.tanh(angle.float())[:, :, None] * dt_BTH[..., None]
         angle_BTHA, last_BHA = turns(
             turn_BTHA, chunk=f.chunk, segments_BT=rows.segments_BT, state_BHA=rows.past(state, "angle")
         )
-        cos_sin = angle_BTHA.cos(), angle_BTHA.sin()
-        k_BTHRN = turned(self._keys(B, self.b_norm.weight, self.b_bias), *cos_sin)
-        q_BTHRN = turned(self._keys(C, self.c_norm.weight, self.c_bias), *cos_sin)
-        x_BTHP = x_BTI.unflatten(-1, (f.heads, f.head_dim))
-
-        earlier_BTH = (1 - share_BTH) * dt_BTH
-        start_BHPN = self._started(state, rows, earlier_BTH)
-        y_BTHRP, ssm = self.parts["scan"](
-            self._inputs(x_BTHP), k_BTHRN, q_BTHRN, log_decay_BTH, share_BTH * dt_BTH, _next(earlier_BTH, rows),
-            chunk=f.chunk, segments_BT=rows.segments_BT, state_BHPN=start_BHPN,
+        b_BTRGN, c_BTRGN = (
+            rms_norm(t.float().unflatten(-1, (f.rank, f.groups, f.d_state)), norm.weight, eps=f.norm_eps)
+            for t, norm in ((B, self.b_norm), (C, self.c_norm))
         )
-        if state is not None:
-            after = dict(angle=last_BHA, k=_last(k_BTHRN, rows), x=_last(x_BTHP, rows))
-            rows.keep(state, ssm=ssm, **{name: _read(t_B, state[name], rows) for name, t_B in after.items()})
-        y_BTHRP = y_BTHRP + self.D.float()[:, None, None] * self._inputs(x_BTHP)
-        y_BTI = self._gated(y_BTHRP.to(z_BTI.dtype), z_BTI)
-        return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))
+        return Inputs(
+            z_BTI, x_BTI.unflatten(-1, (f.heads, f.head_dim)), b_BTRGN, c_BTRGN, dt_BTH,
+            -F.softplus(A.float()).clamp_min(f.a_floor) * dt_BTH, trap.float(), angle_BTHA, last_BHA,
+        )
 
-    def _keys(self, B_BTS: Tensor, weight_N: Tensor, bias_HRN: Tensor) -> Tensor:
-        """B or C of every head, normed and shifted, float32 [B, T, H, R, N]; S = R * G * N."""
-        f = self.f
-        b_BTRGN = rms_norm(B_BTS.float().unflatten(-1, (f.rank, f.groups, f.d_state)), weight_N, eps=f.norm_eps)
-        return b_BTRGN.transpose(2, 3).repeat_interleave(f.heads // f.groups, 2) + bias_HRN.float()
+    def shifted(self, b_BTRGN: Tensor, bias_HRN: Tensor) -> Tensor:
+        """B or C of every head, float32 [B, T, H, R, N]."""
+        return b_BTRGN.transpose(2, 3).repeat_interleave(self.f.heads // self.f.groups, 2) + bias_HRN.float()
 
-    def _inputs(self, x_BTHP: Tensor) -> Tensor:
+    def mixed(self, x_BTHP: Tensor) -> Tensor:
         """A head's R inputs, float32 [B, T, H, R, P]."""
         x_BTH1P = x_BTHP.float()[..., None, :]
         return x_BTH1P if self.f.rank == 1 else x_BTH1P * self.rank_x.float()
 
-    def _started(self, state: dict[str, Any] | None, rows: Rows, earlier_BTH: Tensor) -> Tensor | None:
-        """The state before the first token, with what that token's step gives to the token before it."""
+    def started(self, state: dict[str, Any] | None, rows: Rows, earlier_BTH: Tensor) -> Tensor | None:
+        """The state before the first token, with what that token's step gives to the token before it: earlier,
+        (1 - sigmoid(trap)) dt."""
         if state is None:
             return None
-        x_BHRP = self._inputs(rows.past(state, "x")[:, None])[:, 0]
+        x_BHRP = self.mixed(rows.past(state, "x")[:, None])[:, 0]
         k_BHRN = rows.past(state, "k").float()
         added_BHPN = x_BHRP.transpose(-1, -2) @ k_BHRN
         return rows.past(state, "ssm").float() + added_BHPN * earlier_BTH[:, 0, :, None, None]
 
-    def _gated(self, y_BTHRP: Tensor, z_BTI: Tensor) -> Tensor:
+    def keep(self, state: dict[str, Any] | None, rows: Rows, i: Inputs, ssm_BHPN: Tensor) -> None:
+        """Writes the state after each row's last real token."""
+        if state is None:
+            return
+        angle_B1HA, b_B1RGN, x_B1HP = (_last(t, rows)[:, None] for t in (i.angle_BTHA, i.b_BTRGN, i.x_BTHP))
+        k_B1HRN = turned(self.shifted(b_B1RGN, self.b_bias), angle_B1HA.cos(), angle_B1HA.sin())
+        after = dict(angle=i.last_angle_BHA, k=k_B1HRN[:, 0], x=x_B1HP[:, 0])
+        rows.keep(state, ssm=ssm_BHPN, **{name: _read(t_B, state[name], rows) for name, t_B in after.items()})
+
+    def gated(self, y_BTHRP: Tensor, z_BTI: Tensor) -> Tensor:
         """The gate, the norm, and one output of a head's R."""
         f, weight_I = self.f, None if self.f.gated_norm == "none" else self.gate_norm.weight
         how = dict(order=f.gated_norm, groups=f.heads, eps=f.norm_eps)

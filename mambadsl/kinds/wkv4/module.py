@@ -62,7 +62,7 @@ def weighted_means(
 
     # From chunk to chunk, then each token with the sums before its chunk.
     whole_BcQI = torch.where(document_BcQ1 == 0, age_BcQ1 * rate_I, -NOTHING)
-    sums = _nothing(B, I, v_BTI.device) if past is None else _valid(past)
+    sums = no_sums(B, I, v_BTI.device) if past is None else valid_sums(past)
     before = []
     for c in range(k_BcQI.shape[1]):
         before.append(sums)
@@ -91,12 +91,12 @@ def _add(newer: Sums, older: Sums, decay: Tensor) -> Sums:
     return add * a + keep * old_a, add * b + keep * old_b, new_scale
 
 
-def _nothing(B: int, I: int, device: torch.device) -> Sums:
+def no_sums(B: int, I: int, device: torch.device) -> Sums:
     zeros = torch.zeros(B, I, device=device)
     return zeros, zeros, torch.full_like(zeros, NOTHING)
 
 
-def _valid(past: Sums) -> Sums:
+def valid_sums(past: Sums) -> Sums:
     """A state that no token has gone into is zeros."""
     values, weight, log_scale = (t.float() for t in past)
     there = weight > 0

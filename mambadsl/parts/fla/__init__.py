@@ -1,1 +1,1 @@
-"""flash-linear-attention's Triton kernels: the delta rules, and a short convolution without a CUDA compiler."""
+"""flash-linear-attention's Triton kernels: scans, and a short convolution without a CUDA compiler."""

@@ -1,1 +1,1 @@
-"""The scans of Mamba-1 and Mamba-2, and Mamba-2's whole core, by the kernels of the package mamba-ssm."""
+"""The scans of Mamba-1 and Mamba-2, and the whole cores of Mamba-2 and Mamba-3, by the kernels of mamba-ssm."""

@@ -39,6 +39,19 @@ def triton_kernels() -> types.SimpleNamespace:
 
 
 @functools.cache
+def siso_kernels() -> types.SimpleNamespace:
+    """`forward`, `backward`: the modules of mamba_ssm's kernels for Mamba-3 with one input a head. ImportError where
+    the package has none."""
+    _package()
+    folder = f"{NAME}.ops.triton.mamba3"
+    try:
+        modules = {short: importlib.import_module(f"{folder}.mamba3_siso_{short}") for short in ("fwd", "bwd")}
+    except ModuleNotFoundError as missing:
+        raise ImportError(f"mamba_ssm is too old: it has no Mamba-3 (2.3.2 has): {missing}") from missing
+    return types.SimpleNamespace(forward=modules["fwd"], backward=modules["bwd"])
+
+
+@functools.cache
 def selective_scan_extension() -> types.ModuleType:
     """mamba_ssm's CUDA extension for Mamba-1. ImportError where it is not built."""
     import torch  # noqa: F401  (the extension links against torch's libraries, which this loads)
