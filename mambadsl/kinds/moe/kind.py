@@ -3,7 +3,7 @@
 Routers as in Jamba, Granite 4 H, Mixtral (softmax) and DeepSeek-V3, Nemotron 3, Kimi (sigmoid with a
 selection bias, groups of experts, renormalisation and a scale), Zaya (an MLP that may choose no expert at all);
 shared experts; a latent width that the routed experts work in (Nemotron 3 Super). Every token is kept: no capacity,
-nothing dropped.
+nothing dropped. What evens the experts' loads in training is declared here, and done by `kinds/balance.py`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ FIELDS = (
         "scale of the shared expert's output by a learned gate",
     ),
     Field("latent", OrWord("none", Int()), None, "width that the routed experts work in", "channels"),
+    Field("aux_loss", Real(0), 0, "what the load-balancing loss is added to the loss with, in training", inert=True),
+    Field("z_loss", Real(0), 0, "what the router's z-loss is added to the loss with, in training", inert=True),
+    Field(
+        "bias_rate", Real(0), 0,
+        "the router's bias goes up by this after each step for experts that had too few tokens, else down", inert=True,
+    ),
 )
 
 
