@@ -86,6 +86,13 @@ def z_losses(logits_BTC: Tensor, real_BT: Tensor) -> Tensor:
     return (logits_BTC.logsumexp(-1).square() * real_BT).sum(1) / real_BT.sum(1).clamp_min(1)
 
 
+def bias_step(loads_E: Tensor, *, rate: float) -> Tensor:
+    """What is added to the bias after a step in which the experts had these loads, whole numbers: `rate` for those with
+    less than the mean, -rate for those with more (DeepSeek-V3, section 2.1.2)."""
+    # load < mean where E * load < the sum: exact.
+    return rate * torch.sign(loads_E.sum() - len(loads_E) * loads_E)
+
+
 class WithLoss(torch.autograd.Function):
     """x, whose backward pass begins that of a loss too: no layer, stage or recomputed part has to hand the loss on."""
 

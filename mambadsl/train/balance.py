@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mambadsl.kinds.balance import FIGURES, Balanced
+from mambadsl.kinds.balance import FIGURES, Balanced, bias_step
 from mambadsl.train.pieces import Piece
 from mambadsl.train.settings import Settings
 from mambadsl.train.world import World
@@ -83,14 +83,11 @@ class Balance:
         """Moves the biases by the loads that were added up: every copy alike."""
         moved: set[int] = set()
         for path, uses in self.layers.items():
-            loads_E = self.loads[path]
-            # In whole numbers, so that what is even stays: mean < load where the sum < E * load.
-            way_E = torch.sign(loads_E.sum() - len(loads_E) * loads_E)
             for layer in uses:
                 if layer.f.bias_rate and id(layer.bias) not in moved:
                     moved.add(id(layer.bias))
                     # A choice of no expert, the last, is nobody's load.
-                    layer.bias[: len(loads_E)] += layer.f.bias_rate * way_E
+                    layer.bias[: layer.f.experts] += bias_step(self.loads[path], rate=layer.f.bias_rate)
 
 
 def _layers(made: Piece) -> Iterator[tuple[str, Balanced]]:

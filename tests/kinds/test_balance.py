@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kind_values import module
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mambadsl.kinds.balance import FIGURES
+from mambadsl.kinds.balance import FIGURES, bias_step
 from mambadsl.kinds.fields import Word
 from mambadsl.kinds.moe.kind import ROUTER
 from mambadsl.kinds.moe.module import route
@@ -129,6 +131,22 @@ def test_rows_in_parts_and_recomputed_tell_the_same():
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
     assert torch.equal(found[0][0][:6], found[1][0][:6]) and torch.equal(found[0][0], found[2][0])
+
+
+@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(["sigmoid", "groups", "mlp"]))
+@settings(max_examples=12, deadline=None)
+def test_a_bias_evens_any_router(seed, name):
+    """Choices of 512 tokens among 6 experts that some are far better liked of: even, but for the last steps' size."""
+    draw = torch.Generator().manual_seed(seed)
+    logits_NE = torch.randn(512, 6, generator=draw) + torch.randn(6, generator=draw)
+    bias_E, worst = torch.zeros(6), []
+    for step in range(400):
+        index_NK, _ = route(logits_NE, torch.eye(6), bias_E, router=ROUTERS[name], top_k=2)
+        loads_E = torch.bincount(index_NK.flatten(), minlength=6)
+        bias_E += bias_step(loads_E, rate=0.01 if step < 300 else 0.001)
+        worst.append(loads_E.max().item() * 6 / 1024)
+    assert worst[-1] < 1.1 and worst[-1] <= worst[0]
+    assert torch.equal(bias_step(torch.full((6,), 7), rate=1.0), torch.zeros(6))
 
 
 def test_nobody_is_told_where_nobody_asks():
