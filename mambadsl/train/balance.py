@@ -12,10 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mambadsl.graph.graph import LayerGraph
 from mambadsl.kinds.balance import FIGURES, Balanced, bias_step
 from mambadsl.train.pieces import Piece
 from mambadsl.train.settings import Settings
 from mambadsl.train.world import World
+
+#: Of a kind with experts.
+FIELDS = {"aux_loss", "z_loss", "bias_rate"}
 
 
 class Balance:
@@ -88,6 +92,22 @@ class Balance:
                     moved.add(id(layer.bias))
                     # A choice of no expert, the last, is nobody's load.
                     layer.bias[: layer.f.experts] += bias_step(self.loads[path], rate=layer.f.bias_rate)
+
+
+def told(graph: LayerGraph) -> list[str]:
+    """What balances the experts of each layer that has some, those of one name together."""
+    found: dict[tuple[str, str], int] = {}
+    for node in graph.nodes:
+        for path, _, mixer in node.branches():
+            if FIELDS.issubset(mixer.fields):
+                how = ", ".join(f"{name}={mixer.fields[name]}" for name in sorted(FIELDS) if mixer.fields[name])
+                key = mixer.name or path, how
+                found[key] = found.get(key, 0) + 1
+    return [
+        f"experts of {name}{f' ({count} times)' * (count > 1)} are balanced by "
+        + (how or "nothing: `aux_loss` does it, or `bias_rate` where the router has a bias")
+        for (name, how), count in found.items()
+    ]
 
 
 def _layers(made: Piece) -> Iterator[tuple[str, Balanced]]:

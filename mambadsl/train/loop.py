@@ -25,7 +25,7 @@ from mambadsl.data.rows import Batch, Rows
 from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
-from mambadsl.train.balance import Balance
+from mambadsl.train.balance import Balance, told
 from mambadsl.train.compare import Comparison, compare
 from mambadsl.train.engine import Engine, engine
 from mambadsl.train.failure import Alone, NotFinite, explain
@@ -108,7 +108,7 @@ class Run:
         self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
-        self.notes = [f"passed over: {doubt}" for doubt in doubts]
+        self.notes = [*told(graph), *filter(None, [rows.corpus.says]), *(f"passed over: {doubt}" for doubt in doubts)]
         if alone := whole(graph, world.ranks("tensor")):
             self.notes.append(f"whole on every tensor rank: {', '.join(alone)}")
         if saved is not None:
@@ -192,8 +192,8 @@ class Run:
         share = self.engine.forward_backward(batch, counts_K)
         self.gradients.add_up()
         norm = self.gradients.norm()
-        told = torch.stack([self._whole(share).double(), norm.double()])
-        loss, norm_now, *balance = torch.cat((told, self.balance.add_up())).tolist()
+        both = torch.stack([self._whole(share).double(), norm.double()])
+        loss, norm_now, *balance = torch.cat((both, self.balance.add_up())).tolist()
         if not (math.isfinite(loss) and math.isfinite(norm_now)):
             raise NotFinite(explain(step + 1, loss, norm_now, self.engine, batch, counts_K, self.world))
         self.gradients.clip(norm, self.settings.clip)
