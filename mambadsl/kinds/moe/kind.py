@@ -169,11 +169,12 @@ def flops(f: Values, dims: Dims, length: int) -> Flops:
 
 
 def saved(f: Values, dims: Dims) -> Saved:
-    """Input, each chosen expert's input and hidden values, the shared expert's hidden values, scores."""
-    wide = 2 if f.gated else 1
+    """Input, each chosen expert's input and hidden values, the shared expert's hidden values, scores; again for a loss
+    of them."""
+    wide, scores = 2 if f.gated else 1, choices(f) * (1 + bool(f.aux_loss) + bool(f.z_loss))
     inner = f.latent or dims.d_in
     routed = f.top_k * (inner + wide * f.d_ff) + (f.latent or 0)
-    return Saved(dims.d_in + routed + wide * f.shared_d_ff, choices(f) + 4 * f.router.values.get("d_router", 0))
+    return Saved(dims.d_in + routed + wide * f.shared_d_ff, scores + 4 * f.router.values.get("d_router", 0))
 
 
 def split(f: Values, ranks: int) -> Values | None:
