@@ -31,14 +31,15 @@ LAYERS = """
 layer M = mamba2(head_dim=8, d_state=8, chunk=8)
 layer A = attention(heads=4)
 layer F = mlp(d_ff=64)
-layer E = moe(experts=4, top_k=2, d_ff=32)
+layer E = moe(experts=4, top_k=2, d_ff=32, aux_loss=0.02, z_loss=0.01)
+layer X = moe(experts=4, top_k=2, d_ff=16, router=sigmoid, aux_loss=0.01, bias_rate=0.01)
 layer T = attention(heads=4, residual=aside, input=with_embedding)
 layer P = linear(residual=aside)
 layer B = mamba1(d_state=4, dt_rank=4, gives=scan)
 layer G = gmu()
 layer K = attention(heads=4, gives=kv)
 layer C = attention(heads=4, takes=kv)
-shared S = [A F]
+shared S = [A X]
 shared Z = T
 """
 #: What is hard about a pipeline, and the usual.
@@ -46,7 +47,7 @@ MODELS = {
     name: f"model {name} {{ {HEAD}  tie_embeddings = {tied} }} {LAYERS} stack {{ {stack} }} {tail}"
     for name, tied, stack, tail in (
         ("tied", "true", "M F A F M F M F A F", ""),
-        ("untied", "false", "M F A E M F", ""),
+        ("untied", "false", "M X A E M F", ""),
         ("sharing", "true", "S M S M Z P M F Z P M F S", ""),
         ("ahead", "true", "M F A F M F", "mtp(depths=2, weights=shared) { A F }"),
         ("carrying", "false", "B F K F G F C F G C", ""),
@@ -100,6 +101,12 @@ def told(run: Path) -> tuple[list[float], float]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     [held_out] = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     return list(losses(run).values()), held_out
+
+
+def balanced(run: Path) -> list[list[float]]:
+    """What the log has of experts, by step."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [[line[name] for name in ("imbalance", "aux_loss", "z_loss") if name in line] for line in lines]
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def _dry_run(
     program: Program, settings: Settings, planned: dict[str, Any], ranks: int | None, rows: Rows, *, fused: bool,
     as_json: bool,
 ) -> int:
+    from mambadsl.train.balance import told
     from mambadsl.train.run import expected, gathering, planning
     from mambadsl.train.tables import forecast_text
 
@@ -82,14 +83,15 @@ def _dry_run(
     plan = planning(program, settings, ranks=ranks, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, ranks=ranks, fused=fused, **planned)
     facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens))
+    notes = [*filter(None, [rows.corpus.says]), *told(program.layers)]
     if as_json:
         epochs = settings.steps * settings.batch / rows.count
         output.json(
             ok=not will.too_large, **facts, steps=settings.steps, epochs=epochs, forecast=will.to_json(),
-            plan=plan and plan.to_json(),
+            plan=plan and plan.to_json(), notes=notes,
         )
     else:
-        output.text(forecast_text(will, settings, **facts))
+        output.text(forecast_text(will, settings, notes=notes, **facts))
     return 1 if will.too_large else 0
 
 
@@ -105,6 +107,8 @@ def _dry_run(
 @takes_model
 @click.option("--data", multiple=True, required=True, metavar="PATH", help="Text, .jsonl, .bin/.idx; repeatable.")
 @click.option("--tokenizer", type=click.Path(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
+@click.option("--eod", default="auto", show_default=True, metavar="TOKEN|ID",
+              help="After each document of text: a token, an id, none; auto: the tokenizer's end of text, if any.")
 @click.option(
     "-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Of the run: its log and saves; one that is there goes on (default: runs/NAME).",
@@ -152,8 +156,8 @@ def _dry_run(
 @click.option("--ranks", type=COUNT, metavar="N", help="Of the dry run (default: those that there are).")
 @click.option("--tensorboard", is_flag=True, help="Write for TensorBoard too.")
 def run(
-    model: Given, data: tuple[str, ...], tokenizer: str | None, folder: Path | None, weights: Path | None,
-    length: int | None,
+    model: Given, data: tuple[str, ...], tokenizer: str | None, eod: str, folder: Path | None,
+    weights: Path | None, length: int | None,
     held_out: float, held_out_every: int, save_every: int, keep: int, dtype: str | None, device: str | None,
     clip: float, plan_device: str | None, memory_limit: int | None, tensorboard: bool, as_json: bool,
     dry_run: bool, ranks: int | None, **how: Any,
@@ -195,12 +199,13 @@ def run(
         if memory_limit is not None:
             planned["memory_limit"] = memory_limit
         folder = folder or Path("runs") / program.spec.name
+        text = dict(tokenizer=tokenizer, eod=None if eod == "none" else int(eod) if eod.isdecimal() else eod)
         if dry_run:
-            found = rows(program, data, settings, tokenizer=tokenizer, held_out=held_out)
+            found = rows(program, data, settings, held_out=held_out, **text)
             return _dry_run(program, settings, planned, ranks, found, fused=place != "cpu", as_json=as_json)
         done = train(
-            program, data, folder, settings, device=place, tokenizer=tokenizer, held_out=held_out, keeping=keeping,
-            planned=planned, weights=weights,
+            program, data, folder, settings, device=place, held_out=held_out, keeping=keeping, planned=planned,
+            weights=weights, **text,
         )
     except NotFinite as error:
         raise click.ClickException(str(error)) from None

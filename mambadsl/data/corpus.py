@@ -15,7 +15,7 @@ import numpy as np
 
 from mambadsl.data import texts
 from mambadsl.data.cache import Cache, Stamp, usual_folder
-from mambadsl.data.encode import ByteEncoder, Encoder, TokenizerEncoder
+from mambadsl.data.encode import AUTO, ByteEncoder, Encoder, End, TokenizerEncoder
 from mambadsl.data.files import files
 from mambadsl.data.ids import hold
 from mambadsl.data.indexed import read_indexed, write_indexed
@@ -25,26 +25,29 @@ from mambadsl.data.tokens import Piece, Tokens
 @dataclass(frozen=True)
 class Corpus:
     """tokens: the ids of all documents, one document after another; a slice is an int64 array. ends: int64, where each
-    document ends (exclusive), ascending; the last is len(tokens). A document without a token is none."""
+    document ends (exclusive), ascending; the last is len(tokens). A document without a token is none. says: what ends
+    documents of text, if they were encoded."""
 
     tokens: Tokens
     ends: np.ndarray
+    says: str | None = None
 
 
 def open_corpus(
-    paths: str | Path | Iterable[str | Path], *, vocab: int, tokenizer: str | Path | None = None, field: str = "text",
-    cache: Path | None = None,
+    paths: str | Path | Iterable[str | Path], *, vocab: int, tokenizer: str | Path | None = None, eod: End = AUTO,
+    field: str = "text", cache: Path | None = None,
 ) -> Corpus:
     """The corpus in files, read where they lie, in the order given.
 
     By suffix: `.jsonl` and `.ndjson`, an object a line, `field` of each a document; `.bin` with `.idx`, Megatron's
     indexed datasets; `.npy`, ids in one dimension, a document; any other file is UTF-8 text, a document. A folder is
-    all files below it. Text becomes ids by a `tokenizer.json`, or its bytes do. What has to be encoded is, once, into
-    the folder `cache` (default: `mambadsl` in the user's folder of caches). vocab: how many ids the model has.
+    all files below it. Text becomes ids by a `tokenizer.json`, or its bytes do; after each document of text comes `eod`
+    (a token's name, an id, None; "auto": the tokenizer's end of text). What has to be encoded is, once, into the folder
+    `cache` (default: `mambadsl` in the user's folder of caches). vocab: how many ids the model has.
     """
     paths = [Path(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
     kept = Cache(Path(cache) if cache is not None else usual_folder())
-    reading = Reading(vocab, tokenizer, field, kept)
+    reading = Reading(vocab, tokenizer, eod, field, kept)
     found: list[tuple[Piece, np.ndarray]] = []
     try:
         for path in files(paths, cache=kept.folder):
@@ -57,7 +60,9 @@ def open_corpus(
         raise ValueError(f"`{error.filename or kept.folder}` cannot be read or written: {why}") from error
     tokens = Tokens([piece for piece, _ in found])
     starts = tokens.stops - [piece.count for piece in tokens.pieces]
-    return Corpus(tokens, np.concatenate([ends + start for (_, ends), start in zip(found, starts)]))
+    ends = np.concatenate([ends + start for (_, ends), start in zip(found, starts)])
+    encoder = vars(reading).get("encoder")
+    return Corpus(tokens, ends, encoder and encoder.says)
 
 
 @dataclass(frozen=True)
@@ -66,19 +71,20 @@ class Reading:
 
     vocab: int
     tokenizer: str | Path | None
+    eod: End
     field: str
     cache: Cache
 
     @cached_property
     def encoder(self) -> Encoder:
         if self.tokenizer is None:
-            return ByteEncoder(vocab=self.vocab)
-        return TokenizerEncoder(self.tokenizer, vocab=self.vocab)
+            return ByteEncoder(vocab=self.vocab, eod=self.eod)
+        return TokenizerEncoder(self.tokenizer, vocab=self.vocab, eod=self.eod)
 
 
 def _text(path: Path, reading: Reading) -> tuple[Piece, np.ndarray]:
     encoder, stamp = reading.encoder, Stamp.of(path)
-    if isinstance(encoder, TokenizerEncoder):
+    if encoder.dtype != "|u1":
         return _encoded(stamp, reading, "text", lambda: [encoder.long_document(texts.pieces_of(path))])
     reading.cache.fact(stamp, "UTF-8", find=lambda: texts.check(path))
     return _one(Piece.at(path, "|u1", stamp.bytes))

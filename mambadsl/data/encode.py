@@ -27,6 +27,9 @@ _DOCUMENTS = 1024
 _CHARACTERS = 1 << 22
 
 Token = tuple[int, int, int]  # (first character, that after the last, id)
+#: What ends a document: a token's name, an id, None for nothing, or AUTO: the tokenizer's own, and of bytes nothing.
+End = str | int | None
+AUTO = "auto"
 
 
 class Encoder(Protocol):
@@ -34,41 +37,83 @@ class Encoder(Protocol):
     dtype: str
     #: Two encoders of one name give the same ids.
     name: str
+    #: What comes after each document that has a token; None for nothing.
+    end: int | None
+    #: Of the end, for people.
+    says: str | None
 
     def documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """Each text's ids."""
         ...
 
+    def long_document(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of one text that comes in pieces."""
+        ...
+
 
 class ByteEncoder:
-    """Byte b of the UTF-8 text is token b."""
+    """Byte b of the UTF-8 text is token b. eod: an id that is no byte, if any."""
 
-    dtype, name = "|u1", "bytes"
-
-    def __init__(self, *, vocab: int):
+    def __init__(self, *, vocab: int, eod: End = AUTO):
         Bytes(vocab=vocab)
+        self.end = None if eod == AUTO else eod
+        if self.end is not None and not (isinstance(self.end, int) and 256 <= self.end < vocab):
+            more = f"past the bytes are the ids 256 to {vocab - 1}" if vocab > 256 else "256 ids are the bytes alone"
+            raise ValueError(f"documents of bytes cannot end with `{self.end}`: {more}; `none` is the default")
+        self.dtype, self.name = ("|u1", "bytes") if self.end is None else (_dtype(self.end), f"bytes, {self.end}")
+        self.says = None if self.end is None else f"documents end with the id {self.end}"
 
     def documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         for text in texts:
-            yield np.frombuffer(text.encode("utf-8"), np.uint8)
+            yield _ended(np.frombuffer(text.encode("utf-8"), np.uint8), self.end)
+
+    def long_document(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        return _all_ended((np.frombuffer(piece.encode("utf-8"), np.uint8) for piece in pieces), self.end)
 
 
 class TokenizerEncoder:
-    """The ids of a `tokenizer.json`."""
+    """The ids of a `tokenizer.json`. eod: the token after each document, as `End` says."""
 
-    def __init__(self, path: str | Path, *, vocab: int):
+    def __init__(self, path: str | Path, *, vocab: int, eod: End = AUTO):
         self.reader = JsonFile(path, vocab=vocab)
-        self.dtype = "<u2" if self.reader.highest < 2**16 else "<i4"
+        name = self.reader.end_of_text() if eod == AUTO else eod
+        self.end = self.reader.id_of(name) if isinstance(name, str) else name
+        if self.end is not None and not 0 <= self.end < vocab:
+            raise ValueError(f"documents cannot end with the id {self.end}: the model has ids from 0 to {vocab - 1}")
+        self.dtype = _dtype(max(self.reader.highest, self.end or 0))
         self.name = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if self.end is not None:
+            self.name += f", {self.end}"
+            self.says = f"documents end with {f'`{name}`, ' * isinstance(name, str)}the id {self.end}"
+        else:
+            why = "the tokenizer has no end of text that is known: " if eod == AUTO else ""
+            self.says = f"{why}nothing marks where documents end"
 
     def documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         for some in _batches(texts):
             for ids in self.reader.encode_all(some):
-                yield np.array(ids, np.int64)
+                yield _ended(np.array(ids, np.int64), self.end)
 
     def long_document(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of one text that comes in pieces."""
-        return joined(pieces, self.reader.places)
+        return _all_ended(joined(pieces, self.reader.places), self.end)
+
+
+def _dtype(highest: int) -> str:
+    return "<u2" if highest < 2**16 else "<i4"
+
+
+def _ended(ids: np.ndarray, end: int | None) -> np.ndarray:
+    """A document, and its end; of none, nothing."""
+    return ids if end is None or not len(ids) else np.append(ids.astype(np.int64), end)
+
+
+def _all_ended(pieces: Iterable[np.ndarray], end: int | None) -> Iterator[np.ndarray]:
+    count = 0
+    for ids in pieces:
+        count += len(ids)
+        yield ids
+    if count and end is not None:
+        yield np.array([end], np.int64)
 
 
 def joined(

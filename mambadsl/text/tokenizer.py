@@ -10,6 +10,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from mambadsl.text.spell import nearest
+
+#: What ends a text in published tokenizers; the first that there is.
+ENDS = (
+    "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|eos|>",
+    "[EOS]", "<EOS>",
+)
+
 
 class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
@@ -84,6 +92,25 @@ class JsonFile:
         """Each text's tokens as (first character, that after the last, id)."""
         found = self.loaded.encode_batch(texts, add_special_tokens=False)
         return [[(*span, id) for span, id in zip(one.offsets, one.ids)] for one in found]
+
+    def special(self) -> dict[str, int]:
+        """The special tokens' ids, by name."""
+        return {token.content: id for id, token in self.loaded.get_added_tokens_decoder().items() if token.special}
+
+    def end_of_text(self) -> str | None:
+        """The special token that ends a text, by the names that are usual; None if there is none of them."""
+        there = self.special()
+        return next((name for name in ENDS if name in there), None)
+
+    def id_of(self, name: str) -> int:
+        """The id of a token. ValueError if there is none of that name."""
+        id = self.loaded.token_to_id(name)
+        if id is None:
+            there = self.special()
+            near = nearest(name, there)
+            known = f"its special tokens are {', '.join(list(there)[:12]) or 'none'}"
+            raise ValueError(f"the tokenizer has no token `{name}`; {f'did you mean `{near}`?' if near else known}")
+        return id
 
     @property
     def highest(self) -> int:

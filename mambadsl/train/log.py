@@ -81,6 +81,8 @@ class Log(AbstractContextManager):
 def words(facts: Mapping[str, float]) -> str:
     """For people, in the order of importance."""
     shown = [f"loss {facts['loss']:.4f}", f"norm {facts['grad_norm']:.2f}", f"{facts['tokens_per_s']:,.0f} tokens/s"]
+    if "imbalance" in facts:
+        shown.append(f"imbalance {facts['imbalance']:.2f}")
     if "peak_share" in facts:
         shown.append(f"{facts['peak_share']:.0%} of peak")
     if "memory_bytes" in facts:

@@ -25,6 +25,7 @@ from mambadsl.data.rows import Batch, Rows
 from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
+from mambadsl.train.balance import Balance, told
 from mambadsl.train.compare import Comparison, compare
 from mambadsl.train.engine import Engine, engine
 from mambadsl.train.failure import Alone, NotFinite, explain
@@ -103,10 +104,11 @@ class Run:
                 put(made, begun.value)
         self.depths = self.engine.pieces[-1].model.trained_depths
         self.gradients = Gradients(self.engine.pieces, world)
+        self.balance = Balance(self.engine.pieces, world, settings)
         self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
-        self.notes = [f"passed over: {doubt}" for doubt in doubts]
+        self.notes = [*told(graph), *filter(None, [rows.corpus.says]), *(f"passed over: {doubt}" for doubt in doubts)]
         if alone := whole(graph, world.ranks("tensor")):
             self.notes.append(f"whole on every tensor rank: {', '.join(alone)}")
         if saved is not None:
@@ -131,11 +133,12 @@ class Run:
                 tell(note)
             while step < settings.steps and ended is None:
                 begun = time.perf_counter()
-                loss, norm, lr = self.step(step)
+                facts = self.step(step)
+                loss = facts["loss"]
                 times.append(time.perf_counter() - begun)
                 step += 1
                 if log:
-                    log.step(step, dict(loss=loss, grad_norm=norm, lr=lr, **meter.facts(times[-1])))
+                    log.step(step, {**facts, **meter.facts(times[-1])})
                 ended = "done" if step == settings.steps else stop.asked(world)
                 if self.rows.held_out_count and (_due(step, keeping.held_out_every) or ended == "done"):
                     held_out = self.held_out()
@@ -178,20 +181,25 @@ class Run:
         except OSError as error:
             raise ValueError(f"the log in `{self.folder}` cannot be written: {error.strerror or error}") from None
 
-    def step(self, step: int) -> tuple[float, float, float]:
-        """The `step`-th update, counted from 0: its loss, the norm of its gradients, its learning rate."""
+    def step(self, step: int) -> dict[str, float]:
+        """The `step`-th update, counted from 0: its loss, the norm of its gradients, its learning rate, and of experts
+        what `Balance.names` says."""
         batch = self._mine(self.rows.training, step * self.settings.batch)
         counts_K = self._counts(batch)
         self._seed(step)
         self.gradients.clear()
+        self.balance.clear()
         share = self.engine.forward_backward(batch, counts_K)
         self.gradients.add_up()
         norm = self.gradients.norm()
-        told = torch.stack([self._whole(share).double(), norm.double()]).tolist()
-        if not all(map(math.isfinite, told)):
-            raise NotFinite(explain(step + 1, *told, self.engine, batch, counts_K, self.world))
+        both = torch.stack([self._whole(share).double(), norm.double()])
+        loss, norm_now, *balance = torch.cat((both, self.balance.add_up())).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm_now)):
+            raise NotFinite(explain(step + 1, loss, norm_now, self.engine, batch, counts_K, self.world))
         self.gradients.clip(norm, self.settings.clip)
-        return *told, self.optimizer.step(step)
+        lr = self.optimizer.step(step)
+        self.balance.update()
+        return dict(loss=loss, grad_norm=norm_now, lr=lr) | dict(zip(self.balance.names, balance))
 
     def held_out(self) -> float:
         """The mean loss over all rows that are held out, as the training's (with `mtp`, its part included)."""

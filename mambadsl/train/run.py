@@ -17,6 +17,7 @@ import torch
 from mambadsl.build.device import device as usable
 from mambadsl.compile import Program
 from mambadsl.data.corpus import open_corpus
+from mambadsl.data.encode import AUTO, End
 from mambadsl.data.rows import Rows
 from mambadsl.plan import device as devices
 from mambadsl.plan.plan import Plan, plan_units
@@ -31,7 +32,7 @@ from mambadsl.train.world import opened, shape
 
 def train(
     program: Program, data: Sequence[str | Path], folder: str | Path, settings: Settings, *, device: Any = "cpu",
-    tokenizer: str | Path | None = None, held_out: float = 0.0, keeping: Keeping = Keeping(),
+    tokenizer: str | Path | None = None, eod: End = AUTO, held_out: float = 0.0, keeping: Keeping = Keeping(),
     planned: dict[str, Any] | None = None, weights: str | Path | None = None,
 ) -> Result:
     """Trains a model, or goes on with the run that is in the folder.
@@ -52,7 +53,7 @@ def train(
             if world.first:
                 stack.enter_context(held(folder))
         with world.agreed():
-            found = rows(program, data, settings, tokenizer=tokenizer, held_out=held_out)
+            found = rows(program, data, settings, tokenizer=tokenizer, eod=eod, held_out=held_out)
         try:
             run = Run(
                 program.layers, found, settings, folder, world=world, plan=plan, keeping=keeping, weights=weights,
@@ -67,10 +68,10 @@ def train(
 
 def rows(
     program: Program, data: Sequence[str | Path], settings: Settings, *, tokenizer: str | Path | None = None,
-    held_out: float = 0.0,
+    eod: End = AUTO, held_out: float = 0.0,
 ) -> Rows:
-    """The data of a run."""
-    corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer)
+    """The data of a run. tokenizer, eod: as `open_corpus` takes them."""
+    corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer, eod=eod)
     return Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
 
 

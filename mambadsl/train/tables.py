@@ -15,8 +15,10 @@ from mambadsl.train.settings import Settings
 AXES = ("pipeline", "data", "tensor")
 
 
-def forecast_text(forecast: Forecast, settings: Settings, *, rows: int, corpus_tokens: int) -> str:
-    """Of a run that has not begun. rows: of an epoch; corpus_tokens: of the data."""
+def forecast_text(
+    forecast: Forecast, settings: Settings, *, rows: int, corpus_tokens: int, notes: Sequence[str] = ()
+) -> str:
+    """Of a run that has not begun. rows: of an epoch; corpus_tokens: of the data; notes: what else it would say."""
     f, epochs = forecast, settings.steps * settings.batch / rows
     mesh = " x ".join(f"{n} {name}" for n, name in zip(f.mesh, AXES))
     ranks = f.mesh[0] * f.mesh[1] * f.mesh[2]
@@ -42,7 +44,8 @@ def forecast_text(forecast: Forecast, settings: Settings, *, rows: int, corpus_t
         for h in f.held
     ]
     given = [f"{head:<7} {words}" for head, words in lines]
-    return "\n".join([*given, "", *grid(header, table, left=2), "", *_fits(f), *_doubts(f)]) + "\n"
+    last = *_fits(f), *_doubts(f), *(f"note    {note}" for note in notes)
+    return "\n".join([*given, "", *grid(header, table, left=2), "", *last]) + "\n"
 
 
 def _fits(f: Forecast) -> list[str]:

@@ -39,6 +39,7 @@ def of(ranks: int, **other: str) -> dict[str, str]:
     (["--data", "nowhere.txt"], {}, "there is no file or folder `nowhere.txt`"),
     (["--data", ""], {}, "--data is empty"),
     (["--tokenizer", "nowhere.json"], {}, "there is no tokenizer file `nowhere.json`"),
+    (["--eod", "</s>"], {}, "documents of bytes cannot end with `</s>`: 256 ids are the bytes alone"),
     (["--weights", "nowhere"], {}, "there is no folder `nowhere`"),
     (["--length", "99999"], {}, "longer than the corpus"),
     (["--microbatch", "3"], {}, "4 rows a rank cannot be cut into microbatches of 3: 2 would do"),
@@ -62,6 +63,19 @@ def test_wrong(typed, tmp_path, more, environment, said):
     assert result.exit_code in (1, 2) and said in result.output, result.output
     assert "bug" not in result.output and not isinstance(result.exception, Exception)
     assert not list((tmp_path / "run").glob("step-*"))
+
+
+def test_a_dry_run_tells_of_experts_and_of_ends(typed, tmp_path):
+    text = "model m { vocab = 300 d_model = 16 } layer E = moe(d_ff=8) stack { E E(router=sigmoid, bias_rate=0.01) E }"
+    line = ("-e", text, "--eod", "299", "--dry-run")
+    result = CliRunner().invoke(cli, typed(*line))
+    assert result.exit_code == 0
+    for note in (
+        "documents end with the id 299", "experts of E (2 times) are balanced by nothing: `aux_loss` does it",
+        "experts of E are balanced by bias_rate=0.01",
+    ):
+        assert f"note    {note}" in result.output
+    assert len(json.loads(CliRunner().invoke(cli, typed(*line, "--json")).stdout)["notes"]) == 3
 
 
 def test_data_given_twice(typed, tmp_path):

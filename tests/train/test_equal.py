@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import MODELS, go, together, told, weights
+from train_cases import MODELS, balanced, go, together, told, weights
 
 TWO = {
     "data": {},
@@ -36,6 +36,8 @@ def compare(name: str, found: Path, truth: Path, *, near: float) -> None:
     (losses, held_out), (expected, expected_held_out) = told(found), told(truth)
     assert losses == pytest.approx(expected, rel=near), name
     assert held_out == pytest.approx(expected_held_out, rel=near), name
+    for step, truths in zip(balanced(found), balanced(truth), strict=True):
+        assert step == pytest.approx(truths, rel=near), name
     ours, theirs = weights(found), weights(truth)
     assert ours.keys() == theirs.keys(), name
     far = {

@@ -1,4 +1,4 @@
-"""E220 to E223: numbers of experts, choices and groups fit together."""
+"""E220 to E224: numbers of experts, choices and groups fit together, and a bias that is to be moved is there."""
 
 from __future__ import annotations
 
@@ -61,6 +61,20 @@ E223 = declare(
     Instead: `top_groups=3`, or a smaller `top_k`.
     """,
 )
+E224 = declare(
+    "E224",
+    "`bias_rate` without a bias",
+    """
+    `bias_rate` moves the bias that a router adds to the scores for choosing: after each step up for experts
+    that had fewer tokens than the mean, down for the others. Only `sigmoid` and `mlp` routers have one.
+
+    Why: nothing would be balanced.
+
+    Example: `moe(router=softmax, bias_rate=0.001)`.
+
+    Instead: `router=sigmoid`, or `aux_loss=0.01`, which balances any router by a loss.
+    """,
+)
 
 
 def check(subject: Subject) -> Iterator[Problem]:
@@ -70,6 +84,12 @@ def check(subject: Subject) -> Iterator[Problem]:
             yield site.problem(
                 E220, "`top_k` must be at most `experts`", ("top_k", "experts"),
                 label=f"{top_k} of {experts} experts", help=(f"`top_k={experts}` is the most",),
+            )
+        if site.f.bias_rate and router.name != "mlp" and not router.values.get("bias"):
+            found = "`bias=false`" if router.name == "sigmoid" else f"a `{router.name}` router has none"
+            yield site.problem(
+                E224, "`bias_rate` needs a router with a bias", ("bias_rate", "router"), label=found,
+                help=("`aux_loss=0.01` balances any router by a loss",),
             )
         groups, top_groups = router.values.get("groups", 1), router.values.get("top_groups", 1)
         if experts % groups or (groups > 1 and experts // groups < 2):

@@ -3,7 +3,7 @@
 Routers as in Jamba, Granite 4 H, Mixtral (softmax) and DeepSeek-V3, Nemotron 3, Kimi (sigmoid with a
 selection bias, groups of experts, renormalisation and a scale), Zaya (an MLP that may choose no expert at all);
 shared experts; a latent width that the routed experts work in (Nemotron 3 Super). Every token is kept: no capacity,
-nothing dropped.
+nothing dropped. What evens the experts' loads in training is declared here, and done by `kinds/balance.py`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ FIELDS = (
         "scale of the shared expert's output by a learned gate",
     ),
     Field("latent", OrWord("none", Int()), None, "width that the routed experts work in", "channels"),
+    Field("aux_loss", Real(0), 0, "what the load-balancing loss is added to the loss with, in training", inert=True),
+    Field("z_loss", Real(0), 0, "what the router's z-loss is added to the loss with, in training", inert=True),
+    Field(
+        "bias_rate", Real(0), 0,
+        "the router's bias goes up by this after each step for experts that had too few tokens, else down", inert=True,
+    ),
 )
 
 
@@ -163,11 +169,12 @@ def flops(f: Values, dims: Dims, length: int) -> Flops:
 
 
 def saved(f: Values, dims: Dims) -> Saved:
-    """Input, each chosen expert's input and hidden values, the shared expert's hidden values, scores."""
-    wide = 2 if f.gated else 1
+    """Input, each chosen expert's input and hidden values, the shared expert's hidden values, scores; again for a loss
+    of them."""
+    wide, scores = 2 if f.gated else 1, choices(f) * (1 + bool(f.aux_loss) + bool(f.z_loss))
     inner = f.latent or dims.d_in
     routed = f.top_k * (inner + wide * f.d_ff) + (f.latent or 0)
-    return Saved(dims.d_in + routed + wide * f.shared_d_ff, choices(f) + 4 * f.router.values.get("d_router", 0))
+    return Saved(dims.d_in + routed + wide * f.shared_d_ff, scores + 4 * f.router.values.get("d_router", 0))
 
 
 def split(f: Values, ranks: int) -> Values | None:

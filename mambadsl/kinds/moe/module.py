@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambadsl.kinds.activations import activate
-from mambadsl.kinds.module import Holder, KindModule
+from mambadsl.kinds.balance import Balanced
+from mambadsl.kinds.module import Holder
 from mambadsl.kinds.moe.kind import KIND
 from mambadsl.kinds.norm import rms_norm
 from mambadsl.kinds.tokens import Tokens
@@ -52,6 +53,14 @@ def route(
     if router.renorm:
         weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + router.renorm_eps)
     return index_NK, weight_NK * router.scale
+
+
+def shares(logits_NC: Tensor, router: Variant) -> Tensor:
+    """Each token's scores of all that it can choose, as parts of 1."""
+    if router.name != "sigmoid":
+        return logits_NC.softmax(-1)
+    scores_NC = logits_NC.sigmoid()
+    return scores_NC / (scores_NC.sum(-1, keepdim=True) + 1e-20)
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -111,7 +120,7 @@ def run_shared(
     return y_ND if gate_1D is None else y_ND * F.linear(x_ND, gate_1D).sigmoid()
 
 
-class Module(KindModule):
+class Module(Balanced):
     """REFERENCE: `route`, `run_experts`, `run_shared`; parts take and give the same."""
 
     kind = KIND
@@ -129,6 +138,8 @@ class Module(KindModule):
             carried_NR = self._carried(x_ND, router)
             read = self._router_reads(carried_NR)
         route = self.parts["router"](read, self.router.weight, self.router.bias, router=f.router, top_k=f.top_k)
+        if self.told is not None and torch.is_grad_enabled():
+            route = self._telling(read, *route, tokens)
         inner_NL = F.linear(x_ND, self.latent_in_proj.weight) if f.latent else x_ND
         y_ND = self.parts["experts"](
             inner_NL, *route, getattr(self.experts, up), self.experts.down_proj, **form
@@ -141,6 +152,18 @@ class Module(KindModule):
             y_ND = y_ND + self.parts["shared"](x_ND, *weights, **form)
         y_BTD = y_ND.unflatten(0, x_BTD.shape[:2])
         return (y_BTD, {"router": carried_NR.unflatten(0, x_BTD.shape[:2])}) if self.gives else y_BTD
+
+    def _telling(
+        self, read_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, tokens: Tokens
+    ) -> tuple[Tensor, Tensor]:
+        """The same experts and weights, whose backward pass tells of them."""
+        f, logits_NC, scores_NC = self.f, None, None
+        if f.aux_loss or f.z_loss:
+            logits_NC = F.linear(read_ND.float(), self.router.weight.float())
+            scores_NC = shares(logits_NC, f.router)
+        counted_NK = (weight_NK.detach() != 0).float() if f.router.values.get("skip") else None
+        how = dict(counted_NK=counted_NK, scores_NC=scores_NC, logits_NC=logits_NC)
+        return index_NK, self.telling(index_NK, weight_NK, tokens=tokens, **how)
 
     def _carried(self, x_ND: Tensor, above_BTR: Tensor | None) -> Tensor:
         """What an MLP router makes of x, and of what the router above did, float32 [N, R]."""
