@@ -106,17 +106,18 @@ class Model(Ahead, Losses, nn.Module):
                 if model.meta_tokens:
                     self._add_table("meta", model.meta_tokens, **made)
             case Role.HEAD:
-                self.narrow = Narrow(model, self.graph.streams, **self._rms(), **made)
-                self.final_norm = Norm(
-                    final_norm(model, self.graph.streams), model.d_model, **self._rms(), **made
-                )
+                streams = self.graph.streams[node.path].read
+                self.narrow = Narrow(model, streams, **self._rms(), **made)
+                self.final_norm = Norm(final_norm(model, streams), model.d_model, **self._rms(), **made)
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
                 self._add_table("embed" if self.graph.tied else "head", model.vocab, **made)
             case Role.MTP_IN:
-                self._placed(node.depth_owner, lambda: Depth(model, self.graph.streams, **self._rms(), **made))
+                streams = self.graph.streams[f"mtp.{node.depth}.out"].read
+                self._placed(node.depth_owner, lambda: Depth(model, streams, **self._rms(), **made))
             case Role.LAYER:
                 filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
-                how = dict(d_model=model.d_model, filled=filled, **self._rms(), **made)
+                streams = self.graph.streams_of[node.owner]
+                how = dict(d_model=model.d_model, filled=filled, streams=streams, **self._rms(), **made)
                 owner = self._placed(node.owner, lambda: Sublayer(node, **how))
                 if node.shared:
                     self._placed(node.path, lambda: Sublayer(node, of=owner, **how))
@@ -273,7 +274,7 @@ class Model(Ahead, Losses, nn.Module):
         if self.stage.keeps_embedding:
             # Fused steps add to the stream in place.
             stream["x0"] = x_BTD if state is None else x_BTD.clone()
-        stream["x"] = widen(x_BTD, self.graph.streams)
+        stream["x"] = widen(x_BTD, self.graph.streams[node.path].given)
 
     def _embedded(self, tokens_BT: Tensor, state: DecodingState | None) -> Tensor:
         model = self.graph.model
