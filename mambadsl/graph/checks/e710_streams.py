@@ -14,11 +14,11 @@ E710 = declare(
     "E710",
     "layers do not agree on the residual streams",
     """
-    With `residual=hyper`, `mhc` or `gated` a layer reads and writes several residual streams (`streams=4`); with
-    `attend` it reads one for each block of layers above it, and the block's own; with every other form it reads and
-    writes one. What one layer writes the next one reads, so all layers of the stack and of the `mtp` tail have the same
-    number, or all have `attend`. `narrow` makes one stream of several before the head; where there is only one, there
-    is nothing to narrow.
+    With `residual=hyper`, `mhc` or `gated` a layer reads and writes several residual streams (`streams=4`);
+    with `attend` it reads one for each block of layers above it, and its own block's; with every other form it
+    reads and writes one. What one layer writes the next one reads, so all layers of the stack and of the `mtp`
+    tail have the same number, or all have `attend`. `narrow` makes one stream of several before the head; where
+    there is only one, there is nothing to narrow.
 
     Why: a layer that adds to one stream has no place in a model of four, and no single meaning there.
 

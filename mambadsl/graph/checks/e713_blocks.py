@@ -12,9 +12,9 @@ E713 = declare(
     "E713",
     "no layer begins a block",
     """
-    With `residual=attend` a layer chooses from the states at which blocks of layers began, and what its own block has
-    added up so far. A block begins at a layer with `attend(begins=true)`. Where none does there is one state only, and
-    the form is `pre` by another name: no layer has a query.
+    With `residual=attend` a layer chooses from the states at which blocks of layers began, and what its own block
+    has added up so far. A block begins at a layer with `attend(begins=true)`. Where none does there is one state
+    only, and the form is `pre` by another name: no layer has a query.
 
     Why: the model that was asked for attends over its depth, the one that was written adds up.
 
