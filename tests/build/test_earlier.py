@@ -17,6 +17,7 @@ from mambadsl.graph.json import dumps, loads
 from mambadsl.graph.weights import all_weights
 from mambadsl.plan.device import DEVICES
 from mambadsl.plan.from_graph import units
+from mambadsl.show.explorer import explorer_data
 from mambadsl.text.diagnostic import MdlError
 
 KEYS = "reads=keys, scale=auto, weight=false"
@@ -118,6 +119,8 @@ def test_the_stream_grows_where_blocks_begin():
     assert all(e.width == g.streams[e.target].read * D_MODEL for e in g.edges if e.tensor == "x")
     assert graph("A F").streams["stack.1"] == Streams(1, 1)
     assert loads(dumps(g)) == g
+    [shown] = (node for node in explorer_data(g)["graphs"][0]["nodes"] if node["id"] == "stack.3")
+    assert shown["outputsMetadata"][0]["attrs"][0]["value"] == f"batch x length x {3 * D_MODEL}"
 
 
 def test_only_what_chooses_has_a_query():
