@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_models import D_MODEL, graph, ids, made
 from torch import nn
 
 from mambadsl.build.model import build
 from mambadsl.build.state import describe
 from mambadsl.compile import load
-from mambadsl.graph.cost import costs
+from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import Streams
 from mambadsl.graph.json import dumps, loads
 from mambadsl.graph.weights import all_weights
@@ -103,6 +105,37 @@ def test_queries_begin_at_the_mean():
         states = [*states, y] if sub.sub.residual.begins else [*states[:-1], states[-1] + y]
     wanted = model.logits(model.final_norm(sum(states)))
     torch.testing.assert_close(model(ids(2, 5)), wanted, atol=2e-5, rtol=1e-5)
+
+
+def _read(states, form, w, at):
+    """As the paper writes it: keys are normed states, and softmax weighs the states."""
+    if len(states) == 1:
+        return states[0]
+    v = torch.stack(states)
+    k = F.rms_norm(v, (D_MODEL,), w.get(f"{at}.keys.weight"), form.norm_eps)
+    scale = D_MODEL**-0.5 if form.scale is None else form.scale
+    share = torch.einsum("d, n b t d -> n b t", w[f"{at}.query"], k * scale).softmax(0)
+    return torch.einsum("n b t, n b t d -> b t d", share, k if form.reads == "keys" else v)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.sampled_from(["A_", "B_", "F_", "D_", "S_"]), min_size=1, max_size=6),
+    st.sampled_from(["norm_eps=1e-4", KEYS]),
+)
+@torch.no_grad()
+def test_any_blocks_are_the_definition(stack, form):
+    model, tokens = made(" ".join(stack), more=more(form), narrow=f"attend({form})"), ids(2, 5)
+    w = model.tensors()
+    states = [F.embedding(tokens, w["embed.weight"])]
+    for node, sub in model.sublayers():
+        assert model.graph.streams[node.path].read == len(states)
+        h = sub.norm(_read(states, sub.sub.residual, w, f"{node.owner}.residual"))
+        y = sub.mixer_modules()[0](h, describe((2, 5)))
+        states = [*states, y] if sub.sub.residual.begins else [*states[:-1], states[-1] + y]
+    wanted = model.logits(model.final_norm(_read(states, model.graph.model.narrow, w, "narrow")))
+    torch.testing.assert_close(model(tokens), wanted, atol=5e-5, rtol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) == total(costs(model.graph)).params
 
 
 # How wide the stream is.
