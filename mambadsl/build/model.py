@@ -116,7 +116,7 @@ class Model(Ahead, Losses, nn.Module):
                 self._placed(node.depth_owner, lambda: Depth(model, streams, **self._rms(), **made))
             case Role.LAYER:
                 filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
-                streams = self.graph.streams_of[node.owner]
+                streams = self.graph.most_streams[node.owner]
                 how = dict(d_model=model.d_model, filled=filled, streams=streams, **self._rms(), **made)
                 owner = self._placed(node.owner, lambda: Sublayer(node, **how))
                 if node.shared:

@@ -194,7 +194,7 @@ class LayerGraph:
         return streams(self.nodes)
 
     @cached_property
-    def streams_of(self) -> dict[str, int]:
+    def most_streams(self) -> dict[str, int]:
         """For each owner of a layer, the most streams that a use of it reads: what its weights are made for."""
         found: dict[str, int] = {}
         for node in self.nodes:

@@ -37,7 +37,7 @@ def node_weights(graph: LayerGraph, node: Node) -> Iterator[tuple[str, Weight]]:
         case Role.MTP_OUT:
             yield from _prefixed(node.depth_owner, _end(graph, node))
         case Role.LAYER:
-            yield from _prefixed(node.owner, sublayer_weights(node.layer.sub, d, graph.streams_of[node.owner]))
+            yield from _prefixed(node.owner, sublayer_weights(node.layer.sub, d, graph.most_streams[node.owner]))
             dims = node.dims(d)
             uses = node.branches()
             for i, (_, prefix, mixer) in enumerate(uses):

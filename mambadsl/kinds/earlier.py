@@ -11,7 +11,7 @@ state (n = 1) there is nothing to choose: it is read as it is, and the layer has
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Field, Flag, OneOf, OrWord, Real
-from mambadsl.kinds.kind import ONES, ZEROS, Flops, Saved, Weight, matmul, mixing
+from mambadsl.kinds.kind import ONES, ZEROS, Flops, Init, Saved, Weight, matmul, mixing
 from mambadsl.kinds.values import Values, Variant
 
 NORM_EPS = Field("norm_eps", Real(above=0), 1e-6, "added to the mean square of the streams before the root")
@@ -33,7 +33,7 @@ def attend_weights(below: str, form: Variant, d: int, n: int) -> tuple[Weight, .
     return _wide(f"{below}.query", d, ZEROS), *keys
 
 
-def _wide(name: str, d: int, init) -> Weight:
+def _wide(name: str, d: int, init: Init) -> Weight:
     return Weight(name, (d,), init, fp32=True, decay=False, quantise=False)
 
 

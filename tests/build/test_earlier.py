@@ -138,6 +138,17 @@ def test_any_blocks_are_the_definition(stack, form):
     assert sum(p.numel() for p in model.parameters()) == total(costs(model.graph)).params
 
 
+@pytest.mark.parametrize("residual, narrow", [
+    ("hyper(streams=3)", "attend"), ("attend(begins=true)", "weighted"), ("attend(begins=true)", "gated(rank=3)"),
+    ("attend(begins=true)", "mean"),
+])
+def test_every_way_to_narrow_takes_any_streams(residual, narrow):
+    model = made("X Y", more=f"layer X = A(residual={residual}) layer Y = G(residual={residual})", narrow=narrow)
+    model.train().loss(ids(2, 7)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    assert set(model.state_dict()) == set(all_weights(model.graph))
+
+
 # How wide the stream is.
 
 
