@@ -137,5 +137,5 @@ _NARROWED: dict[str, Callable[[Narrow, Tensor], Tensor]] = {
     "sum": lambda self, x_BTS: x_BTS.unflatten(-1, (self.streams, -1)).sum(-2),
     "weighted": Narrow._weighted,
     "gated": Narrow._gated,
-    "attend": lambda self, x_BTS: attended(x_BTS.unflatten(-1, (self.streams, -1)), self),
+    "attend": lambda self, x_BTS: attended(x_BTS.chunk(self.streams, -1), self),
 }

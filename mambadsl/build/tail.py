@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambadsl.build.carried import closed
 from mambadsl.build.failure import located
 from mambadsl.build.meta import WithMeta
 from mambadsl.build.state import DecodingState, describe
@@ -107,11 +108,12 @@ class Ahead:
 
     def _join(self, node, stream, rows, state, last) -> None:
         x_BTD = self.get_submodule(node.depth_owner).join(stream["x0"], stream["h"])
-        stream["x"] = widen(x_BTD.to(stream["x0"].dtype), self.graph.streams[node.path].given)
+        x_BTD = x_BTD.to(stream["x0"].dtype)
+        stream["x"] = self._laid(widen(x_BTD, self.graph.streams[node.path].given))
 
     def _end(self, node, stream, rows, state, last) -> None:
         depth = self.get_submodule(node.depth_owner)
-        stream["h"] = depth.final_norm(depth.narrow(stream["x"]), dtype=self._head_weight().dtype)
+        stream["h"] = depth.final_norm(depth.narrow(closed(stream["x"])), dtype=self._head_weight().dtype)
 
 
 class Depth(nn.Module):

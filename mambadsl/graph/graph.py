@@ -193,6 +193,11 @@ class LayerGraph:
         """The residual streams that each node reads and gives, by its path."""
         return streams(self.nodes)
 
+    @property
+    def blocks(self) -> bool:
+        """Its streams are the states at which blocks of layers began, of which a layer changes none but the last."""
+        return bool(self.layers) and begins(self.layers[0].layer.sub) is not None
+
     @cached_property
     def most_streams(self) -> dict[str, int]:
         """For each owner of a layer, the most streams that a use of it reads: what its weights are made for."""

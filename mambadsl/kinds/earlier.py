@@ -1,8 +1,8 @@
 """A stream that keeps the states at which blocks of layers began: what the residual form `attend` declares, and the
 `narrow` of that name (Attention Residuals, arXiv:2603.15031; Inkling 2). No torch.
 
-Side by side in one tensor of n * d_model channels lie s_0, ..., s_(n-2), the states at which blocks began (s_0 is the
-embedding where the first layer begins one), and last p, what the block at hand has added up. A layer reads
+The streams, n of d_model channels, are s_0, ..., s_(n-2), the states at which blocks began (s_0 is the embedding where
+the first layer begins one), and last p, what the block at hand has added up. A layer reads
 sum_i softmax_i(scale q . k_i) s_i over all of them, with a learned query q and keys k_i = rmsnorm(s_i); it adds its
 output to p or, where it begins a block, leaves p as one more state, and its output is the new p. Where there is one
 state (n = 1) there is nothing to choose: it is read as it is, and the layer has no query.
@@ -11,7 +11,7 @@ state (n = 1) there is nothing to choose: it is read as it is, and the layer has
 from __future__ import annotations
 
 from mambadsl.kinds.fields import Field, Flag, OneOf, OrWord, Real
-from mambadsl.kinds.kind import ONES, ZEROS, Flops, Init, Saved, Weight, matmul, mixing
+from mambadsl.kinds.kind import ONES, ZEROS, Flops, Init, Saved, Weight, mixing
 from mambadsl.kinds.values import Values, Variant
 
 NORM_EPS = Field("norm_eps", Real(above=0), 1e-6, "added to the mean square of the streams before the root")
@@ -39,7 +39,7 @@ def _wide(name: str, d: int, init: Init) -> Weight:
 
 def attend_flops(n: int, d: int) -> Flops:
     """The query with each state, and their sum."""
-    return mixing(0) if n == 1 else matmul(n * d) + mixing(2 * n * d)
+    return mixing(0 if n == 1 else 4 * n * d)
 
 
 def layer_weights(sub: Values, d: int, n: int) -> tuple[Weight, ...]:
@@ -51,5 +51,6 @@ def layer_flops(sub: Values, d: int, n: int) -> Flops:
 
 
 def layer_saved(sub: Values, d: int, n: int) -> Saved:
-    """The states; of each its root mean square, logit and share."""
-    return Saved(0) if n == 1 else Saved(n * d, 3 * n)
+    """What the block has added up, as this layer reads it: states above are those of layers above. Of each state, its
+    root mean square, logit and share."""
+    return Saved(0) if n == 1 else Saved(d, 3 * n)

@@ -100,8 +100,9 @@ def units(
         kept, working = cost.saved_bytes_per_token * tokens, 0
         if node.layer is not None and node.layer.sub.recompute:
             given = sum(_bytes(tensor, narrow) for tensor in node.gives(graph.model.d_model).values())
-            read = graph.streams[node.path].read * graph.model.d_model * _stream(graph, narrow)
-            kept, working = (read + given) * inside, kept
+            # Of the states of blocks, the one that the layer above left: the others are those of layers above it.
+            read = 1 if graph.blocks else graph.streams[node.path].read
+            kept, working = (read * graph.model.d_model * _stream(graph, narrow) + given) * inside, kept
             inputs += forward
         found.append(Unit(
             path=node.path,

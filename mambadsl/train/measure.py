@@ -247,5 +247,14 @@ class _Bench:
             through = [x for name, x in zip(stage.gives, out) if name in stage.takes and name not in ("x", "t")]
             kept -= sum(x.numel() * x.element_size() for x in through)
             del through
+            kept -= self._copied(stage)
             self._backward(made, out)
             return kept, max(0, used.most - kept)
+
+    def _copied(self, stage: Stage) -> int:
+        """Bytes of states of blocks that are copied where stages meet, not between layers."""
+        if not self.graph.blocks or "x" not in stage.takes:
+            return 0
+        (read, given), x = self.graph.streams[stage.paths[0]], self.inputs[stage.takes.index("x")]
+        copies = given - 1 + (read if read > 1 else 0)
+        return copies * x.numel() // read * x.element_size()

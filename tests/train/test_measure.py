@@ -75,6 +75,9 @@ def test_the_same_layer_is_another_where_the_stream_is_wider(quick):
     assert [row.paths for row in found.rows[1:-1]] == [
         ("stack.0",), ("stack.1", "stack.2"), ("stack.3",), ("stack.4",)
     ]
+    # No layer keeps the states of layers above it once more, only a few numbers of each.
+    first, last = found.rows[2].time.activation_bytes, found.rows[4].time.activation_bytes
+    assert 0 < last - first <= 8 * 4 * 8 < 8 * 16 * 4
 
 
 def test_a_tail_is_measured_with_the_head(quick):
