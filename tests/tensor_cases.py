@@ -54,6 +54,8 @@ layer Fixed = lightning(heads=4, head_dim=6, chunk=4)
 layer Side = attention(heads=4, head_dim=4, input=with_embedding, residual=aside)
 layer Proj = linear(norm=none, residual=aside)
 layer Again = A(recompute=true)
+layer Begins = A(residual=attend(begins=true))
+layer Chooses = F(residual=attend)
 shared S = [One(adapter=lora(rank=3, targets=[qkv_proj, o_proj], per=segment)) F]
 shared Z = Side
 """
@@ -64,6 +66,7 @@ STACKS = {
     "older": "Mean Channelled Channels Narrow M+A Again",
     "sharing": "S M S Z Proj F S",
     "dropped": "Dropped Again",
+    "attending": "[Begins Chooses*2]*2",
 }
 #: An epsilon that rounding does not turn over: Adam divides what is next to nothing by itself.
 COMMON = dict(length=16, batch=8, steps=3, lr=1e-2, eps=1e-3, parts="reference", seed=3)

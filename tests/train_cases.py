@@ -39,18 +39,22 @@ layer B = mamba1(d_state=4, dt_rank=4, gives=scan)
 layer G = gmu()
 layer K = attention(heads=4, gives=kv)
 layer C = attention(heads=4, takes=kv)
+layer Q = attention(heads=4, residual=attend)
+layer R = Q(residual=attend(begins=true))
+layer H = mlp(d_ff=64, residual=attend)
 shared S = [A X]
 shared Z = T
 """
 #: What is hard about a pipeline, and the usual.
 MODELS = {
-    name: f"model {name} {{ {HEAD}  tie_embeddings = {tied} }} {LAYERS} stack {{ {stack} }} {tail}"
-    for name, tied, stack, tail in (
-        ("tied", "true", "M F A F M F M F A F", ""),
-        ("untied", "false", "M X A E M F", ""),
-        ("sharing", "true", "S M S M Z P M F Z P M F S", ""),
-        ("ahead", "true", "M F A F M F", "mtp(depths=2, weights=shared) { A F }"),
-        ("carrying", "false", "B F K F G F C F G C", ""),
+    name: f"model {name} {{ {HEAD}  {settings} }} {LAYERS} stack {{ {stack} }} {tail}"
+    for name, settings, stack, tail in (
+        ("tied", "tie_embeddings = true", "M F A F M F M F A F", ""),
+        ("untied", "tie_embeddings = false", "M X A E M F", ""),
+        ("sharing", "tie_embeddings = true", "S M S M Z P M F Z P M F S", ""),
+        ("ahead", "tie_embeddings = true", "M F A F M F", "mtp(depths=2, weights=shared) { A F }"),
+        ("carrying", "tie_embeddings = false", "B F K F G F C F G C", ""),
+        ("attending", "narrow = attend", "[R H Q H]*3", "mtp() { R H }"),
     )
 }
 #: An epsilon that rounding does not turn over: Adam divides what is next to nothing by itself.

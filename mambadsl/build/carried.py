@@ -2,7 +2,8 @@
 
 In a stage, what is kept (keys and values) goes from layer to layer as a `Seen`: takers look at the cache of the giver.
 From stage to stage goes one tensor of the new tokens; a later stage with takers has a cache of its own, in its decoding
-state by the giver's path. Everything else that is carried goes as it is.
+state by the giver's path. The states of blocks are tensors apart, and one between stages (`earlier.py`). Everything
+else that is carried goes as it is.
 Letters: B batch, T time.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mambadsl.build.earlier import States
 from mambadsl.build.stage import Stage
 from mambadsl.build.state import DecodingState
 from mambadsl.graph.graph import LayerGraph
@@ -54,8 +56,10 @@ def relays(graph: LayerGraph, stage: Stage) -> dict[str, Relay]:
     }
 
 
-def closed(value: Tensor | Seen) -> Tensor:
-    """What is sent of it: of something kept, the new tokens."""
+def closed(value: Tensor | Seen | States) -> Tensor:
+    """What is sent of it: of something kept, the new tokens; states of blocks side by side."""
+    if isinstance(value, tuple):
+        return torch.cat(value, -1)
     return torch.stack(list(value.new.values()), 2) if isinstance(value, Seen) else value
 
 

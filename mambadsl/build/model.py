@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mambadsl.build.carried import closed, relays
 from mambadsl.build.device import device as usable
+from mambadsl.build.earlier import States, apart
 from mambadsl.build.failure import located
 from mambadsl.build.fill import fill
 from mambadsl.build.init import initialise
@@ -106,17 +107,18 @@ class Model(Ahead, Losses, nn.Module):
                 if model.meta_tokens:
                     self._add_table("meta", model.meta_tokens, **made)
             case Role.HEAD:
-                self.narrow = Narrow(model, self.graph.streams, **self._rms(), **made)
-                self.final_norm = Norm(
-                    final_norm(model, self.graph.streams), model.d_model, **self._rms(), **made
-                )
+                streams = self.graph.streams[node.path].read
+                self.narrow = Narrow(model, streams, **self._rms(), **made)
+                self.final_norm = Norm(final_norm(model, streams), model.d_model, **self._rms(), **made)
                 # A tied head reads the embedding's table; a last stage without the embedding has a copy.
                 self._add_table("embed" if self.graph.tied else "head", model.vocab, **made)
             case Role.MTP_IN:
-                self._placed(node.depth_owner, lambda: Depth(model, self.graph.streams, **self._rms(), **made))
+                streams = self.graph.streams[f"mtp.{node.depth}.out"].read
+                self._placed(node.depth_owner, lambda: Depth(model, streams, **self._rms(), **made))
             case Role.LAYER:
                 filled = tuple(fill(self.assignment, path) for path, _, _ in node.branches())
-                how = dict(d_model=model.d_model, filled=filled, **self._rms(), **made)
+                streams = self.graph.most_streams[node.owner]
+                how = dict(d_model=model.d_model, filled=filled, streams=streams, **self._rms(), **made)
                 owner = self._placed(node.owner, lambda: Sublayer(node, **how))
                 if node.shared:
                     self._placed(node.path, lambda: Sublayer(node, of=owner, **how))
@@ -202,6 +204,8 @@ class Model(Ahead, Losses, nn.Module):
             stream[name] = relay.opened(stream[name], rows.tokens, state)
         if "x" in stream and state is not None:
             stream["x"] = stream["x"].clone()
+        if "x" in stream:
+            stream["x"] = self._laid(stream["x"])
         for node in self.stage.body:
             with located(node):
                 _RUN[node.role](self, node, stream, rows, state, last)
@@ -273,7 +277,11 @@ class Model(Ahead, Losses, nn.Module):
         if self.stage.keeps_embedding:
             # Fused steps add to the stream in place.
             stream["x0"] = x_BTD if state is None else x_BTD.clone()
-        stream["x"] = widen(x_BTD, self.graph.streams)
+        stream["x"] = self._laid(widen(x_BTD, self.graph.streams[node.path].given))
+
+    def _laid(self, x_BTS: Tensor) -> Tensor | States:
+        """The stream as the layers of a stage have it."""
+        return apart(x_BTS, self.graph.model.d_model) if self.graph.blocks else x_BTS
 
     def _embedded(self, tokens_BT: Tensor, state: DecodingState | None) -> Tensor:
         model = self.graph.model
@@ -308,6 +316,7 @@ class Model(Ahead, Losses, nn.Module):
         stream["t" if node.aside else "x"] = y_BTD
 
     def _head(self, node, stream, rows, state, last) -> None:
+        stream["x"] = closed(stream["x"])
         stream |= {name: rows.strip(stream[name]) for name in ("x", "x0") if name in stream}
         x_BLD = self.narrow(stream["x"] if last is None else stream["x"][:, -last:])
         if self._steps("head_step", x_BLD, state):

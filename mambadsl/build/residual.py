@@ -23,13 +23,13 @@ class Add(Declared):
     are named as the form's weights are, below `residual`."""
 
     def __init__(
-        self, sub: Values, d_model: int, *, dtype: torch.dtype, device: Any = None,
+        self, sub: Values, d_model: int, *, streams: int = 1, dtype: torch.dtype, device: Any = None,
         rms: Callable[..., Tensor] = rms_norm,
     ):
-        """sub: the sublayer's fields. rms: what computes RMS norms."""
+        """sub: the sublayer's fields. streams: the most that a use of the layer reads. rms: what computes RMS norms."""
         super().__init__()
-        self.form = sub.residual
-        table = form_of(sub.residual).weights(sub, d_model)
+        self.form, self.d_model = sub.residual, d_model
+        table = form_of(sub.residual).weights(sub, d_model, streams)
         self.declare(table, dtype=dtype, device=device, below="residual.")
 
     def read(self, x_BTD: Tensor, t_BTD: Tensor | None) -> tuple[Tensor, Any]:
@@ -50,8 +50,8 @@ class Normed(Add):
 
 
 class Affine(Add):
-    def __init__(self, sub: Values, d_model: int, **made: Any):
-        super().__init__(sub, d_model, **made)
+    def __init__(self, sub: Values, d_model: int, *, streams: int = 1, **made: Any):
+        super().__init__(sub, d_model, streams=streams, **made)
         self.out_affine, self.stream_affine = Norm(AFFINE, d_model, **made), Norm(AFFINE, d_model, **made)
 
     def write(self, x_BTD: Tensor, h_BTI: Tensor, y_BTD: Tensor, kept: Any) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambadsl.build.earlier import attended
 from mambadsl.build.residual import Add
 from mambadsl.kinds.module import Declared
 from mambadsl.kinds.norm import Norm, rms_norm
@@ -76,9 +77,11 @@ def sinkhorn(mix_NN: Tensor, *, rounds: int, eps: float) -> Tensor:
 class Gated(Add):
     """Each channel of each stream has a gate; the streams stay as they are but for what is added."""
 
-    def __init__(self, sub: Values, d_model: int, *, rms: Callable[..., Tensor] = rms_norm, **made: Any):
-        super().__init__(sub, d_model, rms=rms, **made)
-        self.norm = Norm(sub.norm, self.form.streams * d_model, rms=rms, groups=self.form.streams, **made)
+    def __init__(
+        self, sub: Values, d_model: int, *, streams: int, rms: Callable[..., Tensor] = rms_norm, **made: Any
+    ):
+        super().__init__(sub, d_model, streams=streams, rms=rms, **made)
+        self.norm = Norm(sub.norm, streams * d_model, rms=rms, groups=streams, **made)
 
     def read(self, x_BTS: Tensor, t_BTD: Tensor | None) -> tuple[Tensor, Any]:
         n = self.form.streams
@@ -134,4 +137,5 @@ _NARROWED: dict[str, Callable[[Narrow, Tensor], Tensor]] = {
     "sum": lambda self, x_BTS: x_BTS.unflatten(-1, (self.streams, -1)).sum(-2),
     "weighted": Narrow._weighted,
     "gated": Narrow._gated,
+    "attend": lambda self, x_BTS: attended(x_BTS.chunk(self.streams, -1), self),
 }

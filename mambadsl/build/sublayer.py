@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mambadsl.build.adapter import adapted
+from mambadsl.build.earlier import Attend
 from mambadsl.build.fill import NOTHING, Filled
 from mambadsl.build.residual import Add, Affine, Aside, Normed, scaled
 from mambadsl.build.streams import Gated, Hyper, Manifold
@@ -39,7 +40,7 @@ from mambadsl.kinds.values import Values
 #: Residual form -> its class.
 WAYS: dict[str, type[Add]] = {
     "pre": Add, "post": Add, "sandwich": Add, "normed": Normed, "affine": Affine,
-    "aside": Aside, "hyper": Hyper, "mhc": Manifold, "gated": Gated,
+    "aside": Aside, "hyper": Hyper, "mhc": Manifold, "gated": Gated, "attend": Attend,
 }
 
 #: The decoding state of each branch.
@@ -53,10 +54,10 @@ class Sublayer(nn.Module):
 
     def __init__(
         self, node: Node, *, d_model: int, dtype: torch.dtype, device: Any = None, filled: Sequence[Filled] = (),
-        rms: Callable[..., Tensor] = rms_norm, of: Sublayer | None = None,
+        rms: Callable[..., Tensor] = rms_norm, streams: int = 1, of: Sublayer | None = None,
     ):
-        """filled: the parts of each branch. rms: what computes RMS norms. of: the sublayer that has the weights, for a
-        use of a shared one."""
+        """filled: the parts of each branch. rms: what computes RMS norms. streams: the most that a use of its weights
+        reads. of: the sublayer that has the weights, for a use of a shared one."""
         super().__init__()
         self.sub, self.branches = node.layer.sub, node.layer.branches
         self.form, dims = form_of(self.sub.residual), node.dims(d_model)
@@ -68,7 +69,7 @@ class Sublayer(nn.Module):
             for norm, width in (self.form.before, dims.d_in), (self.form.after, d_model):
                 if norm:
                     self.add_module(norm, Norm(self.sub.norm, width, rms=rms, **made))
-            self.residual = WAYS[self.sub.residual.name](self.sub, d_model, rms=rms, **made)
+            self.residual = WAYS[self.sub.residual.name](self.sub, d_model, streams=streams, rms=rms, **made)
             for name, branch, parts in zip(self.mixers, self.branches, filled, strict=True):
                 module = get(branch.kind).module()
                 self.add_module(name, module(branch.fields, dims, parts=parts.functions, **made))

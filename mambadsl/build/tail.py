@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambadsl.build.carried import closed
 from mambadsl.build.failure import located
 from mambadsl.build.meta import WithMeta
 from mambadsl.build.state import DecodingState, describe
@@ -107,11 +108,12 @@ class Ahead:
 
     def _join(self, node, stream, rows, state, last) -> None:
         x_BTD = self.get_submodule(node.depth_owner).join(stream["x0"], stream["h"])
-        stream["x"] = widen(x_BTD.to(stream["x0"].dtype), self.graph.streams)
+        x_BTD = x_BTD.to(stream["x0"].dtype)
+        stream["x"] = self._laid(widen(x_BTD, self.graph.streams[node.path].given))
 
     def _end(self, node, stream, rows, state, last) -> None:
         depth = self.get_submodule(node.depth_owner)
-        stream["h"] = depth.final_norm(depth.narrow(stream["x"]), dtype=self._head_weight().dtype)
+        stream["h"] = depth.final_norm(depth.narrow(closed(stream["x"])), dtype=self._head_weight().dtype)
 
 
 class Depth(nn.Module):
@@ -119,7 +121,7 @@ class Depth(nn.Module):
     layers that are the depth's own, `0`, `1`, ..."""
 
     def __init__(self, model: Values, streams: int, *, dtype: torch.dtype, device: Any = None, **rms: Any):
-        """streams: of the layers. rms: what computes RMS norms, as in `Norm`."""
+        """streams: of the last layer. rms: what computes RMS norms, as in `Norm`."""
         super().__init__()
         made, d_model = dict(dtype=dtype, device=device), model.d_model
         norms = {"enorm": model.norm, "hnorm": model.norm, "final_norm": final_norm(model, streams)}

@@ -68,7 +68,7 @@ def costs(graph: LayerGraph, *, length: int | None = None, narrow: int = NARROW)
     found: dict[str, Cost] = {}
     used_again = {node.owner for node in graph.nodes if node.shared}
     for node in graph.nodes:
-        key = (node.role, node.layer, node.tail)
+        key = (node.role, node.layer, node.tail, graph.streams[node.path])
         if key not in tables:
             tables[key] = _running(graph, node, length, narrow)
             if node.role is Role.LAYER and not node.tail and graph.model.meta_tokens:
@@ -122,13 +122,12 @@ def _with_meta(graph: LayerGraph, node: Node, length: int, narrow: int) -> tuple
 
 def _running(graph: LayerGraph, node: Node, length: int, narrow: int) -> tuple[Flops, int, int, int]:
     model = graph.model
-    d = model.d_model
+    d, n = model.d_model, graph.streams[node.path].read
     match node.role:
         case Role.EMBED:
             return NO_FLOPS, 0 if model.embedding_norm.name == "none" else d * narrow, 0, 0
         case Role.HEAD | Role.MTP_OUT:
             # Kept: the stream, and the logits once in the compute dtype and once in float32.
-            n = graph.streams
             flops = matmul(model.vocab * d) + narrow_flops(model, n)
             return flops, n * d * narrow + model.vocab * (narrow + WIDE), 0, 0
         case Role.MTP_IN:
@@ -136,7 +135,7 @@ def _running(graph: LayerGraph, node: Node, length: int, narrow: int) -> tuple[F
     dims = node.dims(d)
     sub, kv, state = node.layer.sub, 0, 0
     form = form_of(sub.residual)
-    flops, saved = form.flops(sub, d), form.saved(sub, d)
+    flops, saved = form.flops(sub, d, n), form.saved(sub, d, n)
     # The residual stream before the norm; branches keep their own inputs.
     saved = Saved(saved.narrow + (0 if sub.norm.name == "none" else dims.d_in), saved.wide)
     for _, _, mixer in node.branches():

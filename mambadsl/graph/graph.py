@@ -7,15 +7,16 @@ kinds, fields, weights' owners, cuts and edges, never places in text.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from mambadsl.kinds.kind import Carried, Dims
 from mambadsl.kinds.registry import get
 from mambadsl.kinds.residual import form_of
-from mambadsl.kinds.streams import streams_of
+from mambadsl.kinds.streams import begins, streams_of
 from mambadsl.kinds.sublayer import input_width
 from mambadsl.kinds.values import Values
 from mambadsl.spec.model import ExpectSpec, LayerSpec, Mixer, MtpSpec, PartsSpec
@@ -121,6 +122,32 @@ class Edge:
     width: int
 
 
+class Streams(NamedTuple):
+    """Residual streams side by side that a node reads and that it gives."""
+
+    read: int
+    given: int
+
+
+def streams(nodes: Iterable[Node]) -> dict[str, Streams]:
+    """By path, of nodes that stand in this order. A chain, the stack or a depth of `mtp`, begins with the streams that
+    the first layer says, which all others agree with (E710); a layer that begins a block has one more behind it."""
+    nodes = tuple(nodes)
+    first = next((node for node in nodes if node.role is Role.LAYER), None)
+    start = n = streams_of(first.layer.sub) if first else 1
+    found = {}
+    for node in nodes:
+        match node.role:
+            case Role.EMBED | Role.MTP_IN:
+                found[node.path], n = Streams(1, start), start
+            case Role.LAYER:
+                more = n + bool(begins(node.layer.sub))
+                found[node.path], n = Streams(n, more), more
+            case Role.HEAD | Role.MTP_OUT:
+                found[node.path] = Streams(n, 1)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class LayerGraph:
     """nodes are in an order in which they can run. tied: the head uses the embedding's weights."""
@@ -162,9 +189,22 @@ class LayerGraph:
         return self.model.tie_embeddings
 
     @cached_property
-    def streams(self) -> int:
-        """Residual streams side by side: those of the first layer, which all others have too (E710)."""
-        return streams_of(self.layers[0].layer.sub) if self.layers else 1
+    def streams(self) -> dict[str, Streams]:
+        """The residual streams that each node reads and gives, by its path."""
+        return streams(self.nodes)
+
+    @property
+    def blocks(self) -> bool:
+        """Its streams are the states at which blocks of layers began, of which a layer changes none but the last."""
+        return bool(self.layers) and begins(self.layers[0].layer.sub) is not None
+
+    @cached_property
+    def most_streams(self) -> dict[str, int]:
+        """For each owner of a layer, the most streams that a use of it reads: what its weights are made for."""
+        found: dict[str, int] = {}
+        for node in self.nodes:
+            found[node.owner] = max(found.get(node.owner, 1), self.streams[node.path].read)
+        return found
 
     @property
     def residual_additions(self) -> int:

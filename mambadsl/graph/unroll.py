@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from mambadsl.graph.graph import Edge, Frame, LayerGraph, Node, Role
+from mambadsl.graph.graph import Edge, Frame, LayerGraph, Node, Role, streams
 from mambadsl.kinds.kind import Carried
-from mambadsl.kinds.streams import streams_of
 from mambadsl.kinds.values import Values
 from mambadsl.spec.codes import E029, E047, E049, MAX_LAYERS, short_count
 from mambadsl.spec.model import Block, Cut, Element, ModelSpec, Use, count_layers
@@ -53,8 +52,7 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
     """The tensors between nodes that stand in this order. Each depth of `mtp` is a chain of its own: it takes nothing
     that layers of the stack give."""
     d = model.d_model
-    first = next((node for node in nodes if node.role is Role.LAYER), None)
-    wide = d * streams_of(first.layer.sub) if first else d
+    wide = {path: d * n.read for path, n in streams(nodes).items()}
     edges: list[Edge] = []
     last, beside = "embed", None
     givers: dict[str, str] = {}
@@ -66,7 +64,7 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
         if id(node.layer) not in tables:
             tables[id(node.layer)] = tuple(node.takes(d).values()), tuple(node.gives(d).values())
         takes, gives = tables[id(node.layer)]
-        edges.append(Edge(last, node.path, "x", wide))
+        edges.append(Edge(last, node.path, "x", wide[node.path]))
         if node.layer.sub.input == "with_embedding":
             edges.append(Edge("embed", node.path, "x0", d))
         if beside:
@@ -78,7 +76,7 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
     for node in nodes:
         if node.path.startswith("stack."):
             read(node)
-    edges.append(Edge(last, "head", "x", wide))
+    edges.append(Edge(last, "head", "x", wide["head"]))
     hidden = "head"
     for node in nodes:
         match node.role:
@@ -88,7 +86,7 @@ def connect(nodes: list[Node] | tuple[Node, ...], model: Values) -> tuple[Edge, 
                 last, beside = node.path, None
                 givers.clear()
             case Role.MTP_OUT:
-                edges.append(Edge(last, node.path, "x", wide))
+                edges.append(Edge(last, node.path, "x", wide[node.path]))
                 hidden = node.path
             case Role.LAYER if node.tail:
                 read(node)

@@ -28,16 +28,16 @@ def node_weights(graph: LayerGraph, node: Node) -> Iterator[tuple[str, Weight]]:
             if model.meta_tokens:
                 yield "meta.weight", Weight("meta.weight", (model.meta_tokens, d), quantise=False)
         case Role.HEAD:
-            yield from _prefixed("", _end(graph))
+            yield from _prefixed("", _end(graph, node))
             yield ("embed.weight" if graph.tied else "head.weight"), _table("head.weight", model)
         case Role.MTP_IN:
             for name in ("enorm", "hnorm"):
                 yield from _prefixed(node.depth_owner, norm_weights(name, model.norm, d))
             yield from _prefixed(node.depth_owner, linear("eh_proj", d, 2 * d))
         case Role.MTP_OUT:
-            yield from _prefixed(node.depth_owner, _end(graph))
+            yield from _prefixed(node.depth_owner, _end(graph, node))
         case Role.LAYER:
-            yield from _prefixed(node.owner, sublayer_weights(node.layer.sub, d))
+            yield from _prefixed(node.owner, sublayer_weights(node.layer.sub, d, graph.most_streams[node.owner]))
             dims = node.dims(d)
             uses = node.branches()
             for i, (_, prefix, mixer) in enumerate(uses):
@@ -61,9 +61,9 @@ def _prefixed(prefix: str, weights: tuple[Weight, ...]) -> Iterator[tuple[str, W
         yield (f"{prefix}.{w.name}" if prefix else w.name), w
 
 
-def _end(graph: LayerGraph) -> tuple[Weight, ...]:
+def _end(graph: LayerGraph, node: Node) -> tuple[Weight, ...]:
     """Of what makes the head's input of the stream, or of several."""
-    model, n = graph.model, graph.streams
+    model, n = graph.model, graph.streams[node.path].read
     return (*narrow_weights(model, n), *norm_weights("final_norm", final_norm(model, n), model.d_model))
 
 

@@ -6,7 +6,7 @@ in `build/residual.py`, a class for each row.
 `aside` (Zamba's shared block): the layer adds nothing to the stream, and what it gives, t, goes beside the stream to
 the next layer. One that is aside too reads t in place of the stream, any other reads x + t and adds to x.
 
-`hyper`, `mhc` and `gated` have several streams: see `streams.py`.
+`hyper`, `mhc` and `gated` have several streams: see `streams.py`; `attend` has more the deeper it is: see `earlier.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mambadsl.kinds import earlier
 from mambadsl.kinds.fields import Field, OneForm, Real
 from mambadsl.kinds.kind import Flops, Saved, Weight, mixing, norm_weights
 from mambadsl.kinds.streams import (
     EPS,
     ITERATIONS,
-    NORM_EPS,
     RANK,
     STREAMS,
     gated_flops,
@@ -38,8 +38,8 @@ from mambadsl.kinds.values import Values, Variant
 class Form:
     """says: what it computes. fields: its arguments. before, after: the names of its norms before and behind the
     branches, "" for none. adds: to the stream. keeps_normed: what goes on is the normed input, which must be as wide as
-    the stream. Of a sublayer's values and d_model: weights, its own, named from `residual.` on; flops of its own work;
-    saved beside what norms and branches keep."""
+    the stream. Of a sublayer's values, d_model and the streams that it reads: weights, its own, named from `residual.`
+    on; flops of its own work; saved beside what norms and branches keep."""
 
     says: str
     fields: tuple[Field, ...] = ()
@@ -47,9 +47,9 @@ class Form:
     after: str = ""
     adds: bool = True
     keeps_normed: bool = False
-    weights: Callable[[Values, int], tuple[Weight, ...]] = lambda sub, d_model: ()
-    flops: Callable[[Values, int], Flops] = lambda sub, d_model: mixing(0)
-    saved: Callable[[Values, int], Saved] = lambda sub, d_model: Saved(0)
+    weights: Callable[[Values, int, int], tuple[Weight, ...]] = lambda sub, d_model, streams: ()
+    flops: Callable[[Values, int, int], Flops] = lambda sub, d_model, streams: mixing(0)
+    saved: Callable[[Values, int, int], Saved] = lambda sub, d_model, streams: Saved(0)
 
 
 #: No norm, but a learned shift and then a scale of each channel: (x + bias) * weight.
@@ -58,7 +58,7 @@ AFFINE = Variant("affine")
 AFFINE_TERMS = "residual.out_affine", "residual.stream_affine"
 
 
-def _affine_weights(sub: Values, d: int) -> tuple[Weight, ...]:
+def _affine_weights(sub: Values, d: int, streams: int) -> tuple[Weight, ...]:
     return tuple(w for name in AFFINE_TERMS for w in norm_weights(name, AFFINE, d))
 
 
@@ -79,17 +79,23 @@ FORMS: dict[str, Form] = {
     # Hyper-connections (arXiv:2409.19606).
     "hyper": Form(
         "x_j = sum_i mix_ij x_i + post_j f(norm(sum_i pre_i x_i)), each token's weights by tanh",
-        (STREAMS, NORM_EPS), weights=hyper_weights, flops=hyper_flops, saved=mixed_saved,
+        (STREAMS, earlier.NORM_EPS), weights=hyper_weights, flops=hyper_flops, saved=mixed_saved,
     ),
     # Manifold-constrained hyper-connections (arXiv:2512.24880), as DeepSeek-V4 and GLM have them.
     "mhc": Form(
         "the same with sigmoids, and a mix whose rows and columns sum to 1",
-        (STREAMS, ITERATIONS, EPS, NORM_EPS), weights=mhc_weights, flops=mhc_flops, saved=mixed_saved,
+        (STREAMS, ITERATIONS, EPS, earlier.NORM_EPS), weights=mhc_weights, flops=mhc_flops, saved=mixed_saved,
     ),
     # Gated residual streams (Qwen4-Exp).
     "gated": Form(
         "x_j + post_j f(mean_i(gate_i norm_i(x_i))), gates of each channel", (STREAMS, RANK),
         before="", weights=gated_weights, flops=gated_flops, saved=gated_saved,
+    ),
+    # Attention residuals (arXiv:2603.15031; Inkling 2).
+    "attend": Form(
+        "p + f(norm(sum_i softmax_i(q . rmsnorm(s_i)) s_i)) over p and the states at which blocks began",
+        (earlier.BEGINS, *earlier.ATTENDING),
+        weights=earlier.layer_weights, flops=earlier.layer_flops, saved=earlier.layer_saved,
     ),
 }
 

@@ -3,6 +3,9 @@
 
 The embedding is copied into each stream. A layer reads one mixture of them and adds its output to each, by weights
 that each token has of its own; before the head, `narrow` makes one stream of them.
+
+`attend` begins with one stream and has one more after each layer that begins a block: see `earlier.py`. How many a
+layer reads, the graph knows: n, in all that forms and ways to narrow declare.
 """
 
 from __future__ import annotations
@@ -10,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mambadsl.kinds.earlier import ATTENDING, NORM_EPS, attend_flops, attend_weights
 from mambadsl.kinds.fields import Field, Int, OneForm, Real
 from mambadsl.kinds.kind import NORMAL, ONES, ZEROS, Flops, Init, Saved, Weight, linear, matmul, mixing, norm_weights
 from mambadsl.kinds.values import Values, Variant
 
 STREAMS = Field("streams", Int(2, 64), 4, "residual streams; the same in every layer", "streams")
 RANK = Field("rank", Int(1), 320, "width of the gates' bottleneck", "channels")
-NORM_EPS = Field("norm_eps", Real(above=0), 1e-6, "added to the mean square of the streams before the root")
 EPS = Field("eps", Real(0), 1e-6, "added to what is read from each stream, and to what is divided by")
 ITERATIONS = Field("iterations", Int(1, 1000), 20, "how often columns are normalised; rows, once less")
 
@@ -30,8 +33,7 @@ def segments(streams: int) -> tuple[tuple[str, int], ...]:
     return ("pre", streams), ("post", streams), ("mix", streams * streams)
 
 
-def hyper_weights(sub: Values, d: int) -> tuple[Weight, ...]:
-    n = sub.residual.streams
+def hyper_weights(sub: Values, d: int, n: int) -> tuple[Weight, ...]:
     return (
         _wide("residual.proj.weight", (n + 2, d), ZEROS, (("pre", 1), ("post", 1), ("mix", n)), decay=True),
         _wide("residual.bias", (n * (n + 2),), Init.of("one_stream", streams=n), segments(n)),
@@ -39,8 +41,7 @@ def hyper_weights(sub: Values, d: int) -> tuple[Weight, ...]:
     )
 
 
-def mhc_weights(sub: Values, d: int) -> tuple[Weight, ...]:
-    n = sub.residual.streams
+def mhc_weights(sub: Values, d: int, n: int) -> tuple[Weight, ...]:
     return (
         _wide("residual.proj.weight", (n * (n + 2), n * d), NORMAL, segments(n), decay=True),
         _wide("residual.bias", (n * (n + 2),), ZEROS, segments(n)),
@@ -48,9 +49,8 @@ def mhc_weights(sub: Values, d: int) -> tuple[Weight, ...]:
     )
 
 
-def gated_weights(sub: Values, d: int) -> tuple[Weight, ...]:
-    n, rank = sub.residual.streams, sub.residual.rank
-    return (*_gates("residual", sub.norm, n, rank, d), *linear("residual.inject_proj", n, n * d))
+def gated_weights(sub: Values, d: int, n: int) -> tuple[Weight, ...]:
+    return (*_gates("residual", sub.norm, n, sub.residual.rank, d), *linear("residual.inject_proj", n, n * d))
 
 
 def _gates(below: str, norm: Variant, n: int, rank: int, d: int) -> tuple[Weight, ...]:
@@ -70,18 +70,17 @@ def _projections(weights: tuple[Weight, ...]) -> int:
     return sum(w.elements for w in weights if len(w.shape) == 2)
 
 
-def hyper_flops(sub: Values, d: int) -> Flops:
+def hyper_flops(sub: Values, d: int, n: int) -> Flops:
     # Each stream is projected by itself.
-    n = sub.residual.streams
-    return matmul(n * _projections(hyper_weights(sub, d))) + _mixed(n, d)
+    return matmul(n * _projections(hyper_weights(sub, d, n))) + _mixed(n, d)
 
 
-def mhc_flops(sub: Values, d: int) -> Flops:
-    return matmul(_projections(mhc_weights(sub, d))) + _mixed(sub.residual.streams, d)
+def mhc_flops(sub: Values, d: int, n: int) -> Flops:
+    return matmul(_projections(mhc_weights(sub, d, n))) + _mixed(n, d)
 
 
-def gated_flops(sub: Values, d: int) -> Flops:
-    return matmul(_projections(gated_weights(sub, d)))
+def gated_flops(sub: Values, d: int, n: int) -> Flops:
+    return matmul(_projections(gated_weights(sub, d, n)))
 
 
 def _mixed(n: int, d: int) -> Flops:
@@ -89,32 +88,37 @@ def _mixed(n: int, d: int) -> Flops:
     return mixing(2 * n * d * (n + 1))
 
 
-def mixed_saved(sub: Values, d: int) -> Saved:
+def mixed_saved(sub: Values, d: int, n: int) -> Saved:
     """The streams, what the layer gave, and each token's weights."""
-    n = sub.residual.streams
     return Saved((n + 1) * d, n * (n + 2))
 
 
-def gated_saved(sub: Values, d: int) -> Saved:
+def gated_saved(sub: Values, d: int, n: int) -> Saved:
     """The streams and their gates."""
-    n = sub.residual.streams
     return Saved(2 * n * d + sub.residual.rank + n)
 
 
 def streams_of(sub: Values) -> int:
-    """How many streams a layer with these sublayer fields reads and writes."""
+    """How many streams the embedding is copied into for a layer with these sublayer fields."""
     return sub.residual.values.get("streams", 1)
+
+
+def begins(sub: Values) -> bool | None:
+    """Whether the layer begins a block, and so gives a stream more than it reads. None: its form knows no blocks."""
+    return sub.residual.values.get("begins")
 
 
 @dataclass(frozen=True)
 class Narrowing:
     """A way to make one stream of several. norms: it norms what it reads, and no final norm follows.
-    weights(narrow, norm, streams, d_model): named from `narrow.` on."""
+    weights(narrow, norm, streams, d_model): named from `narrow.` on. flops(streams, d_model): beside those of its
+    projections."""
 
     says: str
     fields: tuple[Field, ...] = ()
     norms: bool = False
     weights: Callable[[Variant, Variant, int, int], tuple[Weight, ...]] = lambda narrow, norm, n, d: ()
+    flops: Callable[[int, int], Flops] = lambda n, d: mixing(2 * n * d)
 
 
 def _weighted_weights(narrow: Variant, norm: Variant, n: int, d: int) -> tuple[Weight, ...]:
@@ -131,6 +135,10 @@ NARROWINGS: dict[str, Narrowing] = {
     "gated": Narrowing(
         "mean_j(gate_j norm_j(x_j)), in place of the final norm (Qwen4-Exp)", (RANK,), norms=True,
         weights=lambda narrow, norm, n, d: _gates("narrow", norm, n, narrow.rank, d),
+    ),
+    "attend": Narrowing(
+        "by softmax of a learned query, as an `attend` layer reads (Attention Residuals)", ATTENDING,
+        weights=lambda narrow, norm, n, d: attend_weights("narrow", narrow, d, n), flops=attend_flops,
     ),
 }
 
@@ -149,5 +157,7 @@ def final_norm(model: Values, streams: int) -> Variant:
 
 
 def narrow_flops(model: Values, streams: int) -> Flops:
-    mean = 0 if streams == 1 else 2 * streams * model.d_model
-    return matmul(_projections(narrow_weights(model, streams))) + mixing(mean)
+    if streams == 1:
+        return mixing(0)
+    own = NARROWINGS[model.narrow.name].flops(streams, model.d_model)
+    return matmul(_projections(narrow_weights(model, streams))) + own

@@ -74,12 +74,12 @@ def input_width(sub: Values, d_model: int) -> int:
     return 2 * d_model if sub.input == "with_embedding" else d_model
 
 
-def sublayer_weights(sub: Values, d_model: int) -> tuple[Weight, ...]:
-    """Of one sublayer, without its branches: of its norms, and of its residual form."""
+def sublayer_weights(sub: Values, d_model: int, streams: int) -> tuple[Weight, ...]:
+    """Of one sublayer, without its branches: of its norms, and of its residual form. streams: that it reads."""
     form = form_of(sub.residual)
     widths = {form.before: input_width(sub, d_model), form.after: d_model}
     norms = (w for name, width in widths.items() if name for w in norm_weights(name, sub.norm, width))
-    return (*norms, *form.weights(sub, d_model))
+    return (*norms, *form.weights(sub, d_model, streams))
 
 
 def adapter_weights(branch: Values, weights: tuple[Weight, ...]) -> tuple[Weight, ...]:

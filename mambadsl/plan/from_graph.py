@@ -88,11 +88,11 @@ def units(
     for node in graph.nodes:
         cost = table[node.path]
         cuttable = cuttable and node.role not in LOGITS
-        what = node.role, id(node.layer), node.owner if node.shared else None
+        what = node.role, id(node.layer), graph.streams[node.path], node.owner if node.shared else None
         if what not in weights_of or node.layer is None:
             weights_of[what] = _params(graph, node)
         own, shared, owner = weights_of[what]
-        key = node.role, id(node.layer), own + shared
+        key = node.role, id(node.layer), graph.streams[node.path], own + shared
         if key not in times:
             how = dict(tokens=tokens, inside=inside, device=device, narrow=narrow)
             times[key] = _times(graph, node, cost, params=own + shared, **how)
@@ -100,7 +100,9 @@ def units(
         kept, working = cost.saved_bytes_per_token * tokens, 0
         if node.layer is not None and node.layer.sub.recompute:
             given = sum(_bytes(tensor, narrow) for tensor in node.gives(graph.model.d_model).values())
-            kept, working = (graph.streams * graph.model.d_model * _stream(graph, narrow) + given) * inside, kept
+            # Of the states of blocks, the one that the layer above left: the others are those of layers above it.
+            read = 1 if graph.blocks else graph.streams[node.path].read
+            kept, working = (read * graph.model.d_model * _stream(graph, narrow) + given) * inside, kept
             inputs += forward
         found.append(Unit(
             path=node.path,
@@ -131,7 +133,7 @@ def _times(
 ) -> tuple[float, float, float]:
     """Seconds of the forward, input-gradient and weight-gradient pass of one microbatch. tokens: of it; inside: with
     meta tokens."""
-    stream = 2 * graph.streams * graph.model.d_model * _stream(graph, narrow)
+    stream = sum(graph.streams[node.path]) * graph.model.d_model * _stream(graph, narrow)
     touched = 0 if node.role is Role.EMBED else params
     moved = stream * inside + cost.saved_bytes_per_token * tokens
     flops = cost.flops

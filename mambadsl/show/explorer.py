@@ -55,9 +55,10 @@ def _nodes(
         attrs["stage"] = str(stages[node.path])
     sources = [edge.source for edge in edges]
     width = graph.model.d_model
+    stream_width = graph.streams[node.path].given * width
     branches = node.branches()
     if len(branches) < 2:
-        return [_node(node.path, label, space, sources, attrs, width, edges)]
+        return [_node(node.path, label, space, sources, attrs, stream_width, edges)]
     level = f"{label}[{node.path.rpartition('.')[2]}]"
     inner = f"{space}/{level}" if space else level
     found = [
@@ -65,7 +66,8 @@ def _nodes(
         for path, _, mixer in branches
     ]
     stream = [edge.source for edge in edges if edge.tensor == "x"]
-    return [*found, _node(node.path, "+", inner, [*(path for path, _, _ in branches), *stream], attrs, width, [])]
+    sources = [*(path for path, _, _ in branches), *stream]
+    return [*found, _node(node.path, "+", inner, sources, attrs, stream_width, [])]
 
 
 def namespaces(graph: LayerGraph) -> dict[str, tuple[str, str]]:

@@ -87,10 +87,11 @@ _FORWARD = {
 
 
 def _examples(
-    graph: LayerGraph, names: tuple[str, ...], *, rows: int, length: int, dtype: torch.dtype
+    graph: LayerGraph, names: tuple[str, ...], streams: int, *, rows: int, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     """What crosses between stages, without memory; else torch would run every stage once, on nothing, to see it."""
-    made = {name: ((rows, length, *shape), kind) for name, (shape, kind) in between(graph, dtype).items()}
+    crossing = between(graph, dtype, streams=streams)
+    made = {name: ((rows, length, *shape), kind) for name, (shape, kind) in crossing.items()}
     made |= {"tokens": ((rows, length), torch.int64), "logits": ((), torch.float32)}
     return tuple(
         torch.empty(size, dtype=kind, device="meta", requires_grad=kind.is_floating_point)
@@ -118,8 +119,10 @@ class Pipelined:
         splits = BACKWARD_WEIGHT in SCHEDULES[plan.schedule].kinds
         held = [
             PipelineStage(
-                made, s.index, len(cut), device, input_args=examples(s.takes), output_args=examples(s.gives),
-                group=group, dw_builder=defer(made.model).take if splits else None,
+                made, s.index, len(cut), device, group=group,
+                input_args=examples(s.takes, graph.streams[s.paths[0]].read),
+                output_args=examples(s.gives, graph.streams[s.paths[-1]].given),
+                dw_builder=defer(made.model).take if splits else None,
             )
             for made, s in zip(self.pieces, mine)
         ]

@@ -149,7 +149,9 @@ def _sorts(graph: LayerGraph, assignment: Assignment) -> Iterator[tuple[Stage, t
     cut = stages(graph, [*([node.path] for node in body[:-1]), [body[-1].path, *tail]])
     found: dict[tuple, list[Stage]] = {}
     for stage in cut:
-        found.setdefault((*_what(stage.nodes[0], assignment), stage.takes, stage.gives), []).append(stage)
+        node = stage.nodes[0]
+        what = *_what(node, assignment), graph.streams[node.path], stage.takes, stage.gives
+        found.setdefault(what, []).append(stage)
     for alike in found.values():
         yield alike[0], tuple(stage.nodes[0].path for stage in alike)
 
@@ -171,8 +173,6 @@ class _Bench:
         self.graph, self.assignment, self.compile = graph, assignment, compile
         self.made = dict(dtype=DTYPES[dtype], device=device)
         self.device, self.clock = device, Clock(device)
-        #: Of what stages take, by name: what comes after batch and time, and the dtype.
-        self.taken = between(graph, DTYPES[dtype])
         self.tokens_BT = torch.randint(graph.model.vocab, shape, device=device)
 
     def run(self, stage: Stage) -> tuple[float, float | None, float, int, int]:
@@ -181,6 +181,8 @@ class _Bench:
         model = initialise(Model(self.graph, stage, self.assignment, **self.made))
         made = Piece(model, {}).train()
         made.counts_K = counts(self.tokens_BT, depths=model.trained_depths)
+        #: Of what the stage takes, by name: what comes after batch and time, and the dtype.
+        self.taken = between(self.graph, self.made["dtype"], streams=self.graph.streams[stage.paths[0]].read)
         self.inputs = tuple(map(self._input, stage.takes))
         self.sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in made.parameters() if p.dtype != torch.float32}
         self.roots = [torch.randn_like(x) if x.dim() else None for x in self._forward(made)]
@@ -245,5 +247,14 @@ class _Bench:
             through = [x for name, x in zip(stage.gives, out) if name in stage.takes and name not in ("x", "t")]
             kept -= sum(x.numel() * x.element_size() for x in through)
             del through
+            kept -= self._copied(stage)
             self._backward(made, out)
             return kept, max(0, used.most - kept)
+
+    def _copied(self, stage: Stage) -> int:
+        """Bytes of states of blocks that are copied where stages meet, not between layers."""
+        if not self.graph.blocks or "x" not in stage.takes:
+            return 0
+        (read, given), x = self.graph.streams[stage.paths[0]], self.inputs[stage.takes.index("x")]
+        copies = given - 1 + (read if read > 1 else 0)
+        return copies * x.numel() // read * x.element_size()

@@ -95,8 +95,11 @@ def own(graph: LayerGraph, *, recompute: bool, tensor: int) -> LayerGraph:
     return split(recomputed(graph) if recompute else graph, tensor)
 
 
-def between(graph: LayerGraph, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What may cross between stages beside the tokens, by name: a token's shape and the dtype. dtype: of the layers."""
+def between(
+    graph: LayerGraph, dtype: torch.dtype, *, streams: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What may cross between stages beside the tokens, by name: a token's shape and the dtype. dtype: of the layers;
+    streams: residual streams where the stages meet."""
     d_model = graph.model.d_model
     stream = torch.float32 if graph.model.residual_dtype == "fp32" else dtype
     given = {
@@ -104,7 +107,7 @@ def between(graph: LayerGraph, dtype: torch.dtype) -> dict[str, tuple[tuple[int,
         for node in graph.nodes for name, c in node.gives(d_model).items()
     }
     beside = {name: ((d_model,), stream) for name in ("x0", "t")}
-    return {**given, **beside, "x": ((graph.streams * d_model,), stream)}
+    return {**given, **beside, "x": ((streams * d_model,), stream)}
 
 
 def recomputed(graph: LayerGraph) -> LayerGraph:

@@ -9,6 +9,7 @@ from small_models import D_MODEL, graph, ids, made, shaken
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mambadsl.build.carried import closed
 from mambadsl.build.model import build
 from mambadsl.build.residual import scaled
 from mambadsl.build.state import describe
@@ -28,6 +29,8 @@ WAYS = {
     "mhc": ("mhc(streams=4, iterations=5)", "mean"),
     "weighted": ("mhc(streams=2, norm_eps=1e-5)", "weighted(norm_eps=1e-5)"),
     "gated": ("gated(streams=3, rank=5)", "gated(rank=7)"),
+    "attend": ("attend(begins=true)", "attend"),
+    "keys": ("attend(begins=true, reads=keys, scale=auto, weight=false)", "attend(reads=keys, scale=3)"),
 }
 every_way = pytest.mark.parametrize("way", WAYS)
 #: Attention, a recurrence, a sum, a shared block of two uses, the first embedding, recomputation, a gate's bottleneck.
@@ -35,16 +38,17 @@ STACK = "A_ D_ F_ H_ S_ B_ F_ S_ B_ Z_ C_ W_"
 
 
 def layers(residual: str) -> str:
+    within = residual.replace("begins=true", "begins=false")
     return f"""
-    layer A_ = A(residual={residual})
+    layer A_ = A(residual={within})
     layer D_ = Delta(residual={residual})
     layer F_ = G(residual={residual}, norm=layernorm(bias=true))
-    layer H_ = M(out_multiplier=0.3, residual={residual}) + A(in_multiplier=1.5)
+    layer H_ = M(out_multiplier=0.3, residual={within}) + A(in_multiplier=1.5)
     layer Z_ = A(input=with_embedding, residual={residual})
-    layer C_ = F(recompute=true, residual={residual})
+    layer C_ = F(recompute=true, residual={within})
     layer W_ = L(residual={residual}, norm=rmsnorm(zero_centered=true))
-    shared S_ = A(residual={residual}, adapter=lora(rank=2))
-    shared B_ = [M(residual={residual}) G(residual={residual})]
+    shared S_ = A(residual={within}, adapter=lora(rank=2))
+    shared B_ = [M(residual={within}) G(residual={residual})]
     """
 
 
@@ -116,14 +120,30 @@ def _gated_mean(w, at, normed):
     return sum(g * x for g, x in zip(gates.chunk(n), normed)) / n
 
 
-NAIVE = {"hyper": _hyper, "mhc": _mhc, "weighted": _mhc, "gated": _gated}
+def _attend(w, form, streams, f):
+    y = f(_norm(_attended(w, "residual.", form, streams), w["norm.weight"]))
+    return [*streams, y] if form.begins else [*streams[:-1], streams[-1] + y]
+
+
+def _attended(w, at, form, states):
+    if len(states) == 1:
+        return states[0]
+    keys = [_norm(s, w.get(f"{at}keys.weight"), eps=form.norm_eps) for s in states]
+    scale = len(states[0]) ** -0.5 if form.scale is None else form.scale
+    raw = [(scale * w[f"{at}query"] @ k).exp() for k in keys]
+    return sum(r / sum(raw) * v for r, v in zip(raw, keys if form.reads == "keys" else states))
+
+
+NAIVE = {"hyper": _hyper, "mhc": _mhc, "weighted": _mhc, "gated": _gated, "attend": _attend, "keys": _attend}
 
 
 @every_way
 def test_a_layer_is_the_definition(way):
     residual, narrow = WAYS[way]
-    model = made("X X", more=f"layer X = G(residual={residual})", narrow=narrow)
-    n, w = model.graph.streams, model.tensors()
+    within = residual.replace("begins=true", "begins=false")
+    more = f"layer X = G(residual={residual}) layer Y = F(residual={within})"
+    model = made("Y X Y X Y", more=more, narrow=narrow)
+    n, w = model.graph.streams["embed"].given, model.tensors()
     tokens = ids(1, 3)
     with torch.no_grad():
         found = []
@@ -142,6 +162,8 @@ def test_a_layer_is_the_definition(way):
 
 def _ended(w, narrow, streams):
     n = len(streams)
+    if narrow.name == "attend":
+        return _norm(_attended(w, "narrow.", narrow, streams), w["final_norm.weight"])
     if narrow.name == "gated":
         return _gated_mean(w, "narrow.", [_norm(x, g) for x, g in zip(streams, w["narrow.norm.weight"].chunk(n))])
     if narrow.name == "weighted":
@@ -294,7 +316,7 @@ def test_stages_are_the_whole(way, models):
         assert not isinstance(out, tuple) or len(out) == len(part.stage.takes)
         out = part(*(out if isinstance(out, tuple) else (out,)))
         if isinstance(out, tuple):
-            assert out[0].shape == (2, 7, g.streams * D_MODEL)
+            assert out[0].shape == (2, 7, g.streams[part.stage.paths[-1]].given * D_MODEL)
             assert all(x.shape == (2, 7, D_MODEL) for x in out[1:])
     assert torch.equal(out, whole(tokens))
 
@@ -332,14 +354,15 @@ def test_a_tail_has_streams_of_its_own(way):
     more = f"layer X = A(residual={residual}) layer Y = G(residual={residual}) mtp(depths=2) {{ X Y }}"
     model, tokens = made("X Y", more=more, narrow=narrow), ids(2, 9)
     assert set(model.state_dict()) == set(all_weights(model.graph))
-    n, w = model.graph.streams, model.tensors()
+    n, w = model.graph.streams["mtp.0.in"].given, model.tensors()
     h, x0 = model.hidden(tokens), F.embedding(tokens, w["embed.weight"])
     depth = model.get_submodule("mtp.0")
     x = widen(depth.join(x0[:, 1:], h[:, :-1]), n)
+    x = (x,) if model.graph.blocks else x
     for node, sub in model.sublayers():
         if node.depth == 0:
             x = sub(x, None, describe((2, 8)))
-    wanted = model.logits(depth.final_norm(depth.narrow(x)))
+    wanted = model.logits(depth.final_norm(depth.narrow(closed(x))))
     torch.testing.assert_close(model.drafts(tokens)[1][:, :-1], wanted, atol=2e-5, rtol=1e-4)
     drafted, alone = (generate(model, tokens.tolist(), max_tokens=5, drafts=drafts) for drafts in (2, 0))
     assert [line.tokens for line in drafted] == [line.tokens for line in alone]
@@ -351,7 +374,7 @@ def test_the_streams_have_the_dtype_that_is_asked_for():
             model = made(STACK, dtype="bf16", residual_dtype=residual_dtype, **options(way))
             seen = []
             for _, sub in model.sublayers():
-                sub.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+                sub.register_forward_hook(lambda module, args, out: seen.append(closed(out).dtype))
             assert model(ids(1, 4)).isfinite().all()
             assert set(seen) == {wanted}
 

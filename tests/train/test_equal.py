@@ -51,7 +51,7 @@ def test_as_one_process(tmp_path, ranks, meshes, each):
     """Each mesh trains some of the models, in turn, so that every model meets several meshes."""
     models, cases = list(MODELS), {}
     for k, (mesh, settings) in enumerate(meshes.items()):
-        for model in (models[(k + 2 * j) % len(models)] for j in range(each)):
+        for model in (models[(k + j) % len(models)] for j in range(each)):
             cases[f"{model} {mesh}"] = {"model": model, "settings": settings}
     together(cases, tmp_path, ranks=ranks)
     alone = {(case["model"], case["settings"].get("dtype", "fp32")) for case in cases.values()}

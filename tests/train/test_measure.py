@@ -69,6 +69,17 @@ def test_equal_layers_are_measured_once_and_different_ones_are_told_apart(quick)
     assert [time.name for time in found.layers] == ["embed", "mamba2", "attention", "stack.3", "mlp", "head"]
 
 
+def test_the_same_layer_is_another_where_the_stream_is_wider(quick):
+    made = program("X Y Y X Y", more="layer X = F(residual=attend(begins=true)) layer Y = F(residual=attend)\n")
+    found = measure(made.layers, length=8, parts="reference")
+    assert [row.paths for row in found.rows[1:-1]] == [
+        ("stack.0",), ("stack.1", "stack.2"), ("stack.3",), ("stack.4",)
+    ]
+    # No layer keeps the states of layers above it once more, only a few numbers of each.
+    first, last = found.rows[2].time.activation_bytes, found.rows[4].time.activation_bytes
+    assert 0 < last - first <= 8 * 4 * 8 < 8 * 16 * 4
+
+
 def test_a_tail_is_measured_with_the_head(quick):
     text = HEAD.format(width=16, vocab=61) + LAYERS + "stack { M F }\nmtp(depths=2, weights=shared) { A F }\n"
     found = measure(load(text=text).layers, length=8, parts="reference")

@@ -44,7 +44,7 @@ def cases(meshes: dict[str, dict], models: list[str]) -> dict[str, dict]:
 TWO = cases({"tensor": {"tensor": 2}}, ["dropped untied", "usual tied"])
 FOUR = {
     **cases(MESHES, ["usual untied"]),
-    **cases({"tensor x stages": {"tensor": 2, "stages": 2}}, ["sharing tied"]),
+    **cases({"tensor x stages": {"tensor": 2, "stages": 2}}, ["sharing tied", "attending untied"]),
     **cases({"tensor x data": {"tensor": 2}}, ["linear tied", "more untied", "older untied"]),
     **cases({"tensor x data": {"tensor": 2, "dtype": "bf16"}}, ["usual tied"]),
 }

@@ -32,7 +32,7 @@ MODEL = (
     "e217_rope_width", "e218_rope_scaling", "e220_experts",
     # the whole
     "w505_lora_coverage", "w701_positions", "i702_first_attention", "i704_attention_share", "i705_last_mixer",
-    "e706_aside", "e707_taken", "e710_streams", "e711_taken_keys", "e712_keep",
+    "e706_aside", "e707_taken", "e710_streams", "e711_taken_keys", "e712_keep", "e713_blocks",
     # what the text itself claims
     "expects", "i052_unchecked", "w029_unused",
 )
