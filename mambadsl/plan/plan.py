@@ -30,7 +30,7 @@ from mambadsl.plan.explain import (
 from mambadsl.plan.pricing import Pricing
 from mambadsl.plan.schedule import SCHEDULES, Action, orders, problems
 from mambadsl.plan.search import Found, search
-from mambadsl.plan.simulate import program, step_time, timeline
+from mambadsl.plan.simulate import program, timeline
 from mambadsl.plan.unit import Unit
 from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
 
@@ -270,8 +270,8 @@ def _plan(
 ) -> Plan:
     chain, run, cuts = pricing.chain, pricing.program, pricing.chain.unit_cuts(best.cuts)
     vector = pricing.durations(best.cuts)
-    times = timeline(run, vector)
-    assert times.step == step_time(run, vector) == best.step
+    times = timeline(run, vector, beside=pricing.beside)
+    assert times.step == best.step
     stages = tuple(_stage(pricing, best.cuts, s, step=best.step) for s in range(run.stages))
     slowest = max(stages, key=lambda stage: (stage.forward_s + stage.backward_s, -stage.index))
     owners: dict[str, list[int]] = {}
