@@ -40,8 +40,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Of one kind of a stage's actions, on the mean: seconds that it takes, and that its rank waits before it. predicted:
-    None where a nominal device cannot tell, and of what is not in the plan."""
+    """Of one kind of a stage's actions, on the mean: seconds that it takes, and that its rank waits before it.
+    predicted: None where a nominal device cannot tell, and of what is not in the plan."""
 
     stage: int
     kind: str
@@ -51,8 +51,8 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """device: the planner's. nominal: its numbers are no particular machine's, and its times are left out. actions: of
-    a pipeline's stages, on the first data and tensor ranks."""
+    """device: the planner's. nominal: its numbers are no particular machine's, and its times are left out.
+    actions: of a pipeline's stages, on their first ranks."""
 
     device: str
     nominal: bool

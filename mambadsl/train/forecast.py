@@ -56,8 +56,8 @@ class Forecast:
     """mesh: (pipeline, data, tensor) ranks. rows, microbatch_rows, microbatches: of a data rank, in a step.
 
     step_s: layers_s, forwards and backwards as the pipeline runs them; copies_s, making what layers compute in and
-    reducing gradients; link_s, what of the data ranks' traffic is not hidden; optimizer_s. bubble: of layers_s. spent: of
-    a pipeline's actions.
+    reducing gradients; link_s, what of the data ranks' traffic is not hidden; optimizer_s. bubble: of layers_s.
+    spent: on a pipeline's actions.
     peak_share: of what the devices' maker states; None where that is not known. measured: layer times are from a file.
     """
 

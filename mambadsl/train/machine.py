@@ -95,7 +95,7 @@ def _link(world: World, sent: int) -> dict[str, float]:
 
 @contextmanager
 def awaiting(world: World, sent: int) -> Iterator[None]:
-    """Inside, the first rank waits for so many bytes from the second, which are sent at the end. All ranks come here."""
+    """Inside, the first rank waits for so many bytes, which the second sends at the end. All ranks come here."""
     x = torch.zeros(max(sent, SENT), dtype=torch.uint8, device=world.device)
     # The two know each other before one of them waits.
     _there_and_back(world, 1)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mambadsl.build.compiled import compiled, limits
 from mambadsl.build.init import draw
 from mambadsl.build.machine import machine
 from mambadsl.build.model import Model
@@ -119,13 +120,12 @@ def recomputed(graph: LayerGraph) -> LayerGraph:
 
 
 def compile_layers(model: Model) -> None:
-    """Each layer through torch.compile, whole, for its very shapes."""
-    layers = {id(s): s for _, s in model.sublayers()}.values()
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, len(layers) + 8)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * config.recompile_limit)
-    for sublayer in layers:
-        sublayer.forward = torch.compile(sublayer.forward, fullgraph=True, dynamic=False)
+    """Each layer through torch.compile, from now on."""
+    found = compiled(model)
+    for name, limit in limits(len(found)).items():
+        setattr(torch._dynamo.config, name, limit)
+    for sublayer, forward in found.items():
+        sublayer.forward = forward
 
 
 def put(made: Piece, value: Callable[[str], Tensor]) -> None:

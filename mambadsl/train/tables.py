@@ -80,7 +80,7 @@ def compared_text(compared: Comparison) -> str:
         header = ("stage", "action", "predicted", "took", "wait predicted", "waited")
         lines += ["", *grid(header, [_action(action) for action in compared.actions], left=2)]
     if compared.nominal:
-        lines += ["", "times of this machine are predicted from a file: `plan --measure FILE`, then `--plan-device FILE`"]
+        lines += ["", "to predict this machine's times: `plan --measure FILE`, then `--plan-device FILE`"]
     return "\n".join(lines)
 
 
