@@ -8,7 +8,7 @@ every data rank, and so are their gradients (`gradients.py` adds them up).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mambadsl.build.compiled import compiled, limits
-from mambadsl.build.init import draw
+from mambadsl.build.init import drawn
 from mambadsl.build.machine import machine
 from mambadsl.build.model import Model
 from mambadsl.build.refuse import problems
@@ -87,7 +87,7 @@ def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings) -> 
     shard(made, world, settings)
     made.to_empty(device=world.device)
     weights = all_weights(graph)
-    put(made, lambda path: draw(weights[path], graph, path=path, seed=settings.seed))
+    put(made, drawn({path: weights[path] for path in model.tensors()}, graph, seed=settings.seed))
     return made.train()
 
 
@@ -128,10 +128,10 @@ def compile_layers(model: Model) -> None:
         sublayer.forward = forward
 
 
-def put(made: Piece, value: Callable[[str], Tensor]) -> None:
-    """Gives every weight and buffer what this rank has of the whole value."""
+def put(made: Piece, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Gives weights and buffers what this rank has of the whole values, by path."""
+    tensors = made.model.tensors()
     with torch.no_grad():
-        for path, tensor in made.model.tensors().items():
-            whole = value(path)
-            for box in boxes(tensor, made.slices.get(path)):
+        for path, whole in values:
+            for box in boxes(tensors[path], made.slices.get(path)):
                 box.view.copy_(box.of(whole))
