@@ -1,11 +1,14 @@
 """Training over several GPUs: `mambadsl train` itself, mesh after mesh, each beside one GPU's speed.
 
-    python benchmarks/scale.py [--ranks 2] [--model FILE] [--only REGEX] [--plan-device FILE] [--json FILE]
+    python benchmarks/scale.py [--ranks 2] [--model FILE] [--only REGEX] [--measure FILE] [--json FILE]
     python benchmarks/scale.py --megatron   beside each of some meshes, Megatron-Core with the same split
     python benchmarks/scale.py --cpu        a check of the benchmark itself: tiny, on the CPU
 
 Each row is a run of its own under torchrun on the same random tokens; its time is the median of the steps without the
-first three, its loss after the same steps must be near one GPU's. Memory is the first rank's peak.
+first three, its loss after the same steps must be near one GPU's. Memory is the first rank's peak. Below are the tables
+of predicted and measured that each run ends with, also in the JSON: of a pipeline, what each stage's actions take and
+wait for. `--measure FILE` times the layers first, under torchrun with as many ranks, and predicts from that
+(`--plan-device`: from a file that is there).
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ class Row:
     loss: float = float("nan")
     note: str = ""
     told: list[str] = field(default_factory=list)
+    compared: dict = field(default_factory=dict)
 
 
 def rows(ranks: int, *, microbatch: int, many: int, pipeline: int) -> list[Row]:
@@ -95,20 +99,17 @@ def place(folder: Path, name: str) -> Path:
 
 
 def command(row: Row, model: Path, data: Path, folder: Path, common: list[str]) -> list[str]:
+    """What runs under torchrun."""
     out = place(folder, row.name)
-    launch = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.ranks)
-    ]
     if not row.megatron:
         options = [o for o in common if not ("zb" in row.name and o == "--compile")]
-        train = ["-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out)]
-        return [*launch, *train, *row.options, *options]
+        return ["-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out), *row.options, *options]
     given = dict(zip(row.options[::2], row.options[1::2]))
     same = [f"{name}={value}" for name, value in zip(common, common[1:]) if name in ("--length", "--seed")]
     same += [f"{name}={given[name]}" for name in ("--batch", "--microbatch")]
     theirs = ["-m", "rivals.megatron_ranks", "--beside", str(place(folder, row.beside)), "--model", str(model)]
     theirs += ["--data", str(data), "--out", str(out), f"--cuts={','.join(map(str, cuts(row, model, given, common)))}"]
-    return [*launch, *theirs, *same]
+    return [*theirs, *same]
 
 
 def cuts(row: Row, model: Path, given: dict[str, str], common: list[str]) -> list[int]:
@@ -125,19 +126,28 @@ def cuts(row: Row, model: Path, given: dict[str, str], common: list[str]) -> lis
     return list(ends)[:-1]
 
 
-def run(row: Row, model: Path, data: Path, folder: Path, common: list[str], *, limit: float) -> None:
-    out = place(folder, row.name)
+def launched(ranks: int, *command: str, limit: float) -> subprocess.CompletedProcess:
+    """A module on so many processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     env = {"TRITON_CACHE_AUTOTUNING": "1", **os.environ, "PYTHONPATH": paths}
+    return subprocess.run(
+        [sys.executable, *launch, *command], env=env, timeout=limit, capture_output=True, text=True
+    )
+
+
+def run(row: Row, model: Path, data: Path, folder: Path, common: list[str], *, limit: float) -> None:
+    out = place(folder, row.name)
     try:
-        told = command(row, model, data, folder, common)
-        done = subprocess.run(told, env=env, timeout=limit, capture_output=True, text=True, cwd=ROOT)
+        done = launched(row.ranks, *command(row, model, data, folder, common), limit=limit)
     except subprocess.TimeoutExpired:
         row.note = f"longer than {limit:.0f} s"
         return
     lines = done.stderr.splitlines()
     begin = next((k for k, line in enumerate(lines) if "predicted" in line and "measured" in line), len(lines))
-    row.told = lines[begin : begin + 8]
+    row.told = [line for line in lines[begin:] if line]
+    if (out / "compared.json").exists():
+        row.compared = json.loads((out / "compared.json").read_text())
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if "elastic" not in line]
         errors = [k for k, line in enumerate(said) if re.search(r"Error\b", line)]
@@ -164,7 +174,8 @@ def main() -> int:
     parser.add_argument("--microbatch", type=int, default=2)
     parser.add_argument("--limit", type=float, default=150)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--plan-device", default="h200")
+    parser.add_argument("--plan-device")
+    parser.add_argument("--measure", type=Path, help="times the layers first, into this file")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--megatron", action="store_true")
     parser.add_argument("--warm", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes, for --megatron")
@@ -174,15 +185,23 @@ def main() -> int:
         folder = Path(name)
         length = 32 if given.cpu else 4096
         np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 256, 40_000 * (1 if given.cpu else 200)))
-        common = ["--length", str(length), "--steps", str(given.steps), "--keep", "0", "--seed", "1"]
+        layers, common = ["--length", str(length)], ["--steps", str(given.steps), "--keep", "0", "--seed", "1"]
         if given.cpu:
             model = folder / "tiny.mdl"
             model.write_text(TINY)
-            common += ["--device", "cpu"]
+            layers += ["--device", "cpu"]
         else:
             model = given.model
-            common += ["--device", "cuda", "--dtype", "bf16", "--parts", "fused", "--plan-device", given.plan_device]
-            common += [] if given.no_compile else ["--compile"]
+            layers += ["--device", "cuda", "--dtype", "bf16", "--parts", "fused"]
+            layers += [] if given.no_compile else ["--compile"]
+        device = given.plan_device or ("cpu" if given.cpu else "h200")
+        if given.measure is not None:
+            device = str(given.measure)
+            how = [*layers, "--batch", str(given.microbatch)]
+            plan = ["-m", "mambadsl", "plan", str(model), "--measure", device]
+            done = launched(given.ranks, *plan, *how, limit=3 * given.limit)
+            print(done.stdout if done.returncode == 0 else done.stderr[-1500:], flush=True)
+        common += [*layers, "--plan-device", device]
         found = rows(given.ranks, microbatch=given.microbatch, many=given.microbatches, pipeline=given.pipeline)
         if given.megatron and not given.cpu:
             found = rivals(found)

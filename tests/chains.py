@@ -14,7 +14,7 @@ from mambadsl.plan.unit import Unit
 
 #: Forward and backward of Mamba, attention, MLP, experts, relative to Mamba's forward.
 KINDS = {"M": (1.0, 2.0), "A": (1.1, 2.6), "F": (0.8, 1.6), "E": (1.9, 3.6)}
-NO_HOST_TIME = replace(DEVICES["h200"], action_s=0.0)
+NO_HOST_TIME = replace(DEVICES["h200"], action_s=0.0, beside_transfer=1.0)
 
 
 def unit(path, forward=1.0, backward=2.0, **more):

@@ -1,13 +1,16 @@
 """Initial values, by the laws that kinds declare, and the groups that optimisers want.
 
 Each weight is drawn by itself on the CPU in float32, from (seed, path) alone, then rounded and copied: whole
-model or stage, any order, any device, meta or not, the values are the same bits.
+model or stage, any order, any device, meta or not, the values are the same bits. Several are drawn at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +28,29 @@ def initialise(model: Model, *, seed: int = 0) -> Model:
     """Gives every weight and buffer its initial value, in place."""
     tensors = model.tensors()
     with torch.no_grad():
-        for path, weight in model.weights.items():
-            tensors[path].copy_(draw(weight, model.graph, path=path, seed=seed))
+        for path, value in drawn(model.weights, model.graph, seed=seed):
+            tensors[path].copy_(value)
     return model
 
 
 def materialise(model: Model, *, device: Any = "cpu", seed: int = 0) -> Model:
     """Memory and initial values for a model built on the meta device; the same bits as a direct build."""
     return initialise(model.to_empty(device=device), seed=seed)
+
+
+def drawn(weights: Mapping[str, Weight], graph: LayerGraph, *, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(path, initial value) of all, the largest first. As many are drawn at once, or wait to be taken, as this process
+    has cores: the machine's, shared by the processes that torchrun started on it."""
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    waiting: deque[tuple[str, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for path in sorted(weights, key=lambda path: -weights[path].elements):
+            waiting.append((path, pool.submit(draw, weights[path], graph, path=path, seed=seed)))
+            if len(waiting) > threads:
+                path, value = waiting.popleft()
+                yield path, value.result()
+        for path, value in waiting:
+            yield path, value.result()
 
 
 def draw(weight: Weight, graph: LayerGraph, *, path: str, seed: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +49,12 @@ def run(
     program = model.program()
     taken = None
     if measure is not None:
-        taken = _measured(program, measure, how, parts=parts or "auto", quiet=as_json, **measuring)
-        parts = None
+        first = os.environ.get("RANK", "0") == "0"
+        taken = _measured(program, measure, how, parts=parts or "auto", quiet=as_json or not first, **measuring)
+        if not first:
+            return
+        output.write(measure, dumps(taken.to_json(), indent=1) + "\n")
+        how["device"], parts = str(measure), None
     elif given := [f"--{name}" for name, value in measuring.items() if value]:
         raise click.UsageError(f"{given[0]} is of --measure")
     elif how.get("device", "").startswith("cuda"):
@@ -83,9 +89,7 @@ def _measured(
     program: Program, path: Path, how: dict[str, Any], *, parts: str, dtype: str | None, compile: bool, recompute: bool,
     tensor: int | None, quiet: bool,
 ) -> Measurement:
-    """Writes the file of times, and makes it the device of `how`."""
-    from json import dumps
-
+    """What this machine's device takes for the layers; under torchrun, on every process."""
     if path.suffix != ".json":
         raise click.BadParameter(f"`{path}` is not a .json file", param_hint="--measure")
     given = how.get("device", "")
@@ -105,13 +109,10 @@ def _measured(
         raise click.UsageError(f"--measure times this machine: --device cpu or cuda, not {device}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        found = measure(
+        return measure(
             program.layers, device=device, dtype=dtype or ("fp32" if device == "cpu" else "bf16"), parts=parts,
             length=how.get("length"), sequences=how.get("sequences", 1), compile=compile, recompute=recompute,
             tensor=tensor or 1, tell=(lambda words: None) if quiet else output.note,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    output.write(path, dumps(found.to_json(), indent=1) + "\n")
-    how["device"] = str(path)
-    return found

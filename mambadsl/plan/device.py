@@ -55,6 +55,7 @@ GB, GIB = 10**9, 2**30
 MAX_BYTES = 16 * 2**20
 #: No device has a number beyond these; times computed from them stay finite.
 LEAST, MOST = 1e-15, 1e24
+MOST_BESIDE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class Device:
     bf16_flops, bytes_per_s: what large kernels achieve. memory_bytes: all of it; usable: the part that a plan
     may fill (the rest: the context, fragments, the collectives' buffers). kernel_s: the least time of a layer
     pass. action_s: host time that an action of the schedule adds. link_*: one direction between two stages.
+    beside_transfer: how many times longer layers take while their rank waits for a transfer, or sends.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Device:
     kernel_s: float
     action_s: float
     usable: float = 0.92
+    beside_transfer: float = 1.0
     microbatch_tokens: int | None = None
     layer_times: tuple[LayerTime, ...] = ()
 
@@ -98,14 +101,16 @@ class Device:
 #: Achieved, not peak. H200 SXM: peak 989 TFLOP/s dense bf16, 4.8 TB/s, 141 GB (NVIDIA data sheet); a large
 #: matmul and a large copy measured 790 TFLOP/s and 4.3 TB/s. H100 SXM: the same FLOP/s, 3.35 TB/s, 80 GB;
 #: A100 SXM 80 GB: 312 TFLOP/s, 2.04 TB/s: both by the H200's fractions (0.8 and 0.9), not measured. Links:
-#: NVLink 4 (450 GB/s a direction) and NVLink 3 (300), at 0.8; latency and host times are estimates.
+#: NVLink 4 (450 GB/s a direction) and NVLink 3 (300), at 0.8; latency and host times are estimates. NCCL's kernels wait
+#: on the GPU's own processors: 1.15 is what makes 1F1B as slow as two H200 ran it, and then interleaved as well
+#: (benchmarks/results/2026-11-22-scale.md); `plan --measure` under torchrun measures it.
 #: `cpu` is a nominal 8-core server: plans of small runs keep proportion, times need a measured file.
 DEVICES = {
     device.name: device
     for device in (
-        Device("h200", 790e12, 4.3e12, 141 * GB, 360e9, 10e-6, 10e-6, 50e-6),
-        Device("h100", 790e12, 3.0e12, 80 * GB, 360e9, 10e-6, 10e-6, 50e-6),
-        Device("a100", 250e12, 1.8e12, 80 * GB, 240e9, 10e-6, 10e-6, 50e-6),
+        Device("h200", 790e12, 4.3e12, 141 * GB, 360e9, 10e-6, 10e-6, 50e-6, beside_transfer=1.15),
+        Device("h100", 790e12, 3.0e12, 80 * GB, 360e9, 10e-6, 10e-6, 50e-6, beside_transfer=1.15),
+        Device("a100", 250e12, 1.8e12, 80 * GB, 240e9, 10e-6, 10e-6, 50e-6, beside_transfer=1.15),
         Device("cpu", 0.4e12, 40e9, 64 * GIB, 2e9, 100e-6, 5e-6, 500e-6),
     )
 }
@@ -201,6 +206,8 @@ def _from_file(path: Path) -> Device:
                 wrong(key, value, "text")
         elif key == "usable" and not (_positive(value) and value <= 1):
             wrong(key, value, "a positive number, at most 1")
+        elif key == "beside_transfer" and not (_number(value) and 1 <= value <= MOST_BESIDE):
+            wrong(key, value, f"a number from 1 to {MOST_BESIDE}")
         elif not _positive(value) or (key in _COUNTS and int(value) != value):
             wrong(key, value, f"a positive {'whole ' * (key in _COUNTS)}number of a size that devices have")
         else:

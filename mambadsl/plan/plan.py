@@ -11,7 +11,7 @@ A step here is all forwards and backwards of one batch: no optimizer update, no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mambadsl.plan.explain import (
 from mambadsl.plan.pricing import Pricing
 from mambadsl.plan.schedule import SCHEDULES, Action, orders, problems
 from mambadsl.plan.search import Found, search
-from mambadsl.plan.simulate import program, step_time, timeline
+from mambadsl.plan.simulate import Timeline, program, timeline
 from mambadsl.plan.unit import Unit
 from mambadsl.text.diagnostic import Diagnostic, Label, MdlError, declare
 
@@ -88,6 +88,16 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
+class Spent:
+    """What the actions of one kind of a stage take, and the rank waits before each: seconds, on the mean of a step."""
+
+    stage: int
+    kind: str
+    seconds: float
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Which unit runs where and when, and what it costs.
 
@@ -96,7 +106,7 @@ class Plan:
     idle: of each rank. peak_bytes: of each rank. slowest: index of the stage; why: a sentence.
     replicas: (owner of shared weights, stages that hold them), where it is more than one stage.
     next_best: the best other split found; own_cuts: what the planner would cut where the text's `|` decide.
-    microbatches_given, cuts_given: False where the planner chose.
+    microbatches_given, cuts_given: False where the planner chose. spent: by stage and kind of action.
     """
 
     device: str
@@ -120,6 +130,7 @@ class Plan:
     next_best: Alternative | None = None
     own_cuts: Alternative | None = None
     simulated: int = 0
+    spent: tuple[Spent, ...] = ()
 
     def __post_init__(self) -> None:
         """Nothing is dropped: every unit in one stage, in order, and no stage empty."""
@@ -148,6 +159,7 @@ class Plan:
         """What `to_json` gave. KeyError, TypeError or AssertionError if it is something else."""
         own = {key: _frozen(value) for key, value in data.items()}
         own["stages"] = tuple(Stage(**{k: _frozen(v) for k, v in stage.items()}) for stage in data["stages"])
+        own["spent"] = tuple(Spent(**row) for row in data["spent"])
         for key in ("next_best", "own_cuts"):
             if data[key] is not None:
                 own[key] = Alternative(**{k: _frozen(v) for k, v in data[key].items()})
@@ -270,8 +282,8 @@ def _plan(
 ) -> Plan:
     chain, run, cuts = pricing.chain, pricing.program, pricing.chain.unit_cuts(best.cuts)
     vector = pricing.durations(best.cuts)
-    times = timeline(run, vector)
-    assert times.step == step_time(run, vector) == best.step
+    times = timeline(run, vector, beside=pricing.beside)
+    assert times.step == best.step
     stages = tuple(_stage(pricing, best.cuts, s, step=best.step) for s in range(run.stages))
     slowest = max(stages, key=lambda stage: (stage.forward_s + stage.backward_s, -stage.index))
     owners: dict[str, list[int]] = {}
@@ -302,7 +314,19 @@ def _plan(
         else _alternative(pricing, cuts, best.step, best.next_cuts, best.next_step),
         own_cuts=own,
         simulated=best.simulated,
+        spent=tuple(_spent(times)),
     )
+
+
+def _spent(times: Timeline) -> Iterator[Spent]:
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for spans in times.spans:
+        before = 0.0
+        for start, end, (kind, stage, _) in spans:
+            found.setdefault((stage, kind), []).append((end - start, start - before))
+            before = end
+    for (stage, kind), each in sorted(found.items()):
+        yield Spent(stage, kind, *(sum(n) / len(each) / PICOSECONDS for n in zip(*each)))
 
 
 def _stage(pricing: Pricing, cuts: Sequence[int], stage: int, *, step: float) -> Stage:

@@ -21,7 +21,7 @@ from mambadsl.plan.simulate import Program
 
 
 class Pricing:
-    """Costs of splits of one chain under one program. `limit`: bytes on each rank."""
+    """Costs of splits of one chain under one program. `limit`: bytes on each rank. `beside`: as of the device."""
 
     def __init__(
         self, program: Program, chain: Chain, *, device: Device, microbatches: int, limit: float
@@ -29,6 +29,7 @@ class Pricing:
         self.program, self.chain, self.limit, self.microbatches = program, chain, limit, microbatches
         places = program.rank_of_stage
         self.remote = [a != b for a, b in itertools.pairwise(places)]
+        self.beside = device.beside_transfer
         self._action = picoseconds(device.action_s)
         self._whole = BACKWARD in program.kinds
         self._times: dict[tuple[int, int], tuple[float, float, float]] = {}

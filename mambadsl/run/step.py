@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mambadsl.build.compiled import compiled, limits
+
 #: Steps before the capture: kernels are tuned, plans and workspaces are made, all outside the graph.
 WARM_UP = 3
-#: Versions that torch.compile may make beside one for each layer: with segments and without, training and not.
-VERSIONS = 8
 
 
 class TrainStep:
@@ -48,10 +48,7 @@ class TrainStep:
             _check_capturable(model)
         self.model, self.graph = model, graph
         self._captured: _Captured | None = None
-        self._compiled: dict[nn.Module, Callable] = {}
-        for sublayer in {id(s): s for _, s in model.sublayers()}.values() if compile else ():
-            whole = dict(backend=backend, fullgraph=True, dynamic=False)
-            self._compiled[sublayer] = torch.compile(sublayer.forward, **whole)
+        self._compiled = compiled(model, backend=backend) if compile else {}
 
     def step(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, segments: Tensor | None = None,
@@ -86,10 +83,7 @@ class TrainStep:
         if not self._compiled:
             yield
             return
-        config = torch._dynamo.config
-        limit = max(config.recompile_limit, len(self._compiled) + VERSIONS)
-        total = max(config.accumulated_recompile_limit, 2 * limit)
-        with config.patch(recompile_limit=limit, accumulated_recompile_limit=total):
+        with torch._dynamo.config.patch(**limits(len(self._compiled))):
             for sublayer, forward in self._compiled.items():
                 sublayer.forward = forward
             try:

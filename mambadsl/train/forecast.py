@@ -20,7 +20,7 @@ from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan import device as devices
 from mambadsl.plan.device import Device
 from mambadsl.plan.from_graph import units
-from mambadsl.plan.plan import Plan
+from mambadsl.plan.plan import Plan, Spent
 from mambadsl.plan.schedule import BACKWARD, FORWARD, Action, rank_of
 from mambadsl.plan.unit import Unit
 from mambadsl.train.layout import Layout, Place
@@ -57,6 +57,7 @@ class Forecast:
 
     step_s: layers_s, forwards and backwards as the pipeline runs them; copies_s, making what layers compute in and
     reducing gradients; link_s, what of the data ranks' traffic is not hidden; optimizer_s. bubble: of layers_s.
+    spent: on a pipeline's actions.
     peak_share: of what the devices' maker states; None where that is not known. measured: layer times are from a file.
     """
 
@@ -77,6 +78,7 @@ class Forecast:
     peak_share: float | None
     memory_limit: int
     held: tuple[Held, ...]
+    spent: tuple[Spent, ...] = ()
 
     @property
     def too_large(self) -> tuple[Held, ...]:
@@ -150,7 +152,7 @@ def forecast(
         link_s=link, optimizer_s=update, bubble=plan.bubble if plan else 0.0, tokens_per_s=tokens / step,
         peak_share=float(flops.forward + flops.backward) * tokens / step / (peak * ranks) if peak else None,
         memory_limit=where.memory_limit if memory_limit is None else memory_limit,
-        held=tuple(Held(tuple(ranks), *facts) for facts, ranks in alike.items()),
+        held=tuple(Held(tuple(ranks), *facts) for facts, ranks in alike.items()), spent=plan.spent if plan else (),
     )
 
 

@@ -101,7 +101,7 @@ class Run:
         self.forecast, self.watch = forecast, Watch(self.engine, world)
         if begun is not None:
             for made in self.engine.pieces:
-                put(made, begun.value)
+                put(made, ((path, begun.value(path)) for path in made.model.tensors()))
         self.depths = self.engine.pieces[-1].model.trained_depths
         self.gradients = Gradients(self.engine.pieces, world)
         self.balance = Balance(self.engine.pieces, world, settings)

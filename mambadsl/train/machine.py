@@ -1,32 +1,35 @@
-"""This machine as the planner sees one: what a large product and a large copy achieve, its memory, the host's time."""
+"""This machine as the planner sees one: what a large product and a large copy achieve, its memory, the host's time,
+the link between two ranks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
 from mambadsl.train.clock import Clock
-from mambadsl.train.world import World, opened
+from mambadsl.train.world import World
 
 #: Of a square matrix product, and bytes of a copy.
 SIDE = {"cuda": 8192, "cpu": 768}
 COPIED = {"cuda": 2**29, "cpu": 2**26}
 MICROBATCHES = 16
-#: Sent from one rank to the next and back, for the link.
-SENT = 2**26
+#: The least that is sent from one rank to the next and back, for the link's bytes per second.
+SENT = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """As in plan/device.py. The link's are None where one process measures: there is none."""
+    """As in plan/device.py. Those of the link are None where one process measures: there is none."""
 
     bf16_flops: float
     bytes_per_s: float
@@ -34,17 +37,18 @@ class Speeds:
     action_s: float
     link_bytes_per_s: float | None = None
     link_latency_s: float | None = None
+    beside_transfer: float | None = None
 
 
-def speeds(device: torch.device, dtype: torch.dtype) -> Speeds:
-    """Under torchrun, all processes measure; the link is that of the first two."""
+def speeds(world: World, dtype: torch.dtype, *, sent: int) -> Speeds:
+    """The link is that of the first two ranks. sent: bytes that cross between two stages."""
+    device = world.device
     side, copied = SIDE[device.type], COPIED[device.type]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     x, y = (torch.ones(copied, dtype=torch.uint8, device=device) for _ in range(2))
     flops = 2 * side**3 / _seconds(lambda: a @ b, device)
     moved = 2 * copied / _seconds(lambda: y.copy_(x), device)
-    with opened(device) as world:
-        return Speeds(flops, moved, _memory(device), _action(world), **_link(world))
+    return Speeds(flops, moved, _memory(device), _action(world), **_link(world, max(sent, SENT)))
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -66,7 +70,7 @@ def _action(world: World) -> float:
     """Host time of an action of a schedule: of a stage that does next to nothing."""
     device = world.device
     like = torch.empty(1, 1, device="meta", requires_grad=True)
-    alone = [torch.distributed.new_group([rank]) for rank in range(world.size)][world.rank]
+    alone = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
     stage = PipelineStage(
         nn.Linear(1, 1, device=device), 0, 1, device, input_args=(like,), output_args=(like,), group=alone
     )
@@ -81,12 +85,29 @@ def _action(world: World) -> float:
     return _seconds(lambda: schedule.step(x, target=x, return_outputs=False), device) / (2 * MICROBATCHES)
 
 
-def _link(world: World) -> dict[str, float]:
+def _link(world: World, sent: int) -> dict[str, float]:
     """Between the first two ranks, one way."""
     if world.size == 1:
         return {}
-    few, many = (_there_and_back(world, size) for size in (1, SENT))
-    return {"link_latency_s": few / 2, "link_bytes_per_s": 2 * SENT / max(many - few, 1e-9)}
+    few, many = (_there_and_back(world, size) for size in (1, sent))
+    return {"link_latency_s": few / 2, "link_bytes_per_s": 2 * sent / max(many - few, 1e-9)}
+
+
+@contextmanager
+def awaiting(world: World, sent: int) -> Iterator[None]:
+    """Inside, the first rank waits for so many bytes, which the second sends at the end. All ranks come here."""
+    x = torch.zeros(max(sent, SENT), dtype=torch.uint8, device=world.device)
+    # The two know each other before one of them waits.
+    _there_and_back(world, 1)
+    coming = dist.irecv(x, 1) if world.rank == 0 else None
+    try:
+        yield
+    finally:
+        world.barrier()
+        if world.rank == 1:
+            dist.send(x, 0)
+        if coming is not None:
+            coming.wait()
 
 
 def _there_and_back(world: World, size: int) -> float:
@@ -94,10 +115,10 @@ def _there_and_back(world: World, size: int) -> float:
 
     def work() -> None:
         if world.rank == 0:
-            torch.distributed.send(x, 1)
-            torch.distributed.recv(x, 1)
+            dist.send(x, 1)
+            dist.recv(x, 1)
         elif world.rank == 1:
-            torch.distributed.recv(x, 0)
-            torch.distributed.send(x, 0)
+            dist.recv(x, 0)
+            dist.send(x, 0)
 
     return _seconds(work, world.device)

@@ -5,14 +5,18 @@ layer runs as a stage of its own, once for all that are equal: forward and backw
 added to float32 sums as several microbatches do. The `mtp` tail is measured with the head, whose weights it reads.
 Refuses (MdlError) what cannot be built, (ValueError) what the device has no memory for.
 
+Under torchrun all processes measure, and what the first two find of each other is in the file as well: what the link
+carries, and how much longer layers take while the first waits for something from the second, as ranks of a pipeline do.
+
 A layer keeps, from its forward to its backward, what is there after the forward and was not before: what autograd saved
 and what it gives, not what it was given.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -29,13 +33,14 @@ from mambadsl.build.stage import Stage, stages
 from mambadsl.graph.cost import costs
 from mambadsl.graph.graph import LayerGraph, Node
 from mambadsl.plan.assign import Assignment, assign
-from mambadsl.plan.device import DEVICES, LayerTime
+from mambadsl.plan.device import DEVICES, MOST_BESIDE, LayerTime
 from mambadsl.plan.from_graph import units
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.train.clock import Clock
-from mambadsl.train.machine import Speeds, speeds
+from mambadsl.train.machine import Speeds, awaiting, speeds
 from mambadsl.train.memory import memory
 from mambadsl.train.pieces import Piece, between, compile_layers, own
+from mambadsl.train.world import World, opened
 
 #: Passes before the first that counts, and those that count: as many as fit into the time, within limits.
 WARM, LEAST, MOST, SECONDS = 3, 5, 20, 0.4
@@ -47,12 +52,13 @@ TOGETHER = 0.9
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Equal layers. kind: the first's. split: how the backward pass was: "measured", "flops", or "none" where nothing
-    comes in that has a gradient."""
+    comes in that has a gradient. beside_s: of forward and backward while a transfer waits; None for one process."""
 
     kind: str
     paths: tuple[str, ...]
     time: LayerTime
     split: str
+    beside_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +114,31 @@ def measure(
     if found := problems(graph):
         raise MdlError(found)
     graph = own(graph, recompute=recompute, tensor=tensor)
+    with opened(usable(device)) as world:
+        return _measure(graph, world, dtype, parts, (sequences, length), compile, tell)
+
+
+def _measure(
+    graph: LayerGraph, world: World, dtype: str, parts: str, shape: tuple[int, int], compile: bool,
+    tell: Callable[[str], None],
+) -> Measurement:
+    sequences, length = shape
     # A tensor's device has its number, which torch wants when asked for memory.
-    place = torch.empty(0, device=usable(device)).device
+    place = torch.empty(0, device=world.device).device
+    world = replace(world, device=place)
     where = machine(place)
     assignment = assign(graph, parts=parts, machine=where, dtype=dtype)
     base = next((name for name in DEVICES if where.name and name in where.name.lower()), None)
     base = base or ("h200" if place.type == "cuda" else "cpu")
     kinds = {unit.path: unit.kind for unit in units(graph, device=DEVICES[base], length=length, sequences=sequences)}
     flops = {path: cost.flops for path, cost in costs(graph, length=length).items()}
-    bench = _Bench(graph, assignment, place, dtype, (sequences, length), compile)
-    rows = []
+    bench = _Bench(graph, assignment, world, dtype, shape, compile)
+    found, rows = speeds(world, DTYPES[dtype], sent=bench.sent), []
     for stage, alike in _sorts(graph, assignment):
         first, path = stage.nodes[0], stage.nodes[0].path
         tell(f"{kinds[path]} ({path}{f' and {len(alike) - 1} more' * (len(alike) > 1)})")
         try:
-            forward, inputs, whole, kept, working = bench.run(stage)
+            forward, inputs, whole, beside, kept, working = bench.run(stage)
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"`{path}` with {sequences} x {length:,} tokens does not fit into the memory of {place}: measure fewer "
@@ -134,13 +150,22 @@ def measure(
             inputs = whole * float(share)
         inputs = inputs or 0.0
         time = LayerTime(path, forward, inputs, whole - inputs, kept, working)
-        rows.append(Measured(kinds[path], alike, time, by))
+        rows.append(Measured(kinds[path], alike, time, by, beside))
         # The head's time has the tail's.
         rows += [Measured(kinds[n.path], (n.path,), LayerTime(n.path, 0, 0, 0, 0, 0), "none") for n in stage.tail
                  if n is not first]
-    return Measurement(
-        base, where.name or "CPU", dtype, parts, sequences * length, speeds(place, DTYPES[dtype]), tuple(rows)
+    found = replace(found, beside_transfer=_beside(rows))
+    return Measurement(base, where.name or "CPU", dtype, parts, sequences * length, found, tuple(rows))
+
+
+def _beside(rows: list[Measured]) -> float | None:
+    """How many times longer all layers take while a transfer waits."""
+    beside = sum(len(row.paths) * row.beside_s for row in rows if row.beside_s is not None)
+    alone = sum(
+        len(row.paths) * (row.time.forward_s + row.time.backward_input_s + row.time.backward_weight_s)
+        for row in rows if row.beside_s is not None
     )
+    return min(max(1.0, beside / alone), MOST_BESIDE) if alone else None
 
 
 def _sorts(graph: LayerGraph, assignment: Assignment) -> Iterator[tuple[Stage, tuple[str, ...]]]:
@@ -167,17 +192,17 @@ class _Bench:
     """Runs a stage of one layer on made-up inputs: B rows of T tokens, each one document."""
 
     def __init__(
-        self, graph: LayerGraph, assignment: Assignment, device: torch.device, dtype: str, shape: tuple[int, int],
+        self, graph: LayerGraph, assignment: Assignment, world: World, dtype: str, shape: tuple[int, int],
         compile: bool,
     ):
-        self.graph, self.assignment, self.compile = graph, assignment, compile
-        self.made = dict(dtype=DTYPES[dtype], device=device)
-        self.device, self.clock = device, Clock(device)
+        self.graph, self.assignment, self.compile, self.world = graph, assignment, compile, world
+        self.device = device = world.device
+        self.made, self.clock = dict(dtype=DTYPES[dtype], device=device), Clock(device)
         self.tokens_BT = torch.randint(graph.model.vocab, shape, device=device)
 
-    def run(self, stage: Stage) -> tuple[float, float | None, float, int, int]:
-        """Seconds of the forward, of the backward for inputs alone (None if there are none) and of the whole backward;
-        bytes kept in between, and needed on top."""
+    def run(self, stage: Stage) -> tuple[float, float | None, float, float | None, int, int]:
+        """Seconds of the forward, of the backward for inputs alone (None if there are none), of the whole backward, of
+        both while a transfer waits (None for one process); bytes kept in between, and needed on top."""
         model = initialise(Model(self.graph, stage, self.assignment, **self.made))
         made = Piece(model, {}).train()
         made.counts_K = counts(self.tokens_BT, depths=model.trained_depths)
@@ -194,7 +219,13 @@ class _Bench:
         whole = self._times(made, self._backward)
         floats = [x for x in self.inputs if x.requires_grad]
         alone = self._times(made, lambda made, out: torch.autograd.grad(out, floats, self.roots)) if floats else None
-        return whole[0], alone and alone[1], whole[1], kept, working
+        beside = None
+        if self.world.size > 1:
+            shape, dtype = self.taken["x"]
+            sent = math.prod((*self.tokens_BT.shape, *shape)) * dtype.itemsize
+            with awaiting(self.world, sent):
+                beside = sum(self._times(made, self._backward))
+        return whole[0], alone and alone[1], whole[1], beside, kept, working
 
     def _input(self, name: str) -> Tensor:
         if name == "tokens":

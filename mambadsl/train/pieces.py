@@ -8,7 +8,7 @@ every data rank, and so are their gradients (`gradients.py` adds them up).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambadsl.build.init import draw
+from mambadsl.build.compiled import compiled, limits
+from mambadsl.build.init import drawn
 from mambadsl.build.machine import machine
 from mambadsl.build.model import Model
 from mambadsl.build.refuse import problems
@@ -86,7 +87,7 @@ def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings) -> 
     shard(made, world, settings)
     made.to_empty(device=world.device)
     weights = all_weights(graph)
-    put(made, lambda path: draw(weights[path], graph, path=path, seed=settings.seed))
+    put(made, drawn({path: weights[path] for path in model.tensors()}, graph, seed=settings.seed))
     return made.train()
 
 
@@ -122,19 +123,18 @@ def recomputed(graph: LayerGraph) -> LayerGraph:
 
 
 def compile_layers(model: Model) -> None:
-    """Each layer through torch.compile, whole, for its very shapes."""
-    layers = {id(s): s for _, s in model.sublayers()}.values()
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, len(layers) + 8)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 2 * config.recompile_limit)
-    for sublayer in layers:
-        sublayer.forward = torch.compile(sublayer.forward, fullgraph=True, dynamic=False)
+    """Each layer through torch.compile, from now on."""
+    found = compiled(model)
+    for name, limit in limits(len(found)).items():
+        setattr(torch._dynamo.config, name, limit)
+    for sublayer, forward in found.items():
+        sublayer.forward = forward
 
 
-def put(made: Piece, value: Callable[[str], Tensor]) -> None:
-    """Gives every weight and buffer what this rank has of the whole value."""
+def put(made: Piece, values: Iterable[tuple[str, Tensor]]) -> None:
+    """Gives weights and buffers what this rank has of the whole values, by path."""
+    tensors = made.model.tensors()
     with torch.no_grad():
-        for path, tensor in made.model.tensors().items():
-            whole = value(path)
-            for box in boxes(tensor, made.slices.get(path)):
+        for path, whole in values:
+            for box in boxes(tensors[path], made.slices.get(path)):
                 box.view.copy_(box.of(whole))

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
+from mambadsl.plan.schedule import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 from mambadsl.show.plan import layers, time
 from mambadsl.show.units import count, percent, size
-from mambadsl.train.compare import Comparison, Row
+from mambadsl.train.compare import Action, Comparison, Row
 from mambadsl.train.forecast import Forecast, Held
 from mambadsl.train.measure import Measurement
 from mambadsl.train.settings import Settings
 
 AXES = ("pipeline", "data", "tensor")
+NAMES = {
+    FORWARD: "forward", BACKWARD: "backward", BACKWARD_INPUT: "backward, inputs", BACKWARD_WEIGHT: "backward, weights",
+}
 
 
 def forecast_text(
@@ -70,14 +74,23 @@ def _doubts(f: Forecast) -> list[str]:
 
 def compared_text(compared: Comparison) -> str:
     table = [
-        (_named(row), _value(row, row.predicted), "not known" if row.measured is None else _value(row, row.measured),
-         _off(row))
+        (_named(row), "" if row.predicted is None else _value(row, row.predicted),
+         "not known" if row.measured is None else _value(row, row.measured), _off(row))
         for row in compared.rows
     ]
     lines = grid(("", "predicted", "measured", "difference"), table, left=1)
+    if compared.actions:
+        header = ("stage", "action", "predicted", "took", "wait predicted", "waited")
+        lines += ["", *grid(header, [_action(action) for action in compared.actions], left=2)]
     if compared.nominal:
-        lines.append("`cpu` is a nominal device; `plan --measure` and `--plan-device` predict for this one")
+        lines += ["", "to predict this machine's times: `plan --measure FILE`, then `--plan-device FILE`"]
     return "\n".join(lines)
+
+
+def _action(action: Action) -> tuple[str, ...]:
+    takes, waits = ("", "") if action.predicted is None else map(time, action.predicted)
+    took, waited = map(time, action.measured)
+    return str(action.stage), NAMES.get(action.kind, action.kind), takes, took, waits, waited
 
 
 def _named(row: Row) -> str:
@@ -106,13 +119,16 @@ def measurement_text(m: Measurement) -> str:
         for row in m.rows
     ]
     s = m.speeds
-    link = "" if s.link_bytes_per_s is None else f", link {s.link_bytes_per_s / 1e9:,.3g} GB/s"
     title = f"{m.device}, {m.dtype}, parts {m.parts}, {m.microbatch_tokens:,} tokens a microbatch"
     reached = (
-        f"reached: {s.bf16_flops / 1e12:,.3g} TFLOP/s, {s.bytes_per_s / 1e9:,.0f} GB/s{link}; "
+        f"reached: {s.bf16_flops / 1e12:,.3g} TFLOP/s, {s.bytes_per_s / 1e9:,.0f} GB/s; "
         f"{time(s.action_s)} of the host for an action"
     )
-    return "\n".join([title, "", *grid(header, table, left=2), "", reached]) + "\n"
+    link = [] if s.link_bytes_per_s is None else [
+        f"link:    {s.link_bytes_per_s / 1e9:,.3g} GB/s, {time(s.link_latency_s)}; layers take {s.beside_transfer:.3g} "
+        "times as long while a transfer waits"
+    ]
+    return "\n".join([title, "", *grid(header, table, left=2), "", reached, *link]) + "\n"
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:

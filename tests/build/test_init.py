@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from small_models import D_MODEL, EVERYTHING, graph
 
-from mambadsl.build.init import LAWS, draw, initialise, materialise, param_groups
+from mambadsl.build.init import LAWS, draw, drawn, initialise, materialise, param_groups
 from mambadsl.build.model import build
 from mambadsl.kinds.kind import Init, Weight
 from mambadsl.kinds.registry import all_kinds
@@ -56,8 +56,8 @@ def test_uniform_and_constants():
 def test_ramps_and_idle_rows():
     torch.testing.assert_close(values(Init.of("ending", last=-1), 4), torch.tensor([0.0, 0, 0, -1]))
     torch.testing.assert_close(values(Init.of("ramp", low=3, high=6), 4), torch.tensor([3.0, 4, 5, 6]))
-    drawn = values(Init.of("normal", std=0.5, idle=3), 9, 400)
-    assert not drawn[6:].any() and drawn[:6].std().item() == pytest.approx(0.5, rel=0.1)
+    idle = values(Init.of("normal", std=0.5, idle=3), 9, 400)
+    assert not idle[6:].any() and idle[:6].std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_a_log_of_both_mambas():
@@ -169,3 +169,27 @@ def test_parameter_groups_are_the_declared_ones():
         assert not path.endswith(("A_log", "D", "a_param", "bias")) and "norm" not in path, path
     assert "embed.weight" in decay["names"] and "stack.0.mixer.A_log" in rest["names"]
     torch.optim.AdamW(param_groups(build(graph("M A"))))
+
+
+@pytest.mark.parametrize("cores, processes", [(1, "1"), (7, "1"), (8, "2"), (2, "8")])
+def test_however_many_are_drawn_at_once_the_bits_are_the_same(monkeypatch, cores, processes):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    model = build(graph(EVERYTHING), device="meta")
+    found = dict(drawn(model.weights, model.graph, seed=5))
+    assert set(found) == set(model.weights)
+    assert all(torch.equal(value, draw(model.weights[path], model.graph, path=path, seed=5))
+               for path, value in found.items())
+    sizes = [value.numel() for value in found.values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_who_takes_a_few_values_waits_for_no_more(monkeypatch):
+    begun = []
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setitem(LAWS, "zeros", lambda shape, generator: begun.append(shape) or torch.zeros(shape))
+    weights = {f"{n}.w": Weight("w", (n,), Init("zeros")) for n in range(1, 20)}
+    values = drawn(weights, graph("M"), seed=0)
+    assert [path for path, _ in (next(values), next(values))] == ["19.w", "18.w"]
+    values.close()
+    assert len(begun) <= 2 + 3

@@ -63,6 +63,7 @@ def test_a_path_comes_before_a_kind(tmp_path):
         (GOOD | {"layers": {"M": {}}}, "`layers.M.forward_s` is missing; it is a number, 0 or more"),
         ({}, "`base` is missing; it is one of h200"),
         ({"base": "h200", "usable": 1.5}, "`usable` must be a positive number, at most 1"),
+        ({"base": "h200", "beside_transfer": 0.9}, "`beside_transfer` must be a number from 1 to 100"),
         ('{"base": "cpu", "bf16_flops": 1e-300}', "`bf16_flops` must be a positive number of a size"),
         (GOOD | {"layers": {"M": {**TIMES, "forward_s": 1e308}}}, "`layers.M.forward_s`"),
         ("\xff" + "[" * 17 * 2**20, "is larger than any file of layer times"),

@@ -48,7 +48,7 @@ def test_every_unit_once_in_order_and_only_legal_cuts(seed, length, schedule, st
 
 
 def test_uniform_stack_is_cut_evenly_and_costs_what_the_formula_says():
-    device = replace(DEVICES["h200"], action_s=0.0, link_latency_s=0.0)
+    device = replace(DEVICES["h200"], action_s=0.0, link_latency_s=0.0, beside_transfer=1.0)
     plan = plan_units(uniform(24, out_bytes=0), stages=4, microbatches=8, device=device)
     assert plan.cuts == (0, 6, 12, 18, 24)
     assert plan.step_s == pytest.approx((8 + 3) * 6 * 3e-3)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambadsl.plan.schedule import SCHEDULES, nearest_microbatches, orders, problems, rank_of
-from mambadsl.plan.simulate import program
+from mambadsl.plan.simulate import ACTIVATION, GRADIENT, program
 from mambadsl.text.diagnostic import MdlError
 
 
@@ -30,7 +30,8 @@ def test_every_action_once_and_no_deadlock(case):
         (kind, s, mb)
         for kind in SCHEDULES[name].kinds for s in range(ranks * virtual) for mb in range(microbatches)
     }
-    assert len(run.actions) == len(wanted) and set(run.actions) == wanted
+    ran = [action for action in run.actions if action.kind not in (ACTIVATION, GRADIENT)]
+    assert len(ran) == len(wanted) and set(ran) == wanted
     for rank, order in enumerate(orders(name, ranks=ranks, virtual=virtual, microbatches=microbatches)):
         assert {rank_of(SCHEDULES[name].placement, ranks, a.stage) for a in order} == {rank}
 

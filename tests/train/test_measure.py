@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from statistics import median
 
@@ -142,6 +145,21 @@ def test_a_step_takes_what_its_layers_take(monkeypatch, tmp_path):
     assert median(taken) / 2 < will.layers_s < 2 * median(taken)
 
 
+def test_two_processes_measure_what_is_between_them(tmp_path):
+    model, path = tmp_path / "t.mdl", tmp_path / "times.json"
+    model.write_text(HEAD.format(width=16, vocab=61) + "layer F = mlp(d_ff=32)\nstack { F F }\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mambadsl",
+         "plan", str(model), "--measure", str(path), "--device", "cpu", "--length", "8", "--stages", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # The first process speaks, once.
+    assert done.stdout.count("predicted for forwards and backwards") == done.stdout.count("link:") == 1
+    where = device(path)
+    assert where.beside_transfer >= 1 and 0 < where.link_latency_s < 1 and where.link_bytes_per_s > 1e6
+
+
 def test_golden(golden):
     rows = [
         ("embed", ("embed",), (1e-4, 0.0, 3e-4, 2**20, 2**22), "none"),
@@ -150,7 +168,7 @@ def test_golden(golden):
         ("head", ("head",), (5e-3, 5e-3, 5e-3, 2**28, 2**30), "measured"),
     ]
     made = tuple(Measured(kind, paths, LayerTime(paths[0], *numbers), split) for kind, paths, numbers, split in rows)
-    speeds = Speeds(7.9e14, 4.3e12, DEVICES["h200"].memory_bytes, 2e-5, 3.6e11, 1e-5)
+    speeds = Speeds(7.9e14, 4.3e12, DEVICES["h200"].memory_bytes, 2e-5, 3.6e11, 1e-5, 1.12)
     golden("measurement.txt", measurement_text(
         Measurement("h200", "NVIDIA H200", "bf16", "fused", 4096, speeds, made)
     ))
