@@ -198,6 +198,9 @@ class _Bench:
         self.graph, self.assignment, self.compile, self.world = graph, assignment, compile, world
         self.device = device = world.device
         self.made, self.clock = dict(dtype=DTYPES[dtype], device=device), Clock(device)
+        widest = max(streams.given for streams in graph.streams.values())
+        stream, narrow = between(graph, DTYPES[dtype], streams=widest)["x"]
+        self.sent = math.prod((*shape, *stream)) * narrow.itemsize
         self.tokens_BT = torch.randint(graph.model.vocab, shape, device=device)
 
     def run(self, stage: Stage) -> tuple[float, float | None, float, float | None, int, int]:
@@ -221,9 +224,7 @@ class _Bench:
         alone = self._times(made, lambda made, out: torch.autograd.grad(out, floats, self.roots)) if floats else None
         beside = None
         if self.world.size > 1:
-            shape, dtype = self.taken["x"]
-            sent = math.prod((*self.tokens_BT.shape, *shape)) * dtype.itemsize
-            with awaiting(self.world, sent):
+            with awaiting(self.world, self.sent):
                 beside = sum(self._times(made, self._backward))
         return whole[0], alone and alone[1], whole[1], beside, kept, working
 
