@@ -1,4 +1,6 @@
-"""Layers through torch.compile: each whole, for its very shapes; layers alike share one compilation."""
+"""Layers through torch.compile: each whole, for its very shapes; layers alike share one compilation. A part that waits
+for the device (`waits`) cannot be traced: its layer is compiled around it.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,18 @@ VERSIONS = 8
 
 
 def compiled(model: Model, *, backend: Any = "inductor") -> dict[nn.Module, Callable]:
-    """The forward of every layer as torch.compile runs it; the model stays as it is."""
-    layers = {id(sublayer): sublayer for _, sublayer in model.sublayers()}.values()
-    return {one: torch.compile(one.forward, backend=backend, fullgraph=True, dynamic=False) for one in layers}
+    """The forward of every layer as torch.compile runs it; without that, the model computes as it did."""
+    found = {}
+    for sublayer in {id(sublayer): sublayer for _, sublayer in model.sublayers()}.values():
+        waiting = [
+            (mixer.parts, slot) for mixer in sublayer.mixer_modules() for slot, part in mixer.parts.items()
+            if getattr(part, "waits", False)
+        ]
+        for parts, slot in waiting:
+            parts[slot] = torch.compiler.disable(parts[slot])
+        whole = not waiting
+        found[sublayer] = torch.compile(sublayer.forward, backend=backend, fullgraph=whole, dynamic=False)
+    return found
 
 
 def limits(layers: int) -> dict[str, int]:

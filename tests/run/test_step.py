@@ -83,6 +83,19 @@ def test_more_different_layers_than_the_compiler_allows_by_default():
     assert torch._dynamo.config.recompile_limit == before
 
 
+def test_a_layer_is_compiled_around_a_part_that_waits():
+    """The reference's experts count tokens on the host: nothing is compiled again for other counts."""
+    model = made("M E").train()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = TrainStep(model, compile=True, backend=counter)
+    frames = []
+    for seed in range(4):
+        expected = _by_backward(model, tokens_BT=ids(2, 8, seed=seed))
+        _assert_equal(model, step.step(ids(2, 8, seed=seed)), expected, atol=1e-5, rtol=1e-4)
+        frames.append(counter.frame_count)
+    assert frames[0] > 1 and len(set(frames)) == 1
+
+
 def test_outside_the_step_nothing_is_compiled():
     model = made(MIX).train()
     counter = CompileCounterWithBackend("aot_eager")
