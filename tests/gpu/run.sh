@@ -28,6 +28,7 @@ for family in "falcon_h1 or samba or phi" "granite or bamba or tiny" "nemotron o
   start "compiled ${family%% *}" $sets -k "compiled and ($family)"
 done
 ops=tests/gpu/test_mamba2_ops.py conv=tests/gpu/test_triton_conv.py fla=tests/gpu/test_fla_parts.py
+walks=tests/gpu/test_fla_scans.py mamba3=tests/gpu/test_mamba3.py
 start "ops scan" $ops -k "triton and test_scan"
 start "ops core" $ops -k "triton and test_core"
 start "ops rest" $ops -k "triton and not (test_scan or test_core)"
@@ -39,8 +40,13 @@ for rule in gated kimi; do
   start "fla $rule rest" $fla -k "$rule and not (test_scan and bfloat16)"
 done
 start "fla conv" $fla -k "not gated and not kimi"
+for scan in rg_lru wkv4; do start "walks $scan" $walks -k "$scan"; done
+start "walks rest" $walks -k "not rg_lru and not wkv4"
+start "mamba3 layers" $mamba3 -k test_layer
+start "mamba3 models" $mamba3 -k "test_a_model or training_step"
+start "mamba3 rest" $mamba3 -k "not test_layer and not test_a_model and not training_step"
 for file in tests/gpu/test_*.py; do
-  case $file in $sets | $ops | $conv | $fla) ;; *) start "$(basename "$file" .py)" "$file" ;; esac
+  case $file in $sets | $ops | $conv | $fla | $walks | $mamba3) ;; *) start "$(basename "$file" .py)" "$file" ;; esac
 done
 failed=0
 for pid in "${pids[@]}"; do wait "$pid" || failed=1; done

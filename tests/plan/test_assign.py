@@ -10,7 +10,7 @@ from mambadsl.files import MODELS
 from mambadsl.kinds.fields import REQUIRED, Field, Int
 from mambadsl.parts import registry
 from mambadsl.parts.machine import Machine
-from mambadsl.parts.part import Package, Part
+from mambadsl.parts.part import REFERENCE, Package, Part
 from mambadsl.parts.sets import SETS
 from mambadsl.plan.assign import Assignment, assign
 from mambadsl.show.parts import assignment_text
@@ -157,6 +157,29 @@ def test_dtype_capability_and_device_are_reasons():
 def test_a_missing_package_says_how_to_install_it():
     one, = problems(model("parts probe { mamba2.scan = fake.scan }", stack="M"), machine=BARE)
     assert one.notes == ("fake.scan: fake not installed",) and one.help[0] == "pip install fake"
+
+
+@pytest.mark.parametrize("parts", ["fused", "te", "inference", "auto"])
+def test_packages_fill_what_we_have_no_kernels_of(parts):
+    """Where they are, and for what they take; the rest is torch's, said with the reason."""
+    text = """
+        model m { d_model = 256 }
+        layer One = mamba3(heads=4, d_state=64)
+        layer Many = One(rank=2)
+        layer Unit = rg_lru(blocks=4)
+        layer Mean = wkv4(d_inner=64)
+        stack { One Many Unit Mean }
+    """
+    found = chosen(text, parts=parts, machine=GPU)
+    one, many, unit, mean = (found.of(f"stack.{n}") for n in range(4))
+    assert one["core"].part == "mamba_ssm.siso" and one["scan"].covered_by == one["gate_norm"].covered_by == "core"
+    assert many["core"].part == REFERENCE and many["scan"].covered_by is None
+    assert "takes one input a head, not rank=2" in many["core"].refused[0][1]
+    assert (unit["scan"].part, mean["scan"].part) == ("fla.decaying_sums", "fla.weighted_means")
+    if parts != "te":
+        found = chosen(text, parts=parts, machine=gpu_with("torch", "triton"))
+        for n, slot in enumerate(("core", "core", "scan", "scan")):
+            assert found.of(f"stack.{n}")[slot].part == REFERENCE
 
 
 @pytest.mark.parametrize("parts", ["fused", "inference"])

@@ -110,8 +110,11 @@ def flops(f: Values, dims: Dims, length: int) -> Flops:
 
 
 def saved(f: Values, dims: Dims) -> Saved:
-    """Input, in_proj's output and the scan's output; the rest is computed again."""
-    return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + f.rank * d_inner(f))
+    """Input and in_proj's output; the scan's output before the gate and behind it, the turned keys and queries of all
+    heads, and their angles."""
+    turned = 2 * f.heads * f.rank * f.d_state
+    kept = dims.d_in + sum(n for _, n in in_segments(f)) + 2 * f.rank * d_inner(f) + turned
+    return Saved(kept, f.heads * angles(f))
 
 
 def split(f: Values, ranks: int) -> Values | None:
