@@ -105,11 +105,11 @@ class Sublayer(nn.Module):
         self, x_BTD: Tensor, x0_BTD: Tensor | None, tokens: Tokens, states: States | None = None, *,
         t_BTD: Tensor | None = None, taken: Mapping[str, Any] = NONE_TAKEN,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """The stream after this sublayer, [B, T, D]; of one that is aside, its t. Where it gives something to layers
-        below, (that, what it gives by name). x0_BTD: needed where the layer reads the first embedding. t_BTD: of the
-        layer before, where that is aside. taken: what layers above gave, by name. states: one decoding state per
-        branch, read and written. One token with states of fixed size goes through the fused step, if there is one; it
-        updates `x_BTD` in place."""
+        """The stream after this sublayer, as it is before it: [B, T, D], several side by side, or those of `attend`, a
+        tuple; of one that is aside, its t. Where it gives something to layers below, (that, what it gives by name).
+        x0_BTD: needed where the layer reads the first embedding. t_BTD: of the layer before, where that is aside.
+        taken: what layers above gave, by name. states: one decoding state per branch, read and written. One token with
+        states of fixed size goes through the fused step, if there is one; it updates `x_BTD` in place."""
         if self._steps(tokens, states):
             step, position_B = self.mixer_modules()[0].parts["step"], tokens.positions_BT[:, 0].contiguous()
             return step(self, x_BTD[:, 0], position_B, states[0])[:, None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from mambadsl.build.failure import notes
 from mambadsl.data.rows import Batch
@@ -42,8 +43,7 @@ def _forward(engine: Engine, batch: Batch, counts_K: Tensor) -> tuple[int, int, 
 
     def watch(order: int, node: Node):
         def hook(_module, _inputs, output):
-            outs = output if isinstance(output, tuple) else (output,)
-            if not bad and not all(bool(t.isfinite().all()) for t in outs if isinstance(t, Tensor)):
+            if not bad and not all(bool(t.isfinite().all()) for t in tree_leaves(output) if isinstance(t, Tensor)):
                 bad.append((order, node))
 
         return hook
