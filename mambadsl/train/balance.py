@@ -40,14 +40,12 @@ class Balance:
             every.update(theirs)
         #: Path -> experts, and whether it has each loss, of the whole model.
         self.all = dict(sorted(every.items()))
-        self.loads: dict[str, Tensor] = {}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the figures that `add_up` gives: `imbalance`, the most that an expert had over the mean, of the worst
-        layer; `aux_loss` and `z_loss`, the mean of layers that have one, before their coefficients."""
-        has_aux, has_z = (any(layer[k] for layer in self.all.values()) for k in (1, 2))
-        return ("imbalance",) * bool(self.all) + ("aux_loss",) * has_aux + ("z_loss",) * has_z
+        self.sizes = {path: experts + len(FIGURES) for path, (experts, _, _) in self.all.items()}
+        #: Path -> copies of the bias that is moved, each once.
+        self.biases = {
+            path: list({id(layer.bias): layer.bias for layer in uses}.values())
+            for path, uses in self.layers.items() if uses[0].f.bias_rate
+        }
 
     def clear(self) -> None:
         for uses in self.layers.values():
@@ -55,43 +53,45 @@ class Balance:
                 layer.told.grad = None
 
     def add_up(self) -> Tensor:
-        """Sums what all rows of the step told, over all ranks; the figures of `names`, float64, the same on each."""
-        sizes = {path: experts + len(FIGURES) for path, (experts, _, _) in self.all.items()}
-        total = torch.zeros(sum(sizes.values()), dtype=torch.float64, device=self.world.device)
-        told = dict(zip(sizes, total.split(list(sizes.values()))))
+        """What all rows of the step told, summed over all ranks: float64, of all layers, the same on each rank."""
+        total = torch.zeros(sum(self.sizes.values()), dtype=torch.float64, device=self.world.device)
+        found = self._by_layer(total)
         # Tensor ranks see the same tokens: those of one tell.
         if self.world.at("tensor") == 0:
             for path, uses in self.layers.items():
                 for layer in uses:
                     if layer.told.grad is not None:
-                        told[path] += layer.told.grad
-        if self.world.size > 1 and sizes:
+                        found[path] += layer.told.grad
+        if self.world.size > 1 and self.all:
             dist.all_reduce(total)
-        self.loads = {path: told[path][:experts] for path, (experts, _, _) in self.all.items()}
-        return self._figures(told)
+        return total
 
-    def _figures(self, told: dict[str, Tensor]) -> Tensor:
-        found = []
-        if self.all:
-            worst = [n_E.max() * len(n_E) / n_E.sum().clamp_min(1) for n_E in self.loads.values()]
-            found.append(torch.stack(worst).max())
+    def _by_layer(self, total: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.sizes, total.split(list(self.sizes.values()))))
+
+    def facts(self, total: Tensor) -> dict[str, float]:
+        """Of what `add_up` gave. imbalance: the most that an expert had over the mean, of the worst layer. aux_loss,
+        z_loss: the mean of the layers that have one, before its coefficient."""
+        found, facts = self._by_layer(total), {}
+        if loads := [found[path][:experts] for path, (experts, _, _) in self.all.items()]:
+            facts["imbalance"] = max((n_E.max() * len(n_E) / n_E.sum().clamp_min(1)).item() for n_E in loads)
         for k, name in (1, "aux"), (2, "z"):
             rows, sums = (FIGURES.index(what) - len(FIGURES) for what in ("rows", name))
-            mean = [told[path][sums] / told[path][rows].clamp_min(1) for path, layer in self.all.items() if layer[k]]
-            if mean:
-                found.append(torch.stack(mean).mean())
-        return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64, device=self.world.device)
+            layers = [found[path] for path, layer in self.all.items() if layer[k]]
+            if layers:
+                facts[f"{name}_loss"] = sum((t[sums] / t[rows].clamp_min(1)).item() for t in layers) / len(layers)
+        return facts
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the biases by the loads that were added up: every copy alike."""
-        moved: set[int] = set()
-        for path, uses in self.layers.items():
-            for layer in uses:
-                if layer.f.bias_rate and id(layer.bias) not in moved:
-                    moved.add(id(layer.bias))
-                    # A choice of no expert, the last, is nobody's load.
-                    layer.bias[: layer.f.experts] += bias_step(self.loads[path], rate=layer.f.bias_rate)
+    def update(self, total: Tensor) -> None:
+        """Moves the biases by what `add_up` gave: every copy alike."""
+        found = self._by_layer(total)
+        for path, copies in self.biases.items():
+            f = self.layers[path][0].f
+            step_E = bias_step(found[path][: f.experts], rate=f.bias_rate).to(self.world.device, non_blocking=True)
+            for bias in copies:
+                # A choice of no expert, the last, is nobody's load.
+                bias[: f.experts] += step_E
 
 
 def told(graph: LayerGraph) -> list[str]:

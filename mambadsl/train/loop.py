@@ -25,7 +25,7 @@ from mambadsl.data.rows import Batch, Rows
 from mambadsl.graph.cost import costs, total
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
-from mambadsl.train.balance import Balance, told
+from mambadsl.train import balance
 from mambadsl.train.compare import Comparison, compare
 from mambadsl.train.engine import Engine, engine
 from mambadsl.train.failure import Alone, NotFinite, explain
@@ -104,11 +104,12 @@ class Run:
                 put(made, ((path, begun.value(path)) for path in made.model.tensors()))
         self.depths = self.engine.pieces[-1].model.trained_depths
         self.gradients = Gradients(self.engine.pieces, world)
-        self.balance = Balance(self.engine.pieces, world, settings)
+        self.balance = balance.Balance(self.engine.pieces, world, settings)
         self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
-        self.notes = [*told(graph), *filter(None, [rows.corpus.says]), *(f"passed over: {doubt}" for doubt in doubts)]
+        self.notes = [*filter(None, [rows.corpus.says]), *balance.told(graph)]
+        self.notes += [f"passed over: {doubt}" for doubt in doubts]
         if alone := whole(graph, world.ranks("tensor")):
             self.notes.append(f"whole on every tensor rank: {', '.join(alone)}")
         if saved is not None:
@@ -183,7 +184,7 @@ class Run:
 
     def step(self, step: int) -> dict[str, float]:
         """The `step`-th update, counted from 0: its loss, the norm of its gradients, its learning rate, and of experts
-        what `Balance.names` says."""
+        how balanced they are."""
         batch = self._mine(self.rows.training, step * self.settings.batch)
         counts_K = self._counts(batch)
         self._seed(step)
@@ -193,13 +194,14 @@ class Run:
         self.gradients.add_up()
         norm = self.gradients.norm()
         both = torch.stack([self._whole(share).double(), norm.double()])
-        loss, norm_now, *balance = torch.cat((both, self.balance.add_up())).tolist()
-        if not (math.isfinite(loss) and math.isfinite(norm_now)):
-            raise NotFinite(explain(step + 1, loss, norm_now, self.engine, batch, counts_K, self.world))
+        told = torch.cat((both, self.balance.add_up())).cpu()
+        loss, grad_norm = told[:2].tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise NotFinite(explain(step + 1, loss, grad_norm, self.engine, batch, counts_K, self.world))
         self.gradients.clip(norm, self.settings.clip)
         lr = self.optimizer.step(step)
-        self.balance.update()
-        return dict(loss=loss, grad_norm=norm_now, lr=lr) | dict(zip(self.balance.names, balance))
+        self.balance.update(told[2:])
+        return dict(loss=loss, grad_norm=grad_norm, lr=lr, **self.balance.facts(told[2:]))
 
     def held_out(self) -> float:
         """The mean loss over all rows that are held out, as the training's (with `mtp`, its part included)."""

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from train_cases import COMMON, balanced, go, told, weights
 
 import mambadsl
+from mambadsl.train.export import export_run
 from mambadsl.train.loop import Keeping
 from mambadsl.train.run import train
 from mambadsl.train.settings import Settings
@@ -82,5 +84,11 @@ def test_goes_on_with_its_biases(tmp_path):
     run(tmp_path / "parts", steps=2, **how)
     parts = run(tmp_path / "parts", steps=4, **how)
     assert balanced(parts) == balanced(truth)
+    saved = weights(parts)
     for path, value in weights(truth).items():
-        assert torch.equal(weights(parts)[path], value), path
+        assert torch.equal(saved[path], value), path
+    *files, _ = export_run(parts, tmp_path / "weights")
+    [exported] = [load_file(file) for file in files if file.suffix == ".safetensors"]
+    biases = [path for path in exported if path.endswith("router.bias")]
+    assert biases and all(torch.equal(exported[path], saved[f"model.{path}"]) for path in biases)
+    assert all(exported[path].any() for path in biases)
