@@ -85,13 +85,11 @@ def rows(ranks: int, *, microbatch: int, many: int, pipeline: int) -> list[Row]:
 
 
 def rivals(ours: list[Row]) -> list[Row]:
-    """Megatron-Core's, each behind the row of ours with the same split."""
-    found = []
-    for row in ours:
-        found.append(row)
-        if not re.search("microbatch|loop|zb|tensor", row.name):
-            found.append(Row(f"{row.name}, megatron", row.ranks, row.options, beside=row.name, megatron=True))
-    return found
+    """Megatron-Core's, each with the split of a row of ours."""
+    return [
+        Row(f"{row.name}, megatron", row.ranks, row.options, beside=row.name, megatron=True)
+        for row in ours if not re.search("microbatch|loop|zb|tensor", row.name)
+    ]
 
 
 def place(folder: Path, name: str) -> Path:
@@ -204,7 +202,7 @@ def main() -> int:
         common += [*layers, "--plan-device", device]
         found = rows(given.ranks, microbatch=given.microbatch, many=given.microbatches, pipeline=given.pipeline)
         if given.megatron and not given.cpu:
-            found = rivals(found)
+            found += rivals(found)
             # Their kernels' candidates, dozens for each kernel, would be compiled one after the other.
             warm(model.read_text(), "megatron", processes=given.warm, seconds=given.limit)
         for row in found:
@@ -214,15 +212,13 @@ def main() -> int:
                 rate = f"{row.step_s * 1e3:9.1f} ms  {row.tokens_per_s:10,.0f} tokens/s  {row.memory_gib:6.1f} GiB"
                 took = time.monotonic() - begun
                 print(f"{row.name:36s} {rate}  loss {row.loss:.4f}  {row.note}  ({took:.0f} s)", flush=True)
+                print(*(f"    {line}" for line in row.told), sep="\n", flush=True)
+                if given.json:
+                    given.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
     speed = {row.name: row.tokens_per_s for row in found}
     for row in found:
         if row.beside and not math.isnan(ratio := row.tokens_per_s / speed[row.beside]):
             print(f"{row.name}: {ratio:.2f} times `{row.beside}`")
-    for row in found:
-        if row.told:
-            print(f"\n{row.name}", *row.told, sep="\n")
-    if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in found], indent=1))
     return 1 if any(row.note for row in found) else 0
 
 
