@@ -83,7 +83,7 @@ def draw_on_device(model: Any, *, seed: int = 0) -> Any:
     with torch.no_grad():
         for path, weight in model.weights.items():
             if weight.init.law == "normal":
-                std = arguments(weight.init, model.graph)["std"]
+                std = arguments(weight.init, model.graph, path=path)["std"]
                 tensors[path].normal_(0, std, generator=generator)
             else:
                 tensors[path].copy_(draw(weight, model.graph, path=path, seed=seed))

@@ -92,6 +92,7 @@ class Model(Ahead, Losses, nn.Module):
         self.graph, self.stage, self.assignment = graph, stage, assignment
         self.frame = fill(assignment, "model").functions
         self.relays = relays(graph, stage)
+        self.streams, self.blocks = graph.streams, graph.blocks
         #: What layers above give and each layer reads, by its path.
         self.taken = {node.path: tuple(graph.reads[node.path] & graph.carried) for node in stage.nodes}
         self.weights = {path: w for node in stage.nodes for path, w in node_weights(graph, node)}
@@ -277,11 +278,11 @@ class Model(Ahead, Losses, nn.Module):
         if self.stage.keeps_embedding:
             # Fused steps add to the stream in place.
             stream["x0"] = x_BTD if state is None else x_BTD.clone()
-        stream["x"] = self._laid(widen(x_BTD, self.graph.streams[node.path].given))
+        stream["x"] = self._laid(widen(x_BTD, self.streams[node.path].given))
 
     def _laid(self, x_BTS: Tensor) -> Tensor | States:
         """The stream as the layers of a stage have it."""
-        return apart(x_BTS, self.graph.model.d_model) if self.graph.blocks else x_BTS
+        return apart(x_BTS, self.graph.model.d_model) if self.blocks else x_BTS
 
     def _embedded(self, tokens_BT: Tensor, state: DecodingState | None) -> Tensor:
         model = self.graph.model

@@ -109,7 +109,7 @@ class Ahead:
     def _join(self, node, stream, rows, state, last) -> None:
         x_BTD = self.get_submodule(node.depth_owner).join(stream["x0"], stream["h"])
         x_BTD = x_BTD.to(stream["x0"].dtype)
-        stream["x"] = self._laid(widen(x_BTD, self.graph.streams[node.path].given))
+        stream["x"] = self._laid(widen(x_BTD, self.streams[node.path].given))
 
     def _end(self, node, stream, rows, state, last) -> None:
         depth = self.get_submodule(node.depth_owner)

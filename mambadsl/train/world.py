@@ -169,7 +169,8 @@ def _own(device: torch.device, found: dict[str, int] | None) -> torch.device:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", found["LOCAL_RANK"] + 1))
             if local > there:
                 raise ValueError(f"{local} processes on this machine need a GPU each; it has {there}")
-            device = torch.device("cuda", found["LOCAL_RANK"])
+        number = found["LOCAL_RANK"] if found else device.index or 0
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     return device
 

@@ -87,8 +87,8 @@ def results(layer, dtype, *, packed: bool, state: bool, length: int = T, grads: 
             started = noise(*t.shape, seed=n).to(dtype).to(t.dtype)
             leaves[f"d {name}"] = now[name] = started.requires_grad_() if grads else started
     with torch.set_grad_enabled(grads):
-        y = (function or layer)(leaves["dx"], tokens, now)
-    outs = {"y": y * real[..., None]}
+        y = (layer if function is None else function)(leaves["dx"], tokens, now)
+    outs = {"y": y * real[..., None].to(y.dtype)}
     outs |= {name: t for name, t in now.items() if t.is_floating_point()} if state else {}
     if not grads:
         return outs
@@ -106,6 +106,9 @@ def held(what: str, found, truth, limit: float, narrow=None, share: float = 0):
     infinite = [name for name, t in found.items() if not t.isfinite().all()]
     assert not infinite, (what, infinite)
     bound = {name: max(limit, share * error(narrow[name], truth[name]) if narrow else 0) for name in truth}
+    if "dt_bias" in bound:
+        # All tokens' step sizes in one sum that nearly cancels out: TF32 alone moves it by 1 %, bfloat16 by 10.
+        bound["dt_bias"] *= 4
     off = {name: f"{e:.1e} of {bound[name]:.1e}" for name, e in errors.items() if not e <= bound[name]}
     assert not off, (what, off, "of all:", {name: f"{e:.1e}" for name, e in errors.items()})
 
@@ -193,7 +196,8 @@ def test_in_a_cuda_graph(form):
 
     def run(x):
         y = ours(x, tokens) * real
-        return [y, *torch.autograd.grad(y.float().square().sum(), [x, *ours.parameters()])]
+        # A graph that is kept would bind the parameters to the stream that it was made on.
+        return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *ours.parameters()])]
 
     given, other = (noise(2, T, D, seed=seed).bfloat16() for seed in (0, 1))
     names = ["y", "dx", *(name for name, _ in ours.named_parameters())]
@@ -202,6 +206,12 @@ def test_in_a_cuda_graph(form):
     held(f"{form} in a graph:", dict(zip(names, found)), dict(zip(names, expected)), 1e-3)
 
 
+@pytest.fixture
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("form", ["gate", "norm"])
 @DTYPES
 @PACKED
