@@ -24,6 +24,11 @@ def pytest_addoption(parser):
     parser.addoption("--renew", action="store_true", help="write the golden files anew")
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no core waits for another at the end."""
+    items.sort(key=lambda item: (item.path.parent.name != "train", item.name != "test_in_the_interpreter"))
+
+
 @pytest.fixture
 def golden(request):
     """golden("name.txt", text): equal to tests/golden/name.txt, or writes it with --renew."""

@@ -12,9 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name, row", [("train.py", "fused compile"), ("decode.py", "mambadsl, fp32 state")])
-def test_rows_of_ours(name, row):
-    command = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / name, "--cpu"]
+@pytest.mark.parametrize("name, row, more", [
+    ("train.py", "fused", ["--only", "^fused$", "--steps", "2"]),
+    ("decode.py", "mambadsl, fp32 state", ["--only", "fp32 state", "--batches", "2", "--tokens", "16"]),
+])
+def test_rows_of_ours(name, row, more):
+    command = [sys.executable, "-W", "ignore", ROOT / "benchmarks" / name, "--cpu", *more]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert re.search(rf"^[ \d]*{row}  +\d", ran.stdout, re.M), ran.stdout

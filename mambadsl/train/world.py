@@ -54,13 +54,13 @@ class World:
 
     def at(self, axis: str) -> int:
         """This rank's place on an axis."""
-        return self.mesh[axis].get_local_rank()
+        return self.mesh.get_coordinate()[AXES.index(axis)]
 
     def ranks(self, axis: str) -> int:
-        return self.mesh[axis].size()
+        return self.mesh.size(AXES.index(axis))
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        return self.mesh[axis].get_group()
+        return self.mesh.get_group(axis)
 
     def barrier(self) -> None:
         if self.size > 1:
