@@ -24,13 +24,12 @@ stack { A E A E }
 ROUTERS = {"softmax": "aux_loss=0.02", "sigmoid": "aux_loss=0.001, bias_rate=0.005"}
 WAYS = {
     "reference": dict(parts="reference", dtype="bf16"), "fused": dict(parts="fused", dtype="bf16"),
-    "compiled": dict(parts="fused", dtype="bf16", compile=True),
-    "accumulated, recomputed": dict(parts="fused", dtype="bf16", compile=True, microbatch=4, recompute=True),
+    "compiled, accumulated, recomputed": dict(parts="fused", dtype="bf16", compile=True, microbatch=4, recompute=True),
 }
 
 
 def steps(folder, program, data, **how) -> list[dict[str, float]]:
-    settings = Settings(length=256, batch=16, steps=30, lr=1e-3, seed=3, **how)
+    settings = Settings(length=256, batch=16, steps=12, lr=1e-3, seed=3, **how)
     train(program, [data], folder, settings, device="cuda", keeping=Keeping(saves=0, quiet=True))
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
