@@ -161,7 +161,7 @@ def _ends(word: str) -> bool:
 def _takes(name: str) -> int:
     """How many words the argument has at most."""
     known, _ = spellings().get(name, (None, False))
-    return 2 if known == "spec" else 0 if known and FLAGS[known].says == BOOL else 1
+    return 1 if known is None else 0 if FLAGS[known].says == BOOL else FLAGS[known].words
 
 
 def _variables(text: str) -> dict[str, set[str]]:

@@ -22,13 +22,14 @@ MAX_ROW = 100_000
 @dataclass(frozen=True)
 class Flag:
     """read: of text or of a value; raises ValueError. says: what it must be. flag: its spelling, where it is not the
-    name's; off: the spelling of false, for what is true unless said."""
+    name's; off: the spelling of false, for what is true unless said. words: of its value, at the most."""
 
     read: Callable[[Any], Any]
     says: str
     default: Any = None
     flag: str = ""
     off: str = ""
+    words: int = 1
 
 
 def _bool(value: Any) -> bool:
@@ -61,6 +62,12 @@ def _word(value: Any) -> str:
 def _words(value: Any) -> tuple[str, ...]:
     """`a b`, `[a b]`, [a, b]."""
     return tuple(value.strip("[]").replace(",", " ").split() if isinstance(value, str) else map(_word, value))
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """`0.01`, `0.01 0.001`, [0.01, 0.001]."""
+    words = value.strip("[]").replace(",", " ").split() if isinstance(value, str) else value
+    return tuple(map(_float, words if isinstance(words, list | tuple) else [words]))
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -113,7 +120,7 @@ def _row() -> Flag:
 
 #: In the order in which they are written.
 FLAGS: dict[str, Flag] = {
-    "spec": Flag(_words, "two words: a module and its spec"),
+    "spec": Flag(_words, "two words: a module and its spec", words=2),
     "hybrid_layer_pattern": _text(),
     "num_layers": _whole(), "mtp_num_layers": _whole(), "mtp_use_repeated_layer": _flag(),
     "mtp_hybrid_override_pattern": _text(),
@@ -148,6 +155,9 @@ FLAGS: dict[str, Flag] = {
     "moe_router_score_function": _text("softmax"), "moe_router_pre_softmax": _flag(),
     "moe_router_topk_scaling_factor": _real(), "moe_router_enable_expert_bias": _flag(),
     "moe_router_num_groups": _whole(), "moe_router_group_topk": _whole(),
+    "moe_router_load_balancing_type": Flag(_words, "sorts of balancing", ("aux_loss",), words=4),
+    "moe_aux_loss_coeff": Flag(_numbers, "a number for each sort of balancing", (0,), words=4),
+    "moe_z_loss_coeff": _real(), "moe_router_bias_update_rate": _real(1e-3),
     "moe_shared_expert_intermediate_size": _whole(), "moe_shared_expert_gate": _flag(), "moe_latent_size": _whole(),
     "tensor_model_parallel_size": _whole(1), "pipeline_model_parallel_size": _whole(1),
     "decoder_first_pipeline_num_layers": _whole(), "decoder_last_pipeline_num_layers": _whole(),
@@ -174,8 +184,8 @@ NEUTRAL = tuple(
     vocab_file merge_file *parallel* *overlap* *comm* *recompute* *offload* *fp8* *fp4* bf16 fp16 *_dtype *seed*
     *attention_mask* *position_ids* eod* *fusion* *fused* *inference* *cuda_graph* attention_backend *flash_attn*
     init_method* *perform_initialization* *timing* *profile* exit_* *nccl* distributed_* *dist_* use_mcore_models
-    is_hybrid_model use_cpu_* model_provider moe_aux_* moe_z_* moe_router_load_balancing_type
-    moe_router_bias_update_rate moe_token_dispatcher_type moe_grouped_gemm moe_permute* moe_enable_deepep
+    is_hybrid_model use_cpu_* model_provider
+    moe_token_dispatcher_type moe_grouped_gemm moe_permute* moe_enable_deepep
     moe_router_dtype moe_expert_capacity_factor moe_pad* moe_per_layer* moe_layer_* qk_clip* *rerun* *straggler*
     num_workers *deterministic* use_te* *mem_eff_path *manual_gc* finetune nproc_* nnodes node_rank master_* rdzv_*
     no_masked_softmax_fusion apply_query_key_layer_scaling attention_softmax_in_fp32 *timeout* mock_*

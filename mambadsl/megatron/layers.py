@@ -314,6 +314,18 @@ def _write_router(value: Variant) -> dict[str, Any]:
     return found | {"moe_router_enable_expert_bias": value.bias}
 
 
+def _aux_loss(c: Arguments) -> float:
+    """Of all sorts together: theirs differ in the tokens that are taken together, a row's in `seq_aux_loss`."""
+    sorts, coefficients = c.moe_router_load_balancing_type, c.moe_aux_loss_coeff
+    if len(coefficients) == 1:
+        coefficients *= len(sorts)
+    return sum(much for sort, much in zip(sorts, coefficients) if sort.endswith("aux_loss"))
+
+
+def _write_aux_loss(value: float) -> dict[str, Any]:
+    return {"moe_router_load_balancing_type": ("seq_aux_loss",), "moe_aux_loss_coeff": value} if value else {}
+
+
 def _without_bias(c: Arguments) -> int:
     if c.add_bias_linear:
         raise Unlike("is not as layers `E` need it: experts have no biases")
@@ -345,6 +357,13 @@ EXPERTS = Recipe(
         ),
         shared_gate=key("moe_shared_expert_gate", lambda v: "sigmoid" if v else "none", lambda v: v == "sigmoid"),
         latent="moe_latent_size",
+        aux_loss=derived("moe_aux_loss_coeff", _aux_loss, _write_aux_loss),
+        z_loss=key("moe_z_loss_coeff", lambda v: v or 0, lambda v: v or None),
+        bias_rate=derived(
+            "moe_router_bias_update_rate",
+            lambda c: c.moe_router_bias_update_rate if c.moe_router_enable_expert_bias else 0,
+            lambda v: {"moe_router_bias_update_rate": v or None},
+        ),
     ),
     lambda f: {
         "router.weight": "router.weight", "router.bias": "router.expert_bias",

@@ -10,6 +10,7 @@ from mambadsl import import_megatron, load
 from mambadsl.compile import program_from_graph
 from mambadsl.files import MODELS
 from mambadsl.megatron.arguments import from_flags, from_mapping, read_arguments
+from mambadsl.megatron.exporter import export_model
 from mambadsl.megatron.flags import FLAGS, flag_of, spellings
 from mambadsl.megatron.importer import import_model
 from mambadsl.megatron.pattern import read_pattern
@@ -25,8 +26,8 @@ def graph(pattern: str, flags: str = "", *, base: str = SMALL):
     return import_model(read_pattern(pattern), from_flags(f"{base} {flags}"), name="small").graph
 
 
-def fields(pattern: str, flags: str = "", *, at: int = 0):
-    return graph(pattern, flags).layers[at].layer.branches[0].fields
+def fields(pattern: str, flags: str = "", *, at: int = 0, base: str = SMALL):
+    return graph(pattern, flags, base=base).layers[at].layer.branches[0].fields
 
 
 def refused(pattern: str, flags: str = "", *, base: str = SMALL) -> str:
@@ -166,6 +167,24 @@ def test_what_is_needed():
 def test_activations(flags, wanted):
     f = fields("-", flags)
     assert (f.act, f.gated, f.d_ff) == wanted
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ("", (0, 0, 0)), ("--moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3", (0.01, 0.001, 0)),
+    ("--moe-router-load-balancing-type seq_aux_loss sinkhorn --moe-aux-loss-coeff 0.5 0.25", (0.5, 0, 0)),
+    ("--moe-router-load-balancing-type none --moe-aux-loss-coeff 0.5", (0, 0, 0)),
+    ("--moe-router-score-function sigmoid --moe-router-enable-expert-bias", (0, 0, 0.001)),
+    (
+        "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 5e-3 "
+        "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 0.25", (0.5, 0, 0.005),
+    ),
+])
+def test_balanced_experts(flags, wanted):
+    f = fields("E", f"--num-experts 8 {flags}")
+    assert (f.aux_loss, f.z_loss, f.bias_rate) == wanted
+    written = export_model(graph("E", f"--num-experts 8 {flags}")).text()
+    again = fields("E", base=written)
+    assert (again.aux_loss, again.z_loss, again.bias_rate) == wanted
 
 
 def test_a_fused_bias_is_an_approximation():
