@@ -52,7 +52,7 @@ def test_however_a_step_is_done(tmp_path, model):
         for step, expected in zip(balanced(tmp_path / way), balanced(tmp_path / "plain"), strict=True):
             assert step == pytest.approx(expected, rel=2e-5)
         for path, value in weights(tmp_path / way).items():
-            torch.testing.assert_close(value, truth[path], rtol=0, atol=2e-5, msg=lambda m: f"{way}, {path}: {m}")
+            torch.testing.assert_close(value, truth[path], rtol=2e-5, atol=5e-5, msg=lambda m: f"{way}, {path}: {m}")
 
 
 def late(folder: Path, figure: int = 0) -> float:

@@ -47,7 +47,7 @@ def compare(name: str, found: Path, truth: Path, *, near: float) -> None:
     assert max(far.values()) < near, (name, max(far, key=far.get))
 
 
-@pytest.mark.parametrize("ranks, meshes, each", [(2, TWO, 2), (4, FOUR, 2)], ids=["two", "four"])
+@pytest.mark.parametrize("ranks, meshes, each", [(2, TWO, 2), (4, FOUR, 1)], ids=["two", "four"])
 def test_as_one_process(tmp_path, ranks, meshes, each):
     """Each mesh trains some of the models, in turn, so that every model meets several meshes."""
     models, cases = list(MODELS), {}
