@@ -69,25 +69,25 @@ def test_random_models_are_valid():
 
 @pytest.mark.parametrize("part", range(4))
 def test_spoiled_random_models(part):
-    """15,000 inputs."""
+    """10,000 inputs."""
     ends = Counter()
     for seed in range(part * 500, part * 500 + 500):
         random = Random(seed)
         text = Author(random, most=random.choice([1, 2])).file()
         ends.update(ended(spoiled(random, text)) for _ in range(5))
-    assert ends.total() == 3750
-    assert ends["resolve"] > 1200 and ends["check"] > 200 and ends["fine"] > 200, ends
-    assert ends["read"] < 1500, ends
+    assert ends.total() == 2500
+    assert ends["resolve"] > 800 and ends["check"] > 130 and ends["fine"] > 130, ends
+    assert ends["read"] < 1000, ends
 
 
 @pytest.mark.parametrize("part", range(2))
 def test_spoiled_published_models(part):
-    """5,000 inputs."""
+    """3,000 inputs."""
     ends = Counter()
     for seed in range(part * 1500, part * 1500 + 1500):
         random = Random(seed)
         ends[ended(spoiled(random, random.choice(SHIPPED)))] += 1
-    assert ends.total() == 2500 and ends["resolve"] > 700 and ends["check"] > 100, ends
+    assert ends.total() == 1500 and ends["resolve"] > 420 and ends["check"] > 60, ends
 
 
 def test_two_halves_of_two_files():
