@@ -9,12 +9,16 @@ from itertools import combinations
 from mambadsl.plan.chain import Chain
 from mambadsl.plan.device import DEVICES
 from mambadsl.plan.pricing import Pricing
-from mambadsl.plan.simulate import program, step_time
+from mambadsl.plan.simulate import program, timeline
 from mambadsl.plan.unit import Unit
 
 #: Forward and backward of Mamba, attention, MLP, experts, relative to Mamba's forward.
 KINDS = {"M": (1.0, 2.0), "A": (1.1, 2.6), "F": (0.8, 1.6), "E": (1.9, 3.6)}
 NO_HOST_TIME = replace(DEVICES["h200"], action_s=0.0, beside_transfer=1.0)
+
+
+def step_time(run, durations):
+    return timeline(run, durations).step
 
 
 def unit(path, forward=1.0, backward=2.0, **more):

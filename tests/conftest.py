@@ -44,6 +44,16 @@ def golden(request):
     return compare
 
 
+@pytest.fixture
+def fresh_compiler():
+    """What torch.compile has made for other tests does not count, and what it makes is gone afterwards."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def frozen_heap():
     """For tests of time: what other tests have left in memory is not gone through again and again meanwhile."""

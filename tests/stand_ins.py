@@ -6,12 +6,23 @@ is around the kernels can be tested without a GPU.
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from mambadsl.kinds.conv import causal_conv
+
+
+def installed(monkeypatch, *modules: ModuleType) -> None:
+    """As imports find them; a package comes before what is in it."""
+    for made in modules:
+        monkeypatch.setitem(sys.modules, made.__name__, made)
+        owner, _, name = made.__name__.rpartition(".")
+        if owner:
+            monkeypatch.setattr(sys.modules[owner], name, made, raising=False)
 
 
 def gradients(function, *inputs: Tensor | None, dout: Tensor) -> list[Tensor | None]:

@@ -21,13 +21,10 @@ def compiled(model: Model, *, backend: Any = "inductor") -> dict[nn.Module, Call
     """The forward of every layer as torch.compile runs it; without that, the model computes as it did."""
     found = {}
     for sublayer in {id(sublayer): sublayer for _, sublayer in model.sublayers()}.values():
-        waiting = [
-            (mixer.parts, slot) for mixer in sublayer.mixer_modules() for slot, part in mixer.parts.items()
-            if getattr(part, "waits", False)
-        ]
-        for parts, slot in waiting:
-            parts[slot] = torch.compiler.disable(parts[slot])
-        whole = not waiting
+        whole = True
+        for mixer in sublayer.mixer_modules():
+            for slot in mixer.waiting:
+                mixer.parts[slot], whole = torch.compiler.disable(mixer.parts[slot]), False
         found[sublayer] = torch.compile(sublayer.forward, backend=backend, fullgraph=whole, dynamic=False)
     return found
 

@@ -82,6 +82,11 @@ class KindModule(Declared):
         return other
 
     @property
+    def waiting(self) -> tuple[str, ...]:
+        """Slots whose functions wait for the device: no CUDA graph holds them, and torch.compile cannot trace them."""
+        return tuple(slot for slot, part in self.parts.items() if getattr(part, "waits", False))
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the layer computes in: the dtype of its weights that are not declared float32."""
         return self.get_parameter(self._narrow).dtype

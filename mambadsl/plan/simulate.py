@@ -162,14 +162,9 @@ def _live(order: tuple[Action, ...], stages: tuple[int, ...]) -> tuple[tuple[int
     return tuple(maximal)
 
 
-def step_time(program: Program, durations: list[float]) -> float:
-    """The step's time, in the unit of the durations. The one hot loop of the planner."""
-    ends = _ends(program.ops, durations)
-    return max([ends[k] for k in program.lasts])
-
-
 def step_plane(program: Program, durations: list[float]) -> tuple[float, list[int]]:
-    """The step's time and how often each slot lies on one longest path: time == sum(count * duration)."""
+    """The step's time, in the unit of the durations, and how often each slot lies on one longest path: time ==
+    sum(count * duration)."""
     ops, ends = program.ops, _ends(program.ops, durations)
     k = max(program.lasts, key=ends.__getitem__)
     time, counts = ends[k], [0] * program.slots
@@ -181,6 +176,7 @@ def step_plane(program: Program, durations: list[float]) -> tuple[float, list[in
 
 
 def _ends(ops: tuple[tuple[int, int, int, int], ...], durations: list[float]) -> list[float]:
+    """When each op ends. The one hot loop of the planner."""
     ends = [0.0]
     push = ends.append
     for a, b, c, slot in ops:

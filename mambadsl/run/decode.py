@@ -235,8 +235,7 @@ def obstacles(model: Model) -> list[str]:
         for node, sublayer in model.sublayers()
         if not node.tail
         for mixer in sublayer.mixer_modules()
-        for slot, function in mixer.parts.items()
-        if getattr(function, "waits", False)
+        for slot in mixer.waiting
     ]
     return list(dict.fromkeys(found))
 

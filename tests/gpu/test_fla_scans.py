@@ -192,12 +192,7 @@ def test_scan_in_a_cuda_graph(scan, length):
     held(f"{scan} length {length} in a graph: {RESULTS[scan]}", found, expected, 1e-5)
 
 
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @SCANS
 @PACKED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -206,12 +206,7 @@ def test_in_a_cuda_graph(form):
     held(f"{form} in a graph:", dict(zip(names, found)), dict(zip(names, expected)), 1e-3)
 
 
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("form", ["gate", "norm"])
 @DTYPES
 @PACKED

@@ -4,7 +4,6 @@ played by the kinds' definitions; fla's own kernels run in Triton's interpreter,
 from __future__ import annotations
 
 import builtins
-import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ import interpreter  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from kind_values import module, values  # noqa: E402
-from stand_ins import gradients  # noqa: E402
+from stand_ins import gradients, installed  # noqa: E402
 
 from mambadsl.kinds.chunks import LOWEST_LOG_DECAY  # noqa: E402
 from mambadsl.kinds.gated_delta_net.module import gated_delta_rule  # noqa: E402
@@ -169,11 +168,7 @@ else:
 
         norm.l2norm_fwd, norm.l2norm_bwd = l2norm_fwd, l2norm_bwd
         names = ("fla", "fla.modules", "fla.modules.norm", "fla.ops", "fla.ops.gated_delta_rule", "fla.ops.kda")
-        for made in (*map(ModuleType, names), norm):
-            monkeypatch.setitem(sys.modules, made.__name__, made)
-            owner, _, name = made.__name__.rpartition(".")
-            if owner:
-                monkeypatch.setattr(sys.modules[owner], name, made, raising=False)
+        installed(monkeypatch, *map(ModuleType, names), norm)
 
     @RULES
     @PACKED

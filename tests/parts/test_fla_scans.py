@@ -4,7 +4,6 @@ installed."""
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 
 import pytest
@@ -15,7 +14,7 @@ import interpreter  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from kind_values import module  # noqa: E402
-from stand_ins import gradients  # noqa: E402
+from stand_ins import gradients, installed  # noqa: E402
 
 from mambadsl.kinds.rg_lru import module as rg_lru  # noqa: E402
 from mambadsl.kinds.tokens import Tokens  # noqa: E402
@@ -153,11 +152,7 @@ else:
         hgrn, wkv = (ModuleType(f"fla.ops.{name}.fused_recurrent") for name in ("hgrn", "rwkv4"))
         hgrn.fused_recurrent_hgrn_fwd, hgrn.fused_recurrent_hgrn_bwd = hgrn_fwd, hgrn_bwd
         wkv.fused_recurrent_rwkv4_forward, wkv.fused_recurrent_rwkv4_backward = rwkv4, rwkv4_backward
-        for made in (*map(ModuleType, ("fla", "fla.ops", "fla.ops.hgrn", "fla.ops.rwkv4")), hgrn, wkv):
-            monkeypatch.setitem(sys.modules, made.__name__, made)
-            owner, _, name = made.__name__.rpartition(".")
-            if owner:
-                monkeypatch.setattr(sys.modules[owner], name, made, raising=False)
+        installed(monkeypatch, *map(ModuleType, ("fla", "fla.ops", "fla.ops.hgrn", "fla.ops.rwkv4")), hgrn, wkv)
 
     @SCANS
     @LENGTHS

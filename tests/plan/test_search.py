@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from chains import exhaustive, hybrid, pricing, unit
+from chains import exhaustive, hybrid, pricing, step_time, unit
 
 from mambadsl.plan.search import search, seeds
-from mambadsl.plan.simulate import step_time
 
 CASES = [
     # schedule, ranks, virtual, microbatches, units, chains

@@ -5,11 +5,12 @@ import random
 from operator import mul
 
 import pytest
+from chains import step_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambadsl.plan.schedule import Action, problems
-from mambadsl.plan.simulate import compile_orders, program, step_plane, step_time, timeline
+from mambadsl.plan.simulate import compile_orders, program, step_plane, timeline
 
 F, I, W = 3.0, 2.0, 2.0  # noqa: E741
 

@@ -8,9 +8,10 @@ import random
 from functools import cache
 
 import pytest
+from chains import step_time
 
 from mambadsl.plan.schedule import Action, orders, problems, rank_of
-from mambadsl.plan.simulate import compile_orders, program, step_time
+from mambadsl.plan.simulate import compile_orders, program
 
 schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
 visualizer = pytest.importorskip("torch.distributed.pipelining._schedule_visualizer")

@@ -9,14 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mambadsl.run.step import TrainStep, aliases_of, loss_and_gradients
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 MIX = "[M F]*5 A F A"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def _by_backward(model, **batch):
