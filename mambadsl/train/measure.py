@@ -40,7 +40,7 @@ from mambadsl.train.clock import Clock
 from mambadsl.train.machine import Speeds, awaiting, speeds
 from mambadsl.train.memory import memory
 from mambadsl.train.pieces import Piece, between, compile_layers, own
-from mambadsl.train.world import World, opened
+from mambadsl.train.world import World, opened, size_of_world
 
 #: Passes before the first that counts, and those that count: as many as fit into the time, within limits.
 WARM, LEAST, MOST, SECONDS = 3, 5, 20, 0.4
@@ -114,7 +114,7 @@ def measure(
     if found := problems(graph):
         raise MdlError(found)
     graph = own(graph, recompute=recompute, tensor=tensor)
-    with opened(usable(device)) as world:
+    with opened(usable(device), stages=size_of_world()) as world:
         return _measure(graph, world, dtype, parts, (sequences, length), compile, tell)
 
 
