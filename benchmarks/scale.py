@@ -100,8 +100,7 @@ def command(row: Row, model: Path, data: Path, folder: Path, common: list[str]) 
     """What runs under torchrun."""
     out = place(folder, row.name)
     if not row.megatron:
-        options = [o for o in common if not ("zb" in row.name and o == "--compile")]
-        return ["-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out), *row.options, *options]
+        return ["-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out), *row.options, *common]
     given = dict(zip(row.options[::2], row.options[1::2]))
     same = [f"{name}={value}" for name, value in zip(common, common[1:]) if name in ("--length", "--seed")]
     same += [f"{name}={given[name]}" for name in ("--batch", "--microbatch")]
