@@ -31,6 +31,7 @@ from mambadsl.train.settings import Settings
 from mambadsl.train.sharding import shard
 from mambadsl.train.slices import Slice, split
 from mambadsl.train.tensor import join
+from mambadsl.train.vocabulary import share
 from mambadsl.train.world import World
 
 
@@ -38,7 +39,7 @@ class Piece(nn.Module):
     """A stage as a pipeline runs it: tensors in, tensors out; of the last one, its share of the step's loss.
 
     counts_K: of the step, set before its first microbatch (`Model.share`). slices: path -> what the rank has of the
-    weight, of layers that tensor ranks share.
+    weight, of what tensor ranks share.
     """
 
     def __init__(self, model: Model, slices: Mapping[str, Slice] = MappingProxyType({})):
@@ -82,6 +83,7 @@ def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings) -> 
     assignment = assign(mine, parts=settings.parts, machine=machine(world.device), dtype=settings.dtype)
     model = Model(mine, here, assignment, device="meta")
     made = Piece(model, join(model, graph, world))
+    share(model, vocab=graph.model.vocab, group=world.group("tensor"))
     if settings.compile:
         compile_layers(model)
     shard(made, world, settings)
