@@ -21,7 +21,7 @@ from mambadsl.text.diagnostic import MdlError
 from mambadsl.train import measure as measuring
 from mambadsl.train import pieces
 from mambadsl.train.engine import engine
-from mambadsl.train.forecast import forecast
+from mambadsl.train.forecast import chain, forecast
 from mambadsl.train.memory import Counted
 from mambadsl.train.optimizer import Optimizer
 from mambadsl.train.run import expected, planning
@@ -105,9 +105,9 @@ def test_weights_and_moments_are_those_of_the_pieces(name, dtype, ranks, stages,
             assert size(t for *_, t in Optimizer(parts, how, fused=False).state()) == held.optimizer
 
 
-@pytest.mark.parametrize("ranks, stages", [(2, 1), (4, 1), (4, 2)])
-def test_tensor_ranks_hold_their_parts(ranks, stages):
-    program, how = model("plain"), settings("bf16", stages, 1, tensor=2)
+@pytest.mark.parametrize("name, ranks, stages", [("plain", 2, 1), ("plain", 4, 1), ("tied", 4, 2)])
+def test_tensor_ranks_hold_their_parts(name, ranks, stages):
+    program, how = model(name), settings("bf16", stages, 1, tensor=2)
     plan = planning(program, how, ranks=ranks) if stages > 1 else None
     will = expected(program, how, plan=plan, ranks=ranks)
     for rank in range(ranks):
@@ -116,6 +116,21 @@ def test_tensor_ranks_hold_their_parts(ranks, stages):
             assert size(t for made in parts for t in made.model.tensors().values()) == will.of(rank).weights
     alone = expected(program, settings("bf16", microbatch=1), ranks=1)
     assert will.held[0].params < alone.held[0].params
+
+
+def test_tensor_ranks_share_and_send_the_ends():
+    whole, shared = (
+        {u.path: u for u in chain(model("plain").layers, settings(tensor=n), data=1, device=DEVICES["h200"])}
+        for n in (1, 2)
+    )
+    table = 96 * 32
+    assert [whole[end].params - shared[end].params for end in ("embed", "head")] == [table // 2] * 2
+    assert shared["head"].activation_bytes < 0.7 * whole["head"].activation_bytes
+    sent = DEVICES["h200"].link_latency_s
+    assert shared["embed"].forward_s > whole["embed"].forward_s + sent / 2
+    assert shared["embed"].backward_input_s == whole["embed"].backward_input_s
+    assert shared["head"].forward_s <= whole["head"].forward_s
+    assert shared["head"].backward_input_s > whole["head"].backward_input_s + sent / 2
 
 
 @pytest.fixture(scope="module")
