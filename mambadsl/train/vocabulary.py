@@ -33,7 +33,7 @@ KEPT_BYTES = 2**31
 
 def share(model: Model, *, vocab: int, group: dist.ProcessGroup) -> None:
     """Lets a model of one rank's part compute its ends with the other ranks', if it has a part of the vocabulary.
-    vocab: ids that there are."""
+    vocab: ids that there are. Its `logits` are the rank's own."""
     size = model.graph.model.vocab
     if size == vocab:
         return
@@ -96,15 +96,15 @@ class _CrossEntropy(torch.autograd.Function):
         aims_R, mine_R = part.rows(targets_R)
         top_R = part.reduced(logits_RV.amax(-1), "max")
         aim_R = torch.where(mine_R, logits_RV.gather(-1, aims_R[:, None])[:, 0] - top_R, 0)
-        shares_RV = (logits_RV - top_R[:, None]).exp_()
-        sum_R, aim_R = part.reduced(torch.stack((shares_RV.sum(-1), aim_R)), "sum")
-        ctx.save_for_backward(shares_RV.div_(sum_R[:, None]), aims_R, mine_R, targets_R >= 0)
+        exps_RV = (logits_RV - top_R[:, None]).exp_()
+        sum_R, aim_R = part.reduced(torch.stack((exps_RV.sum(-1), aim_R)), "sum")
+        ctx.save_for_backward(exps_RV, sum_R, aims_R, mine_R, targets_R >= 0)
         losses_R = torch.where(targets_R < part.vocab, sum_R.log() - aim_R, torch.nan)
         return torch.where(targets_R >= 0, losses_R, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        shares_RV, aims_R, mine_R, counts_R = ctx.saved_tensors
+        exps_RV, sum_R, aims_R, mine_R, counts_R = ctx.saved_tensors
         each_R = grad * counts_R
-        grad_RV = shares_RV * each_R[:, None]
+        grad_RV = exps_RV * (each_R / sum_R)[:, None]
         return grad_RV.scatter_add_(-1, aims_R[:, None], -(each_R * mine_R)[:, None]), None, None
