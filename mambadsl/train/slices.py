@@ -88,8 +88,8 @@ def told(graph: LayerGraph, ranks: int) -> list[str]:
         return []
     alone, vocab = whole(graph, ranks), graph.model.vocab
     shared = (
-        f"each tensor rank has {vocab // ranks:,} of the vocabulary's {vocab:,} ids; the loss is computed over these "
-        "parts, whatever fills `model.loss`"
+        f"{vocab // ranks:,} of {vocab:,} ids on each tensor rank, and the loss over these parts, whatever fills "
+        "`model.loss`"
     )
     return [shared] * (vocab % ranks == 0) + [f"whole on every tensor rank: {', '.join(alone)}"] * bool(alone)
 

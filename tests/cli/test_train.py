@@ -81,7 +81,7 @@ def test_a_dry_run_tells_of_experts_and_of_ends(typed, tmp_path):
 def test_a_dry_run_tells_what_tensor_ranks_share(typed):
     text = "model m {{ vocab = {vocab} d_model = 16 }} layer F = mlp(d_ff=8) layer P = linear() stack {{ F P F }}"
     for vocab, note in (
-        (300, "each tensor rank has 150 of the vocabulary's 300 ids"),
+        (300, "150 of 300 ids on each tensor rank, and the loss over these parts"),
         (301, "whole on every tensor rank: P (linear), the vocabulary (301 ids are no multiple of 2)"),
     ):
         line = ("-e", text.format(vocab=vocab), "--tensor", "2", "--dry-run", "--ranks", "2")

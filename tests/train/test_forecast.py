@@ -138,12 +138,12 @@ def device(tmp_path_factory):
     """Times and sizes of a model's layers, measured as few times as will do."""
     made = {}
 
-    def of(name, dtype, sequences):
-        key = name, dtype, sequences
+    def of(name, dtype, sequences, tensor=1):
+        key = name, dtype, sequences, tensor
         if key not in made:
             path = tmp_path_factory.mktemp("measured") / "times.json"
             found = measuring.measure(
-                model(name).layers, dtype=dtype, parts="reference", length=LENGTH, sequences=sequences
+                model(name).layers, dtype=dtype, parts="reference", length=LENGTH, sequences=sequences, tensor=tensor
             )
             path.write_text(json.dumps(found.to_json()))
             made[key] = str(path)
@@ -157,18 +157,18 @@ def device(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["plain", "tied"])
-@pytest.mark.parametrize("dtype, ranks, stages, microbatch", [
-    ("fp32", 1, 1, 12), ("fp32", 1, 1, 3), ("bf16", 1, 1, 12), ("bf16", 1, 1, 3), ("fp32", 2, 1, 3),
-    ("bf16", 2, 1, 3), ("fp32", 2, 2, 3), ("bf16", 2, 2, 3), ("bf16", 4, 2, 3),
+@pytest.mark.parametrize("dtype, ranks, stages, microbatch, tensor", [
+    ("fp32", 1, 1, 12, 1), ("fp32", 1, 1, 3, 1), ("bf16", 1, 1, 12, 1), ("bf16", 1, 1, 3, 1), ("fp32", 2, 1, 3, 1),
+    ("bf16", 2, 1, 3, 1), ("fp32", 2, 2, 3, 1), ("bf16", 2, 2, 3, 1), ("bf16", 4, 2, 3, 1), ("bf16", 4, 2, 3, 2),
 ])
-def test_the_peak_is_that_of_all_tensors_of_a_step(device, name, dtype, ranks, stages, microbatch):
-    program, how = model(name), settings(dtype, stages, microbatch)
-    measured = device(name, dtype, microbatch)
+def test_the_peak_is_that_of_all_tensors_of_a_step(device, name, dtype, ranks, stages, microbatch, tensor):
+    program, how = model(name), settings(dtype, stages, microbatch, tensor=tensor)
+    measured = device(name, dtype, microbatch, tensor)
     plan = planning(program, how, ranks=ranks, device=measured) if stages > 1 else None
     held = expected(program, how, ranks=ranks, plan=plan, device=measured).of(0)
-    with world(0, (stages, ranks // stages, 1)) as here:
+    with world(0, (stages, ranks // stages // tensor, tensor)) as here:
         runs = engine(program.layers, here, how, plan)
-        rows = how.batch * stages // ranks
+        rows = how.batch * stages * tensor // ranks
         tokens_BT = torch.randint(96, (rows, LENGTH))
         batch = Batch(tokens_BT, tokens_BT, torch.zeros(rows, LENGTH, dtype=torch.int32))
         used = Counted()
