@@ -24,7 +24,7 @@ from mambadsl.train.settings import Settings
 from mambadsl.train.stop import Stop
 from mambadsl.train.world import World, opened
 
-HEAD = "vocab = 256  d_model = 16  context = 32  init_std = 0.2"
+HEAD = "d_model = 16  context = 32  init_std = 0.2"
 LAYERS = """
 layer M = mamba2(heads=4, head_dim=6, d_state=5, groups=4, bias=true, chunk=4)
 layer Few = mamba2(heads=4, head_dim=6, d_state=5, groups=2, gated_norm=none, chunk=4)
@@ -67,6 +67,17 @@ STACKS = {
     "sharing": "S M S Z Proj F S",
     "dropped": "Dropped Again",
     "attending": "[Begins Chooses*2]*2",
+    "ahead": "M A F",
+}
+#: Of a stack, what is around it: settings and a tail. No number of ranks divides 257.
+AROUND = {
+    "dropped": ("vocab = 257", ""),
+    "older": ("vocab = 256  meta_tokens = 3", ""),
+    "ahead": (
+        "vocab = 256  embedding_multiplier = 1.5  embedding_norm = rmsnorm  logits_multiplier = 0.5  "
+        "logits_softcap = 2.0",
+        "mtp(depths=2, weights=shared) { A F }",
+    ),
 }
 #: An epsilon that rounding does not turn over: Adam divides what is next to nothing by itself.
 COMMON = dict(length=16, batch=8, steps=3, lr=1e-2, eps=1e-3, parts="reference", seed=3)
@@ -76,7 +87,9 @@ def text(model: str) -> str:
     """`usual tied`, `sharing untied`."""
     stack, _, end = model.rpartition(" ")
     tied = "true" if end == "tied" else "false"
-    return f"model small {{ {HEAD} tie_embeddings = {tied} }} {LAYERS} stack {{ {STACKS.get(stack, stack)} }}"
+    settings, tail = AROUND.get(stack, ("vocab = 256", ""))
+    head = f"model small {{ {HEAD} {settings} tie_embeddings = {tied} }}"
+    return f"{head} {LAYERS} stack {{ {STACKS.get(stack, stack)} }} {tail}"
 
 
 def run_in(world: World, case: dict[str, Any], out: Path, name: str) -> Run:
@@ -85,7 +98,8 @@ def run_in(world: World, case: dict[str, Any], out: Path, name: str) -> Run:
     settings = Settings(**{**COMMON, **case["settings"]})
     plan = planning(program, settings, device="cpu") if settings.stages > 1 else None
     cache = out / f"data {os.environ.get('RANK', 'alone')}"
-    rows = Rows(open_corpus([Path(__file__)], vocab=256, cache=cache), length=settings.length)
+    corpus = open_corpus([Path(__file__)], vocab=program.spec.settings.vocab, cache=cache)
+    rows = Rows(corpus, length=settings.length, held_out=0.01)
     keeping = Keeping(save_every=2, held_out_every=0, quiet=True)
     return Run(program.layers, rows, settings, out / name, world=world, plan=plan, keeping=keeping)
 

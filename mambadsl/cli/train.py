@@ -75,7 +75,7 @@ def _dry_run(
     program: Program, settings: Settings, planned: dict[str, Any], ranks: int | None, rows: Rows, *, fused: bool,
     as_json: bool,
 ) -> int:
-    from mambadsl.train.balance import told
+    from mambadsl.train import balance, slices
     from mambadsl.train.run import expected, gathering, planning
     from mambadsl.train.tables import forecast_text
 
@@ -83,7 +83,9 @@ def _dry_run(
     plan = planning(program, settings, ranks=ranks, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, ranks=ranks, fused=fused, **planned)
     facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens))
-    notes = [*filter(None, [rows.corpus.says]), *told(program.layers)]
+    notes = [
+        *filter(None, [rows.corpus.says]), *balance.told(program.layers), *slices.told(program.layers, settings.tensor)
+    ]
     if as_json:
         epochs = settings.steps * settings.batch / rows.count
         output.json(

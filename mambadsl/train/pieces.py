@@ -32,6 +32,7 @@ from mambadsl.train.settings import Settings
 from mambadsl.train.sharding import shard
 from mambadsl.train.slices import Slice, split
 from mambadsl.train.tensor import join
+from mambadsl.train.vocabulary import share
 from mambadsl.train.world import World
 
 
@@ -39,7 +40,7 @@ class Piece(nn.Module):
     """A stage as a pipeline runs it: tensors in, tensors out; of the last one, its share of the step's loss.
 
     counts_K: of the step, set before its first microbatch (`Model.share`). slices: path -> what the rank has of the
-    weight, of layers that tensor ranks share. deferred: the gradients of projections' weights, where they are put off.
+    weight, of what tensor ranks share. deferred: the gradients of projections' weights, where they are put off.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings, *, 
     assignment = assign(mine, parts=settings.parts, machine=machine(world.device), dtype=settings.dtype)
     model = Model(mine, here, assignment, device="meta")
     made = Piece(model, join(model, graph, world), defer(model) if puts_off else None)
+    share(model, vocab=graph.model.vocab, group=world.group("tensor"))
     if settings.compile:
         compile_layers(model)
     shard(made, world, settings)

@@ -1,4 +1,5 @@
 """Layers that tensor ranks compute together: each runs its part, and what the parts give is added up.
+(`vocabulary.py` does the same for the table and the head.)
 
 In: a graph and the world. Out: the rank's part as a graph, and a model of it whose mixers are joined. The stream, the
 norms and what is added to the stream are whole on every rank (Shoeybi et al., arXiv:1909.08053, section 3): a mixer
@@ -88,6 +89,16 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def enter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The whole, as each part reads it; backwards, the sum of the parts' gradients."""
+    return _Enter.apply(x, group)
+
+
+def leave(y: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the parts; backwards, each part has the whole's gradient."""
+    return _Leave.apply(y, group)
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:

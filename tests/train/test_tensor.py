@@ -28,10 +28,10 @@ def layers(model: str):
     return mambadsl.load(text=text(model)).layers
 
 
-def told(run) -> list[tuple[float, float]]:
-    """Loss and norm of the gradients of each step."""
+def told(run) -> list[float]:
+    """Loss and norm of the gradients of each step, and the held-out loss."""
     lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+    return [line[name] for line in lines for name in ("loss", "grad_norm", "held_out_loss") if name in line]
 
 
 def cases(meshes: dict[str, dict], models: list[str]) -> dict[str, dict]:
@@ -44,7 +44,7 @@ def cases(meshes: dict[str, dict], models: list[str]) -> dict[str, dict]:
 TWO = cases({"tensor": {"tensor": 2}}, ["dropped untied", "usual tied"])
 FOUR = {
     **cases(MESHES, ["usual untied"]),
-    **cases({"tensor x stages": {"tensor": 2, "stages": 2}}, ["sharing tied", "attending untied"]),
+    **cases({"tensor x stages": {"tensor": 2, "stages": 2}}, ["sharing tied", "attending untied", "ahead tied"]),
     **cases({"tensor x data": {"tensor": 2}}, ["linear tied", "more untied", "older untied"]),
     **cases({"tensor x data": {"tensor": 2, "dtype": "bf16"}}, ["usual tied"]),
 }
@@ -81,6 +81,7 @@ def test_ranks_have_the_whole_between_them(stack, ranks):
     part, weights = split(graph, ranks), all_weights(graph)
     local = all_weights(part)
     held = [slices(graph, part, ranks=ranks, rank=rank) for rank in range(ranks)]
+    assert ("embed.weight" in held[0]) == ("head.weight" in held[0]) == (stack != "dropped")
     for path in held[0]:
         values = torch.arange(weights[path].elements).view(weights[path].shape)
         times = torch.zeros_like(values, dtype=torch.float64)
@@ -163,6 +164,9 @@ def test_what_is_whole_is_told():
     graph = layers("linear tied")
     assert whole(graph, 4) == ["Fixed (lightning)"]
     assert whole(graph, 1) == []
+    odd = layers("dropped untied")
+    assert whole(odd, 2) == ["the vocabulary (257 ids are no multiple of 2)"]
+    assert split(odd, 2).model.vocab == 257 and split(graph, 2).model.vocab == 128
     with pytest.raises(ValueError, match="no layer can be shared by 3 tensor ranks: 2 or 4 would do"):
         split(layers("A F tied"), 3)
     assert split(graph, 1) == graph
