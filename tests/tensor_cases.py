@@ -27,9 +27,13 @@ from mambadsl.train.world import World, opened
 HEAD = "d_model = 16  context = 32  init_std = 0.2"
 LAYERS = """
 layer M = mamba2(heads=4, head_dim=6, d_state=5, groups=4, bias=true, chunk=4)
-layer Few = mamba2(heads=4, head_dim=6, d_state=5, groups=2, gated_norm=none, chunk=4)
+layer Few = mamba2(heads=4, head_dim=6, d_state=5, groups=2, chunk=4)
+layer Single = mamba2(heads=4, head_dim=6, d_state=5, gated_norm=before_gate, chunk=4)
+layer Bare = mamba2(heads=4, head_dim=6, d_state=5, groups=2, gated_norm=none, chunk=4)
 layer A = attention(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100), qk_norm=per_head, qkv_bias=true, o_bias=true)
 layer One = attention(heads=4, kv_heads=1, head_dim=6, out_gate=per_head, sinks=true)
+layer Wide = attention(heads=4, kv_heads=1, head_dim=6, qk_norm=full_width)
+layer Pairs = Wide(heads=8, kv_heads=4, head_dim=4, differential=halves, qkv_bias=true, sinks=true, out_gate=per_head)
 layer F = mlp(d_ff=20, bias=true)
 layer Dropped = F(dropout=0.2)
 layer G = mlp(d_ff=12, gated=true)
@@ -45,6 +49,7 @@ layer Heads = mamba1(d_inner=24, heads=4, d_state=4, dt_rank=2, dt_bc_norm=learn
 layer Channelled = mamba1(d_inner=24, d_state=4, dt_rank=2, dt_bc_norm=learned, bias=true, chunk=4)
 layer Turning = mamba3(heads=4, head_dim=6, d_state=8, groups=2, chunk=4)
 layer Many = mamba3(heads=4, head_dim=6, d_state=8, groups=1, rank=2, gated_norm=before_gate, chunk=4)
+layer Grouped = mamba3(heads=4, head_dim=6, d_state=8, groups=2, rank=2, chunk=4)
 layer Exponential = mlstm(heads=4, key_dim=4, value_dim=6, chunk=4)
 layer Unit = rg_lru(d_inner=12, blocks=4, chunk=4)
 layer Conv = short_conv(d_conv=3, conv_bias=true, bias=true)
@@ -57,13 +62,13 @@ layer Again = A(recompute=true)
 layer Begins = A(residual=attend(begins=true))
 layer Chooses = F(residual=attend)
 shared S = [One(adapter=lora(rank=3, targets=[qkv_proj, o_proj], per=segment)) F]
-shared Z = Side
+shared Z = Side(adapter=lora(rank=2))
 """
 STACKS = {
     "usual": "M A F Few G E",
     "linear": "Delta Kimi Ling Exponential Conv Fixed",
-    "more": "Latent Turned Heads Turning Many Unit",
-    "older": "Mean Channelled Channels Narrow M+A Again",
+    "more": "Latent Turned Heads Turning Many Single Unit Pairs Wide",
+    "older": "Mean Channelled Channels Narrow M+A Again Bare Grouped",
     "sharing": "S M S Z Proj F S",
     "dropped": "Dropped Again",
     "attending": "[Begins Chooses*2]*2",

@@ -122,14 +122,15 @@ def _split_prefixes(node: Node, mine: Node) -> Iterator[str]:
             yield from dict.fromkeys((prefix, node.path + prefix.removeprefix(node.owner)))
 
 
-def inner(graph: LayerGraph, part: LayerGraph) -> set[str]:
-    """The split branches that have a projection inside whose channels the ranks share, before the one at their exit."""
-    found = set()
+def shared(graph: LayerGraph, part: LayerGraph) -> dict[str, bool]:
+    """The split branches, by path -> whether one has a projection inside whose channels the ranks share, before the one
+    at its exit."""
+    found = {}
     for node, mine in zip(graph.nodes, part.nodes):
         for (path, _, mixer), (_, _, other) in zip(node.branches(), mine.branches()):
-            table = get(mixer.kind).weights(mixer.fields, node.dims(graph.model.d_model))
-            if mixer != other and any(w.tp == "in" and not w.init.residual for w in table):
-                found.add(path)
+            if mixer != other:
+                table = get(mixer.kind).weights(mixer.fields, node.dims(graph.model.d_model))
+                found[path] = any(w.tp == "in" and not w.init.residual for w in table)
     return found
 
 
@@ -149,8 +150,8 @@ def _slice(weight: Weight, local: Weight, *, ranks: int, rank: int) -> Slice:
         return same(weight, ranks)
     sizes = [(weight.shape[axis], local.shape[axis])]
     # Of fewer segments than the whole's, the first ranks have the first ones (heads of Mamba-1's x_proj).
-    if len(weight.segments) == len(local.segments) > 0 and axis == max(0, len(weight.shape) - 2):
-        sizes = [(n, m) for (_, n), (_, m) in zip(weight.segments, local.segments)]
+    if len(weight.cuts) == len(local.cuts) > 0 and axis == max(0, len(weight.shape) - 2):
+        sizes = list(zip(weight.cuts, local.cuts))
     ranges, start = [], 0
     for n, m in sizes:
         ranges.append(Range(start + rank * n // ranks // m * m, m, ranks * m // n))
