@@ -105,9 +105,7 @@ def _total(y: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     return enter(leave(y, group), group)
 
 
-def _averaged(
-    x: Tensor, *, group: dist.ProcessGroup, ranks: int, rank: int, among: int | None = None
-) -> Tensor:
+def _averaged(x: Tensor, *, group: dist.ProcessGroup, ranks: int, rank: int, among: int | None = None) -> Tensor:
     """The mean over so many neighbours (None: over all); each set of neighbours has a place of its own in one sum."""
     among = among or ranks
     nothing, mine = torch.zeros_like(x), rank // among

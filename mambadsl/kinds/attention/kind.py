@@ -189,9 +189,7 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     width = sum(n for _, n in segments)
     # The gate is of what the two halves give together.
     cuts = tuple(size for name, n in segments for size in (halves(f, n) if name in "qkv" else (n,)))
-    table = [
-        *linear("qkv_proj", width, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out", stretches=cuts)
-    ]
+    table = [*linear("qkv_proj", width, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out", stretches=cuts)]
     if f.qk_norm.name != "none":
         full, init = f.qk_norm.name == "full_width", ZEROS if f.qk_norm.zero_centered else ONES
         for name, width in ("q_norm", q), *([("k_norm", kv)] if f.takes == "none" else []):

@@ -65,8 +65,9 @@ def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
 
 def stretches(f: Values) -> tuple[int, ...]:
     """The segments; of B and C, the groups of each input by themselves."""
-    each = {name: f.rank for name in "BC"}
-    return tuple(n // each.get(name, 1) for name, n in in_segments(f) for _ in range(each.get(name, 1)))
+    return tuple(
+        size for name, n in in_segments(f) for size in (f.rank * (n // f.rank,) if name in "BC" else (n,))
+    )
 
 
 def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
