@@ -86,7 +86,7 @@ def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings, *, 
     here = replace(stage, nodes=tuple(mine.by_path[path] for path in stage.paths))
     assignment = assign(mine, parts=settings.parts, machine=machine(world.device), dtype=settings.dtype)
     model = Model(mine, here, assignment, device="meta")
-    made = Piece(model, join(model, graph, world), defer(model) if puts_off else None)
+    made = Piece(model, join(model, graph, world), defer(model, compiles=settings.compile) if puts_off else None)
     share(model, vocab=graph.model.vocab, group=world.group("tensor"))
     if settings.compile:
         compile_layers(model)
