@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import click
 from mambadsl.cli import output
 from mambadsl.cli.command import command
 from mambadsl.cli.source import Given, part_set, takes_model
-from mambadsl.cli.types import COUNT, Size, Words
+from mambadsl.cli.types import COUNT, Place, Size, Words
 
 if TYPE_CHECKING:
     from mambadsl.compile import Program
@@ -44,8 +45,8 @@ def _pipelines() -> tuple[str, ...]:
 
 
 def _speaks() -> bool:
-    """Whether this process tells what is wrong: of each machine's, the first."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this process tells what is wrong: of each machine's, the first; one that torchrun did not start does."""
+    return not os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _told_once(function: Callable) -> Callable:
@@ -105,15 +106,16 @@ def _dry_run(
 )
 @_told_once
 @takes_model
-@click.option("--data", multiple=True, required=True, metavar="PATH", help="Text, .jsonl, .bin/.idx; repeatable.")
-@click.option("--tokenizer", type=click.Path(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
+@click.option("--data", type=Place(), multiple=True, required=True, metavar="PATH",
+              help="Text, .jsonl, .bin/.idx; repeatable.")
+@click.option("--tokenizer", type=Place(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
 @click.option("--eod", default="auto", show_default=True, metavar="TOKEN|ID",
               help="After each document of text: a token, an id, none; auto: the tokenizer's end of text, if any.")
 @click.option(
-    "-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    "-o", "--output", "folder", type=Place(path_type=Path, file_okay=False), metavar="DIR",
     help="Of the run: its log and saves; one that is there goes on (default: runs/NAME).",
 )
-@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="Begin with these, not random ones.")
+@click.option("--weights", type=Place(path_type=Path), metavar="DIR", help="Begin with these, not random ones.")
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a row (default: the model's context).")
 @click.option("--batch", type=COUNT, default=8, show_default=True, metavar="ROWS", help="Of a step, over all ranks.")
 @click.option("--microbatch", type=COUNT, metavar="ROWS", help="That a rank computes at once.")
@@ -188,7 +190,9 @@ def run(
         raise click.ClickException("train needs PyTorch: pip install 'mambadsl[torch]'") from None
 
     # A dry run for another machine needs none of it.
-    place = device or ("cuda" if dry_run and plan_device in _devices() and plan_device != "cpu" else usual())
+    elsewhere = dry_run and plan_device in _devices() and plan_device != "cpu"
+    device = device or ("cuda" if elsewhere else usual())
+    place = device.split(":")[0]
     try:
         settings = Settings(
             length=length or program.spec.settings.context, dtype=dtype or ("fp32" if place == "cpu" else "bf16"),
@@ -204,7 +208,7 @@ def run(
             found = rows(program, data, settings, held_out=held_out, **text)
             return _dry_run(program, settings, planned, ranks, found, fused=place != "cpu", as_json=as_json)
         done = train(
-            program, data, folder, settings, device=place, held_out=held_out, keeping=keeping, planned=planned,
+            program, data, folder, settings, device=device, held_out=held_out, keeping=keeping, planned=planned,
             weights=weights, **text,
         )
     except NotFinite as error:
@@ -223,15 +227,13 @@ def run(
         output.note("ended at once")
         os._exit(128 + signal.SIGINT)
     if os.environ.get("RANK", "0") == "0":
-        _tell(done, settings.steps, folder, as_json=as_json)
+        _tell(done, settings.steps, folder, saves=keep, as_json=as_json)
     if done.unsaved:
         return 1
     return None if done.ended == "done" else 128 + signal.Signals[done.ended]
 
 
 def _paths(data: tuple[str, ...]) -> None:
-    if "" in data:
-        raise click.UsageError("--data is empty: this folder is `.`")
     given: set[Path] = set()
     for path in map(Path, data):
         if path.resolve() in given:
@@ -239,10 +241,13 @@ def _paths(data: tuple[str, ...]) -> None:
         given.add(path.resolve())
 
 
-def _tell(done: Result, steps: int, folder: Path, *, as_json: bool) -> None:
+def _tell(done: Result, steps: int, folder: Path, *, saves: int, as_json: bool) -> None:
     if as_json:
         output.json(ok=done.unsaved is None, folder=str(folder), **done.to_json())
-    elif done.ended == "done":
-        output.text(f"done: {done.step:,} steps; `mambadsl export run {folder} -o DIR` writes the weights")
+        return
+    if done.ended == "done":
+        what = f"done: {done.step:,} step{'s' * (done.step > 1)}"
+        then = f"`mambadsl export run {shlex.quote(str(folder))} -o DIR` writes the weights"
     else:
-        output.text(f"stopped by {done.ended} at step {done.step:,} of {steps:,}; the same command goes on")
+        what, then = f"stopped by {done.ended} at step {done.step:,} of {steps:,}", "the same command goes on"
+    output.text(f"{what}; {then if saves else 'nothing was saved (--keep 0)'}")

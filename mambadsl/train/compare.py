@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from mambadsl.train.forecast import Forecast
+from mambadsl.train.save import COMPARED, PART
 from mambadsl.train.watch import Watch
 from mambadsl.train.world import World
-
-FILE = "compared.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +70,9 @@ class Comparison:
         return {"device": self.device, "nominal": self.nominal, "rows": rows, "actions": actions}
 
     def write(self, run: Path) -> None:
-        part = run / f"{FILE}.part"
+        part = run / f"{COMPARED}{PART}"
         part.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, run / FILE)
+        os.replace(part, run / COMPARED)
 
 
 def compare(forecast: Forecast, watch: Watch, step_s: float, world: World) -> Comparison:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mambadsl.data.cache import whole
+from mambadsl.train.save import LOG
 
 #: Seconds between lines where the terminal shows no bar.
 EVERY_S = 10
@@ -25,7 +26,7 @@ class Log(AbstractContextManager):
     def __init__(self, run: Path, *, steps: int, start: int, quiet: bool = False, tensorboard: bool = False):
         self.steps, self.quiet = steps, quiet
         run.mkdir(parents=True, exist_ok=True)
-        path = run / "log.jsonl"
+        path = run / LOG
         if path.exists():
             _cut(path, start)
         self.file = open(path, "ab", buffering=0)
@@ -92,21 +93,30 @@ def words(facts: Mapping[str, float]) -> str:
 
 def losses(run: Path) -> dict[int, float]:
     """Step -> loss, of a run's log."""
-    lines = (json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = (json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines())
     return {facts["step"]: facts["loss"] for facts in lines if "loss" in facts}
 
 
 def _cut(path: Path, start: int) -> None:
-    """Without the lines after step `start`; the last may be half written."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= start:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+    """Without the lines after step `start`; the last may be half written. ValueError for a file of somebody else's."""
+    kept, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        step = _step(line)
+        if step is None and number < len(lines):
+            raise ValueError(f"`{path}` is no log of a run (line {number}): give another folder")
+        if step is not None and step <= start:
+            kept.append(line + "\n")
     with whole(path) as out:
         out.write("".join(kept).encode())
+
+
+def _step(line: str) -> int | None:
+    """Of a line of a run's log."""
+    try:
+        facts = json.loads(line)
+        return facts["step"] if {"grad_norm", "held_out_loss"} & facts.keys() else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _bar(steps: int, start: int) -> Any:

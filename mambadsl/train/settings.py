@@ -17,6 +17,10 @@ DTYPES = ("fp32", "bf16")
 GATHER = ("auto", "all", "layers")
 
 
+#: That a rank reads at once.
+TOKENS = 2**27
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """length: tokens of a row. batch: rows of a step, over all ranks. microbatch: rows that a rank computes at once.
@@ -60,7 +64,7 @@ class Settings:
         for name in ("lr", "floor", "decay", "weight_decay", "eps", "clip"):
             value = getattr(self, name)
             if not (value is None and name == "clip" or 0 <= value < math.inf):
-                raise ValueError(f"{name} is a number from 0, not {value}")
+                raise ValueError(f"{name} is a finite number from 0, not {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seeds are from 0 to {2**32 - 1}, not {self.seed}")
         if self.virtual is not None and self.stages == 1:
@@ -72,7 +76,10 @@ class Settings:
         if self.gather not in GATHER:
             raise ValueError(f"weights are gathered as {', '.join(GATHER)}, not `{self.gather}`")
         if self.compile and self.pipeline in ("zb", "zbv") and self.stages > 1:
-            raise ValueError(f"`{self.pipeline}` puts gradients of weights off, and --compile makes each layer one")
+            raise ValueError(
+                f"`{self.pipeline}` computes gradients of weights apart, which no layer through --compile can: "
+                "1f1b, interleaved and gpipe go with --compile"
+            )
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
 
@@ -84,6 +91,11 @@ class Settings:
                 f"{_nearest(self.batch, ranks)}"
             )
         each = self.batch // ranks
+        if each * self.length > TOKENS:
+            raise ValueError(
+                f"{each:,} rows of {self.length:,} tokens are more than a rank reads for a step, {TOKENS:,} tokens: a "
+                f"batch of {max(1, TOKENS // self.length) * ranks:,} would do"
+            )
         micro = self.microbatch or (each if self.stages == 1 else 1)
         if each % micro:
             fits = [n for n in range(1, each + 1) if each % n == 0]

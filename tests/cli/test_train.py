@@ -37,14 +37,16 @@ def of(ranks: int, **other: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("more, environment, said", [
     (["--data", "nowhere.txt"], {}, "there is no file or folder `nowhere.txt`"),
-    (["--data", ""], {}, "--data is empty"),
+    (["--data", ""], {}, "'--data': it is empty: this folder is `.`"),
+    (["-o", ""], {}, "it is empty: this folder is `.`"),
     (["--tokenizer", "nowhere.json"], {}, "there is no tokenizer file `nowhere.json`"),
     (["--eod", "</s>"], {}, "documents of bytes cannot end with `</s>`: 256 ids are the bytes alone"),
     (["--weights", "nowhere"], {}, "there is no folder `nowhere`"),
     (["--length", "99999"], {}, "longer than the corpus"),
     (["--microbatch", "3"], {}, "4 rows a rank cannot be cut into microbatches of 3: 2 would do"),
     (["--warmup", "9"], {}, "do not fit into 4 steps"),
-    (["--lr", "nan"], {}, "lr is a number from 0, not nan"),
+    (["--lr", "nan"], {}, "lr is a finite number from 0, not nan"),
+    (["--batch", "999999999999"], {}, "a batch of 8,388,608 would do"),
     (["--seed", "9" * 30], {}, "seeds are from 0"),
     (["--virtual", "2"], {}, "virtual stages are of a pipeline"),
     (["--device", "nope"], {}, "device `nope` cannot be used"),
