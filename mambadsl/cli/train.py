@@ -45,8 +45,9 @@ def _pipelines() -> tuple[str, ...]:
 
 
 def _speaks() -> bool:
-    """Whether this process tells what is wrong: of each machine's, the first; one that torchrun did not start does."""
-    return not os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this process tells what is wrong: of each machine's, the first. One that is not of several does."""
+    several = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
+    return not several or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _told_once(function: Callable) -> Callable:
@@ -150,7 +151,8 @@ def _dry_run(
 @click.option("--stages", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks of the pipeline.")
 @click.option("--pipeline", type=Words(_pipelines), default="1f1b", show_default=True, metavar="NAME",
               help="Its schedule: gpipe, 1f1b, interleaved, zb or zbv.")
-@click.option("--virtual", type=COUNT, metavar="N", help="Stages a rank (default: the schedule's least).")
+@click.option("--virtual-stages", "--virtual", "virtual", type=COUNT, metavar="N",
+              help="Stages a rank (default: the schedule's least). torchrun takes the short name for one of its own.")
 @click.option("--tensor", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks that share each layer.")
 @click.option("--plan-device", metavar="NAME|FILE", help="The planner's: h200, ..., or a file of `plan --measure`.")
 @click.option("--memory", "memory_limit", type=Size(), metavar="SIZE", help="Of a rank (default: the device's).")

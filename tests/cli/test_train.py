@@ -13,6 +13,7 @@ pytest.importorskip("torch")
 from train_faults import TEXT, Typed, run, words
 
 from mambadsl.cli.commands import cli
+from mambadsl.cli.train import run as command
 
 MODEL = TEXT.replace("\n", " ")
 
@@ -51,6 +52,8 @@ def of(ranks: int, **other: str) -> dict[str, str]:
     (["--virtual", "2"], {}, "virtual stages are of a pipeline"),
     (["--device", "nope"], {}, "device `nope` cannot be used"),
     (["--device", "meta"], {}, "training runs on cpu or cuda"),
+    (["--stages", "2", "--set", "meta_tokens=4"], of(2), "with meta_tokens = 4 rows are longer"),
+    (["--stages", "2", "--set", "meta_tokens=4", "--dry-run", "--ranks", "2"], {}, "train with --stages 1"),
     (["--stages", "2"], {}, "1 process cannot be shared by 2 stages"),
     (["--tensor", "2"], of(3), "3 processes cannot be shared by 2 tensor ranks"),
     (["--stages", "2", "--batch", "5"], of(4), "a batch of 5 rows cannot be shared by 2 data ranks"),
@@ -59,6 +62,8 @@ def of(ranks: int, **other: str) -> dict[str, str]:
     ([], {"RANK": "0"}, "has RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
     ([], of(2, WORLD_SIZE="two"), "WORLD_SIZE in the environment is `two`"),
     ([], of(2, RANK="2"), "RANK is 2 of WORLD_SIZE 2"),
+    ([], of(2, MASTER_PORT="99999"), "MASTER_PORT in the environment is 99999; ports are up to 65535"),
+    ([], {"LOCAL_RANK": "1", "RANK": "1"}, "has RANK, LOCAL_RANK but not"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_wrong(typed, tmp_path, more, environment, said):
     result = CliRunner().invoke(cli, typed(*more), env=environment)
@@ -78,6 +83,16 @@ def test_a_dry_run_tells_of_experts_and_of_ends(typed, tmp_path):
     ):
         assert f"note    {note}" in result.output
     assert len(json.loads(CliRunner().invoke(cli, typed(*line, "--json")).stdout)["notes"]) == 3
+
+
+def test_torchrun_leaves_us_our_options():
+    """Python 3.11 looks for torchrun's own, or what they begin with, in all words of the line."""
+    from torch.distributed.run import get_args_parser
+
+    theirs = get_args_parser()._option_string_actions
+    for option in command.params:
+        name = (option.opts or [""])[0]
+        assert sum(their.startswith(name) for their in theirs if name.startswith("--")) < 2, name
 
 
 def test_data_given_twice(typed, tmp_path):
