@@ -252,4 +252,8 @@ def _tell(done: Result, steps: int, folder: Path, *, saves: int, as_json: bool) 
         then = f"`mambadsl export run {shlex.quote(str(folder))} -o DIR` writes the weights"
     else:
         what, then = f"stopped by {done.ended} at step {done.step:,} of {steps:,}", "the same command goes on"
-    output.text(f"{what}; {then if saves else 'nothing was saved (--keep 0)'}")
+    if not saves:
+        then = "nothing was saved (--keep 0)"
+    elif done.unsaved:
+        then = "not saved: the same command does again what came after the last save"
+    output.text(f"{what}; {then}")

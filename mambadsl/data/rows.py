@@ -44,8 +44,6 @@ class Rows:
             raise ValueError(f"a row has at least 1 token, not {length}")
         if length > tokens:
             raise ValueError(f"rows of {length} tokens are longer than the corpus, which has {tokens}")
-        if tokens == len(corpus.ends):
-            raise ValueError("every document of the data has 1 token: none has a next one to predict")
         if not 0 <= held_out < 1:
             raise ValueError(f"the share that is held out is from 0 to below 1, not {held_out}")
         rows = -(-tokens // length)

@@ -38,8 +38,7 @@ def check(saved: Saved, graph: LayerGraph, own: dict[str, Any]) -> None:
     try:
         was = saved.about
         found = _settings(own["settings"], was["settings"], saved.step)
-        found += [f"data: {name.replace('_', ' ')} was {was['data'].get(name)}, is {value}"
-                  for name, value in own["data"].items() if was["data"].get(name) != value]
+        found += _same_data(own["data"], was["data"])
         found += _model(own["graph"], was["graph"]) or misfit(saved, graph)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{saved.folder / 'run.json'}` is of another version, or was changed: {error!r}") from None
@@ -84,6 +83,14 @@ def _data(rows: Rows) -> dict[str, Any]:
         digest.update(ends[end : end + _TOKENS].tobytes())
     counts = {"tokens": len(tokens), "documents": len(ends), "rows": rows.count, "held_out_rows": rows.held_out_count}
     return {**counts, "sample": digest.hexdigest()[:16]}
+
+
+def _same_data(own: dict[str, Any], was: dict[str, Any]) -> list[str]:
+    changed = {name: was.get(name) for name in own if was.get(name) != own[name]}
+    if changed.keys() == {"sample"}:
+        return [f"data: as many tokens, {own['tokens']:,}, but others"]
+    return [f"data: {name.replace('_', ' ')} was {before}, is {own[name]}"
+            for name, before in changed.items() if name != "sample"]
 
 
 def _model(own: dict[str, Any], was: dict[str, Any]) -> list[str]:

@@ -73,8 +73,10 @@ def rows(
     program: Program, data: Sequence[str | Path], settings: Settings, *, tokenizer: str | Path | None = None,
     eod: End = AUTO, held_out: float = 0.0,
 ) -> Rows:
-    """The data of a run. tokenizer, eod: as `open_corpus` takes them."""
+    """The data of a run. tokenizer, eod: as `open_corpus` takes them. ValueError where there is nothing to predict."""
     corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer, eod=eod)
+    if len(corpus.tokens) == len(corpus.ends):
+        raise ValueError("every document of the data has 1 token: none has a next one to predict")
     return Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
 
 

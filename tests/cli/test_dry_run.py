@@ -93,6 +93,14 @@ def test_measured_times_are_written_and_planned_with(tmp_path, text, monkeypatch
     assert other.exit_code == 1 and "measure again" in other.stderr
 
 
+def test_what_no_measure_makes_right_is_said_first(tmp_path):
+    (tmp_path / "file").touch()
+    refused = (tmp_path / "file" / "t.json", 2, "cannot be written"), (tmp_path / "t.json", 99, "error[E802]")
+    for path, stages, words in refused:
+        result = call("plan", TINY, "--measure", path, "--device", "cpu", "--stages", stages)
+        assert result.exit_code == 1 and words in result.stderr and "stack.0" not in result.stderr
+
+
 @pytest.mark.parametrize("args, words", [
     (("--measure", "times.txt"), "not a .json file"),
     (("--measure", "t.json", "--device", "h100"), "--device cpu or cuda"),

@@ -85,6 +85,22 @@ def test_a_dry_run_tells_of_experts_and_of_ends(typed, tmp_path):
     assert len(json.loads(CliRunner().invoke(cli, typed(*line, "--json")).stdout)["notes"]) == 3
 
 
+def test_nothing_to_predict(typed, tmp_path):
+    (tmp_path / "one.txt").write_text("a")
+    result = CliRunner().invoke(cli, typed("--length", "1", data=str(tmp_path / "one.txt")))
+    assert result.exit_code == 2 and "every document of the data has 1 token" in result.output
+
+
+def test_what_is_said_of_a_run_that_saves_nothing(typed, tmp_path):
+    result = CliRunner().invoke(cli, typed("--keep", "0", folder="a run"))
+    assert result.exit_code == 0 and "done: 4 steps; nothing was saved (--keep 0)" in result.output
+    result = CliRunner().invoke(cli, typed(folder="a run"))
+    assert f"`mambadsl export run '{tmp_path / 'a run'}' -o DIR`" in result.output
+    at = str(tmp_path / "a run" / "step-00000004")
+    result = CliRunner().invoke(cli, ["export", "run", at, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "is a save: give its run" in result.output and "--step 4" in result.output
+
+
 def test_torchrun_leaves_us_our_options():
     """Python 3.11 looks for torchrun's own, or what they begin with, in all words of the line."""
     from torch.distributed.run import get_args_parser
