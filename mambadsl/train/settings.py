@@ -6,7 +6,6 @@ nearest that can.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ GATHER = ("auto", "all", "layers")
 
 #: That a rank reads at once.
 TOKENS = 2**27
+#: Past it, products of two of them are no float32.
+LARGEST = 1e15
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class Settings:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
         for name in ("lr", "floor", "decay", "weight_decay", "eps", "clip"):
             value = getattr(self, name)
-            if not (value is None and name == "clip" or 0 <= value < math.inf):
-                raise ValueError(f"{name} is a finite number from 0, not {value}")
+            if not (value is None and name == "clip" or 0 <= value <= LARGEST):
+                raise ValueError(f"{name} is a number from 0 to {LARGEST:g}, not {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seeds are from 0 to {2**32 - 1}, not {self.seed}")
         if self.virtual is not None and self.stages == 1:

@@ -46,7 +46,8 @@ def of(ranks: int, **other: str) -> dict[str, str]:
     (["--length", "99999"], {}, "longer than the corpus"),
     (["--microbatch", "3"], {}, "4 rows a rank cannot be cut into microbatches of 3: 2 would do"),
     (["--warmup", "9"], {}, "do not fit into 4 steps"),
-    (["--lr", "nan"], {}, "lr is a finite number from 0, not nan"),
+    (["--lr", "nan"], {}, "lr is a number from 0 to 1e+15, not nan"),
+    (["--weight-decay", "1e38"], {}, "weight_decay is a number from 0 to 1e+15"),
     (["--batch", "999999999999"], {}, "a batch of 8,388,608 would do"),
     (["--seed", "9" * 30], {}, "seeds are from 0"),
     (["--virtual", "2"], {}, "virtual stages are of a pipeline"),
@@ -163,6 +164,23 @@ def test_a_run_its_weights_and_a_run_from_them(typed, tmp_path):
     assert begun["step"] == 4 and first < told["loss"] + 0.2
     resumed = invoke(cli, typed("--weights", "not looked at", folder="more"))
     assert resumed.exit_code == 0 and "is not read again" in resumed.output
+
+
+def test_what_is_no_number_is_named(typed, tmp_path):
+    """The first layer that gives it; or the weight that has it, with its layer."""
+    from safetensors.torch import load_file, save_file
+
+    invoke = CliRunner().invoke
+    result = invoke(cli, typed("--lr", "1e15", "--clip", "0", "--save-every", "1"))
+    assert result.exit_code == 1 and "step 2: the loss is nan\nthe first output that is not finite" in result.output
+    assert "in layer `stack.0` (`M`)\n  used at <text>:6:9" in result.output
+    assert invoke(cli, ["export", "run", str(tmp_path / "run"), "-o", str(tmp_path / "w")]).exit_code == 0
+    tensors = load_file(tmp_path / "w" / "weights.safetensors")
+    tensors["stack.3.mixer.down_proj.weight"][2, 1] = float("nan")
+    save_file(tensors, tmp_path / "w" / "weights.safetensors")
+    result = invoke(cli, typed("--weights", str(tmp_path / "w"), folder="more"))
+    assert result.exit_code == 1 and "the weight `stack.3.mixer.down_proj.weight` is not finite" in result.output
+    assert "in layer `stack.3` (`F`)" in result.output
 
 
 @pytest.mark.parametrize("args, said", [
