@@ -84,8 +84,10 @@ def _dry_run(
     settings = gathering(program, settings, ranks=ranks, fused=fused, **planned)
     plan = planning(program, settings, ranks=ranks, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, ranks=ranks, fused=fused, **planned)
-    facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens))
+    facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens), held_out_rows=rows.held_out_count)
     notes = [*filter(None, [rows.corpus.says]), *told(program.layers)]
+    if os.environ.get("RANK", "0") != "0":
+        return 1 if will.too_large else 0
     if as_json:
         epochs = settings.steps * settings.batch / rows.count
         output.json(
@@ -108,7 +110,7 @@ def _dry_run(
 @_told_once
 @takes_model
 @click.option("--data", type=Place(), multiple=True, required=True, metavar="PATH",
-              help="Text, .jsonl, .bin/.idx; repeatable.")
+              help="Text, .jsonl, .bin/.idx, .npy, or a folder of them; repeatable.")
 @click.option("--tokenizer", type=Place(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
 @click.option("--eod", default="auto", show_default=True, metavar="TOKEN|ID",
               help="After each document of text: a token, an id, none; auto: the tokenizer's end of text, if any.")
@@ -119,8 +121,9 @@ def _dry_run(
 @click.option("--weights", type=Place(path_type=Path), metavar="DIR", help="Begin with these, not random ones.")
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a row (default: the model's context).")
 @click.option("--batch", type=COUNT, default=8, show_default=True, metavar="ROWS", help="Of a step, over all ranks.")
-@click.option("--microbatch", type=COUNT, metavar="ROWS", help="That a rank computes at once.")
-@click.option("--steps", type=COUNT, default=1000, show_default=True, metavar="N")
+@click.option("--microbatch", type=COUNT, metavar="ROWS",
+              help="That a rank computes at once (default: all of a step; in a pipeline 1).")
+@click.option("--steps", type=COUNT, default=1000, show_default=True, metavar="N", help="Of the whole run.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, metavar="RATE")
 @click.option("--warmup", type=_NUMBER, default=0, show_default=True, metavar="STEPS", help="Up to the rate.")
 @click.option("--schedule", type=Words(_schedules), default="cosine", show_default=True, metavar="NAME",
@@ -136,7 +139,8 @@ def _dry_run(
 @click.option("--seed", type=_NUMBER, default=0, show_default=True, metavar="N", help="Of weights, order, dropout.")
 @click.option("--held-out", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
               metavar="SHARE", help="Of the rows, at the data's end, only measured.")
-@click.option("--held-out-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS")
+@click.option("--held-out-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS",
+              help="0: only at the end.")
 @click.option("--save-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS",
               help="0: only at the end.")
 @click.option("--keep", type=_NUMBER, default=2, show_default=True, metavar="N",

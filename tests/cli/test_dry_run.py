@@ -48,6 +48,8 @@ def test_a_dry_run_says_what_ranks_hold(text, tmp_path, args):
     words = call(*dry(text, tmp_path, *args)).stdout
     assert words.startswith("ranks") and "activations" in words
     assert not (tmp_path / "run" / "log.jsonl").exists()
+    words = call(*dry(text, tmp_path, *args, "--held-out", "0.1")).stdout
+    assert "epochs of 2.50 K tokens in 79 rows, 8 of them held out" in words
 
 
 def test_a_rank_that_does_not_fit_is_exit_1(text, tmp_path):
