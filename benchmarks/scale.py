@@ -100,8 +100,7 @@ def command(row: Row, model: Path, data: Path, folder: Path, common: list[str]) 
     """What runs under torchrun."""
     out = place(folder, row.name)
     if not row.megatron:
-        options = [o for o in common if not ("zb" in row.name and o == "--compile")]
-        return ["-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out), *row.options, *options]
+        return ["-m", "mambadsl", "train", str(model), "--data", str(data), "-o", str(out), *row.options, *common]
     given = dict(zip(row.options[::2], row.options[1::2]))
     same = [f"{name}={value}" for name, value in zip(common, common[1:]) if name in ("--length", "--seed")]
     same += [f"{name}={given[name]}" for name in ("--batch", "--microbatch")]
@@ -129,17 +128,25 @@ def launched(ranks: int, *command: str, limit: float) -> subprocess.CompletedPro
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
     env = {"TRITON_CACHE_AUTOTUNING": "1", **os.environ, "PYTHONPATH": paths}
-    return subprocess.run(
-        [sys.executable, *launch, *command], env=env, timeout=limit, capture_output=True, text=True
-    )
+    command = [sys.executable, *launch, *command]
+    running = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, error = running.communicate(timeout=limit)
+    except subprocess.TimeoutExpired as late:
+        # torchrun ends its processes, which say where they are.
+        running.terminate()
+        _, error = running.communicate()
+        raise subprocess.TimeoutExpired(command, limit, stderr=error) from late
+    return subprocess.CompletedProcess(command, running.returncode, out, error)
 
 
 def run(row: Row, model: Path, data: Path, folder: Path, common: list[str], *, limit: float) -> None:
     out = place(folder, row.name)
     try:
         done = launched(row.ranks, *command(row, model, data, folder, common), limit=limit)
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired as late:
         row.note = f"longer than {limit:.0f} s"
+        row.told = [line for line in late.stderr.splitlines() if re.match(r'(Current t|T)hread |  File "', line)]
         return
     lines = done.stderr.splitlines()
     begin = next((k for k, line in enumerate(lines) if "predicted" in line and "measured" in line), len(lines))
@@ -204,7 +211,8 @@ def main() -> int:
         if given.megatron and not given.cpu:
             found += rivals(found)
             # Their kernels' candidates, dozens for each kernel, would be compiled one after the other.
-            warm(model.read_text(), "megatron", processes=given.warm, seconds=given.limit)
+            good = warm(model.read_text(), "megatron", processes=given.warm, seconds=given.limit) if given.warm else 0
+            print(f"Megatron's kernels compiled by {good} of {given.warm} processes", flush=True)
         for row in found:
             if re.search(given.only, row.name):
                 begun = time.monotonic()

@@ -24,12 +24,16 @@ from mambadsl.train.settings import Settings
 from mambadsl.train.stop import Stop
 from mambadsl.train.world import World, opened
 
-HEAD = "vocab = 256  d_model = 16  context = 32  init_std = 0.2"
+HEAD = "d_model = 16  context = 32  init_std = 0.2"
 LAYERS = """
 layer M = mamba2(heads=4, head_dim=6, d_state=5, groups=4, bias=true, chunk=4)
-layer Few = mamba2(heads=4, head_dim=6, d_state=5, groups=2, gated_norm=none, chunk=4)
+layer Few = mamba2(heads=4, head_dim=6, d_state=5, groups=2, chunk=4)
+layer Single = mamba2(heads=4, head_dim=6, d_state=5, gated_norm=before_gate, chunk=4)
+layer Bare = mamba2(heads=4, head_dim=6, d_state=5, groups=2, gated_norm=none, chunk=4)
 layer A = attention(heads=4, kv_heads=2, head_dim=6, rope=rope(theta=100), qk_norm=per_head, qkv_bias=true, o_bias=true)
 layer One = attention(heads=4, kv_heads=1, head_dim=6, out_gate=per_head, sinks=true)
+layer Wide = attention(heads=4, kv_heads=1, head_dim=6, qk_norm=full_width)
+layer Pairs = Wide(heads=8, kv_heads=4, head_dim=4, differential=halves, qkv_bias=true, sinks=true, out_gate=per_head)
 layer F = mlp(d_ff=20, bias=true)
 layer Dropped = F(dropout=0.2)
 layer G = mlp(d_ff=12, gated=true)
@@ -45,6 +49,7 @@ layer Heads = mamba1(d_inner=24, heads=4, d_state=4, dt_rank=2, dt_bc_norm=learn
 layer Channelled = mamba1(d_inner=24, d_state=4, dt_rank=2, dt_bc_norm=learned, bias=true, chunk=4)
 layer Turning = mamba3(heads=4, head_dim=6, d_state=8, groups=2, chunk=4)
 layer Many = mamba3(heads=4, head_dim=6, d_state=8, groups=1, rank=2, gated_norm=before_gate, chunk=4)
+layer Grouped = mamba3(heads=4, head_dim=6, d_state=8, groups=2, rank=2, chunk=4)
 layer Exponential = mlstm(heads=4, key_dim=4, value_dim=6, chunk=4)
 layer Unit = rg_lru(d_inner=12, blocks=4, chunk=4)
 layer Conv = short_conv(d_conv=3, conv_bias=true, bias=true)
@@ -57,16 +62,27 @@ layer Again = A(recompute=true)
 layer Begins = A(residual=attend(begins=true))
 layer Chooses = F(residual=attend)
 shared S = [One(adapter=lora(rank=3, targets=[qkv_proj, o_proj], per=segment)) F]
-shared Z = Side
+shared Z = Side(adapter=lora(rank=2))
 """
 STACKS = {
     "usual": "M A F Few G E",
     "linear": "Delta Kimi Ling Exponential Conv Fixed",
-    "more": "Latent Turned Heads Turning Many Unit",
-    "older": "Mean Channelled Channels Narrow M+A Again",
+    "more": "Latent Turned Heads Turning Many Single Unit Pairs Wide",
+    "older": "Mean Channelled Channels Narrow M+A Again Bare Grouped",
     "sharing": "S M S Z Proj F S",
     "dropped": "Dropped Again",
     "attending": "[Begins Chooses*2]*2",
+    "ahead": "M A F",
+}
+#: Of a stack, what is around it: settings and a tail. No number of ranks divides 257.
+AROUND = {
+    "dropped": ("vocab = 257", ""),
+    "older": ("vocab = 256  meta_tokens = 3", ""),
+    "ahead": (
+        "vocab = 256  embedding_multiplier = 1.5  embedding_norm = rmsnorm  logits_multiplier = 0.5  "
+        "logits_softcap = 2.0",
+        "mtp(depths=2, weights=shared) { A F }",
+    ),
 }
 #: An epsilon that rounding does not turn over: Adam divides what is next to nothing by itself.
 COMMON = dict(length=16, batch=8, steps=3, lr=1e-2, eps=1e-3, parts="reference", seed=3)
@@ -76,7 +92,9 @@ def text(model: str) -> str:
     """`usual tied`, `sharing untied`."""
     stack, _, end = model.rpartition(" ")
     tied = "true" if end == "tied" else "false"
-    return f"model small {{ {HEAD} tie_embeddings = {tied} }} {LAYERS} stack {{ {STACKS.get(stack, stack)} }}"
+    settings, tail = AROUND.get(stack, ("vocab = 256", ""))
+    head = f"model small {{ {HEAD} {settings} tie_embeddings = {tied} }}"
+    return f"{head} {LAYERS} stack {{ {STACKS.get(stack, stack)} }} {tail}"
 
 
 def run_in(world: World, case: dict[str, Any], out: Path, name: str) -> Run:
@@ -85,7 +103,8 @@ def run_in(world: World, case: dict[str, Any], out: Path, name: str) -> Run:
     settings = Settings(**{**COMMON, **case["settings"]})
     plan = planning(program, settings, device="cpu") if settings.stages > 1 else None
     cache = out / f"data {os.environ.get('RANK', 'alone')}"
-    rows = Rows(open_corpus([Path(__file__)], vocab=256, cache=cache), length=settings.length)
+    corpus = open_corpus([Path(__file__)], vocab=program.spec.settings.vocab, cache=cache)
+    rows = Rows(corpus, length=settings.length, held_out=0.01)
     keeping = Keeping(save_every=2, held_out_every=0, quiet=True)
     return Run(program.layers, rows, settings, out / name, world=world, plan=plan, keeping=keeping)
 

@@ -8,8 +8,10 @@ data ranks with gathering and reducing overlapped, bf16 with float32 masters and
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -144,6 +146,7 @@ def _mean(counts_BT: Tensor, loss_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]
 
 def main() -> int:
     given = arguments()
+    faulthandler.register(signal.SIGTERM, chain=True)
     mamba_kernels()
     torch.cuda.set_device(rank := int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))

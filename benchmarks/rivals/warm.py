@@ -17,7 +17,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 HERE = Path(__file__).parent.parent
+#: Processes on a GPU: each takes some 10 GiB of its memory.
+BESIDE = 12
 
 
 def warm(text: str, name: str, *, processes: int, seconds: float) -> int:
@@ -26,9 +30,12 @@ def warm(text: str, name: str, *, processes: int, seconds: float) -> int:
     path = os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH")]))
     # Times of a busy GPU must not be taken for choices.
     env = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_AUTOTUNING": "0", "OMP_NUM_THREADS": "1"}
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    processes = min(processes, BESIDE * len(gpus))
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "rivals.warm", name, str(rank), str(processes)], cwd=HERE, env=env, text=True,
+            [sys.executable, "-m", "rivals.warm", name, str(rank), str(processes)], cwd=HERE, text=True,
+            env={**env, "CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]},
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
         for rank in range(processes)

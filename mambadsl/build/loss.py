@@ -1,6 +1,6 @@
-"""Cross entropy of the next token, and of those after it: what counts, and the mean over it.
+"""Logits, and cross entropy of the next token and of those after it: what counts, and the mean over it.
 
-Letters: B batch, T time, V vocab.
+Letters: B batch, T time, D d_model, V vocab.
 """
 
 from __future__ import annotations
@@ -11,8 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambadsl.build.residual import scaled
+
 #: The target where nothing is predicted. Any negative number does the same.
 IGNORE = -100
+
+
+def logits_of(h_TD: Tensor, weight_VD: Tensor, *, multiplier: float = 1.0, softcap: float | None = None) -> Tensor:
+    """What the head gives for what it reads, [..., V], float32; the multiplier and the soft cap come after the
+    widening."""
+    logits_TV = scaled(F.linear(h_TD, weight_VD).float(), multiplier)
+    return logits_TV if softcap is None else softcap * torch.tanh(logits_TV / softcap)
 
 
 def next_tokens(tokens_BT: Tensor, *, segments: Tensor | None = None, valid: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from mambadsl.build.earlier import States, apart
 from mambadsl.build.failure import located
 from mambadsl.build.fill import fill
 from mambadsl.build.init import initialise
+from mambadsl.build.loss import logits_of
 from mambadsl.build.losses import Losses
 from mambadsl.build.machine import machine
 from mambadsl.build.meta import WithMeta, ahead, packed
@@ -91,6 +92,8 @@ class Model(Ahead, Losses, nn.Module):
         super().__init__()
         self.graph, self.stage, self.assignment = graph, stage, assignment
         self.frame = fill(assignment, "model").functions
+        #: Rows of the table by ids, and how many ids there are: more than rows, where ranks share the table.
+        self.look_up, self.vocab = F.embedding, graph.model.vocab
         self.relays = relays(graph, stage)
         self.streams, self.blocks = graph.streams, graph.blocks
         #: What layers above give and each layer reads, by its path.
@@ -292,10 +295,10 @@ class Model(Ahead, Losses, nn.Module):
             x_BTD = self.frame["embed_step"](tokens_BT[:, 0], self.embed.weight, **how)[:, None]
             return self.embed_norm(x_BTD, dtype=dtype)
         try:
-            x_BTD = F.embedding(tokens_BT, self.embed.weight)
+            x_BTD = self.look_up(tokens_BT, self.embed.weight)
         except IndexError:
             low, high = tokens_BT.min().item(), tokens_BT.max().item()
-            legal = f"token ids must be from 0 to {model.vocab - 1} (vocab = {model.vocab})"
+            legal = f"token ids must be from 0 to {self.vocab - 1} (vocab = {self.vocab})"
             raise ValueError(f"{legal}; here they are from {low} to {high}") from None
         return self.embed_norm(scaled(x_BTD, model.embedding_multiplier), dtype=dtype)
 
@@ -334,10 +337,8 @@ class Model(Ahead, Losses, nn.Module):
     def logits(self, h_BLD: Tensor) -> Tensor:
         """Logits [B, L, V], float32, of what `hidden` or `ahead` gave."""
         model = self.graph.model
-        logits_BLV = scaled(F.linear(h_BLD, self._head_weight()).float(), model.logits_multiplier)
-        if model.logits_softcap is not None:
-            logits_BLV = model.logits_softcap * torch.tanh(logits_BLV / model.logits_softcap)
-        return logits_BLV
+        how = dict(multiplier=model.logits_multiplier, softcap=model.logits_softcap)
+        return logits_of(h_BLD, self._head_weight(), **how)
 
 
 #: How a node of each role changes the stream of named tensors.

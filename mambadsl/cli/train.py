@@ -77,17 +77,19 @@ def _dry_run(
     program: Program, settings: Settings, planned: dict[str, Any], ranks: int | None, rows: Rows, *, fused: bool,
     as_json: bool,
 ) -> int:
-    from mambadsl.train.balance import told
+    from mambadsl.train import balance, slices
     from mambadsl.train.run import expected, gathering, planning
     from mambadsl.train.tables import forecast_text
 
     settings = gathering(program, settings, ranks=ranks, fused=fused, **planned)
     plan = planning(program, settings, ranks=ranks, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, ranks=ranks, fused=fused, **planned)
-    facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens), held_out_rows=rows.held_out_count)
-    notes = [*filter(None, [rows.corpus.says]), *told(program.layers)]
     if os.environ.get("RANK", "0") != "0":
         return 1 if will.too_large else 0
+    facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens), held_out_rows=rows.held_out_count)
+    notes = [
+        *filter(None, [rows.corpus.says]), *balance.told(program.layers), *slices.told(program.layers, settings.tensor)
+    ]
     if as_json:
         epochs = settings.steps * settings.batch / rows.count
         output.json(

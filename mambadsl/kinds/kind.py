@@ -66,7 +66,7 @@ class Weight:
     for buffers that are saved but have no gradient (they do not count as parameters). quantise: may be
     stored in 8 or 4 bits. active: the share of its elements that one token uses (top_k of experts). tp:
     how tensor parallelism splits it: "out" (axis 0, by segment), "in" (axis 1), "heads" (axis 0),
-    "expert" (axis 0), "none".
+    "expert" (axis 0), "none". stretches: sizes along the output axis that it is split by, where not the segments.
     """
 
     name: str
@@ -79,10 +79,16 @@ class Weight:
     quantise: bool = True
     active: Fraction = Fraction(1)
     tp: str = "none"
+    stretches: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Sizes along the output axis of which tensor ranks have a share each; none: all of it is one."""
+        return self.stretches or tuple(size for _, size in self.segments)
 
 
 @dataclass(frozen=True)
@@ -211,9 +217,10 @@ class Kind:
     `Module` in the folder's module.py.
     split(f, ranks): the fields of one rank's part of a layer that so many compute together; None where it has no such
     parts. The layer gives the sum of what they give, a bias behind a weight that is split "in" added once; what such a
-    weight gives inside of a layer goes through the module's `summed`, and must have no bias. A part's own
-    tables tell what it has: a segment as large as the layer's is on all ranks, of a smaller one each rank has its own,
-    in order; where there are more ranks than different ones, neighbours have the same.
+    weight gives inside of a layer goes through the module's `summed`, and must have no bias; the mean of squares of a
+    norm over what several ranks have goes through its `averaged`. A part's own tables tell what it has: a segment (or
+    stretch) as large as the layer's is on all ranks, of a smaller one each rank has its own, in order; where there are
+    more ranks than different ones, neighbours have the same.
     """
 
     name: str
@@ -258,13 +265,19 @@ class Kind:
         return f"mambadsl.kinds.{self.name}"
 
 
-def divided(f: Values, ranks: int, *names: str, copied: tuple[str, ...] = ()) -> Values | None:
-    """The fields with a `ranks`th of each of `names`, and of `copied` too, or 1 where several ranks have the same one.
-    None where a number does not divide."""
+def divided(
+    f: Values, ranks: int, *names: str, copied: tuple[str, ...] = (), cut: tuple[str, ...] = ()
+) -> Values | None:
+    """The fields with a `ranks`th of each of `names`, and of `copied` too, or 1 where several ranks have the same one,
+    and of `cut` too, or the fraction 1/n where n ranks have a piece of one. None where a number does not divide."""
     if any(f[name] % ranks for name in names) or any(f[name] % ranks and ranks % f[name] for name in copied):
         return None
+    shares = {name: Fraction(f[name], ranks) for name in cut}
+    if any(1 not in share.as_integer_ratio() for share in shares.values()):
+        return None
     return f.replace(
-        **{name: f[name] // ranks for name in names}, **{name: max(1, f[name] // ranks) for name in copied}
+        **{name: f[name] // ranks for name in names}, **{name: max(1, f[name] // ranks) for name in copied},
+        **{name: share if share < 1 else int(share) for name, share in shares.items()},
     )
 
 
@@ -281,13 +294,13 @@ def norm_weights(prefix: str, norm: Any, width: int) -> tuple[Weight, ...]:
 
 def linear(
     name: str, out: int, in_: int, *, bias: bool = False, init: Init = NORMAL, tp: str = "none",
-    segments: tuple[tuple[str, int], ...] = (),
+    segments: tuple[tuple[str, int], ...] = (), stretches: tuple[int, ...] = (),
 ) -> tuple[Weight, ...]:
     """`name.weight` [out, in] and, if asked for, `name.bias` [out]."""
-    weight = Weight(f"{name}.weight", (out, in_), init, segments, tp=tp)
+    weight = Weight(f"{name}.weight", (out, in_), init, segments, tp=tp, stretches=stretches)
     if not bias:
         return (weight,)
     bias_tp = "none" if tp == "in" else tp
     return weight, Weight(
-        f"{name}.bias", (out,), ZEROS, segments, decay=False, quantise=False, tp=bias_tp
+        f"{name}.bias", (out,), ZEROS, segments, decay=False, quantise=False, tp=bias_tp, stretches=stretches
     )

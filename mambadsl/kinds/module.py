@@ -57,6 +57,8 @@ class KindModule(Declared):
     kind: Kind
     #: What adds up a projection inside of a layer whose channels several ranks share.
     summed: Callable[[Tensor], Tensor] = staticmethod(lambda y: y)
+    #: Where several ranks share the layer: (x, among) -> the mean of x over so many neighbours (None: over all).
+    averaged: Callable[..., Tensor] | None = None
     REFERENCE: Mapping[str, Callable[..., Any]] = {}
     ENTRY = ""
 

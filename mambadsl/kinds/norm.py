@@ -20,15 +20,21 @@ from mambadsl.kinds.values import Variant
 
 
 def rms_norm(
-    x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False, dtype: torch.dtype | None = None
+    x: Tensor, weight_D: Tensor | None, *, eps: float, zero_centered: bool = False, dtype: torch.dtype | None = None,
+    averaged: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """x / sqrt(mean(x**2) + eps) * weight, in `dtype` (None: that of x); the scale is 1 + weight where zero_centered.
+    averaged: where x is a piece of what is normed, makes the mean of all pieces from that of this one, [..., 1].
 
     Scaled before it is rounded, as in Nemotron-H, OLMo and Gemma (Llama and Mamba round first: bf16
     results differ by one rounding).
     """
     scale = None if weight_D is None else weight_D.float() + 1 if zero_centered else weight_D.float()
-    return F.rms_norm(x.float(), x.shape[-1:], scale, eps).to(dtype or x.dtype)
+    if averaged is None:
+        return F.rms_norm(x.float(), x.shape[-1:], scale, eps).to(dtype or x.dtype)
+    wide = x.float()
+    unit = wide * torch.rsqrt(averaged(wide.square().mean(-1, keepdim=True)) + eps)
+    return (unit if scale is None else unit * scale).to(dtype or x.dtype)
 
 
 def layer_norm(

@@ -93,7 +93,7 @@ def adapter_weights(branch: Values, weights: tuple[Weight, ...]) -> tuple[Weight
         low = tuple((name, rank) for name, _ in segments)
         down, up = f"adapter.{projection}.down.weight", f"adapter.{projection}.up.weight"
         found.append(Weight(down, (rank * max(1, len(low)), in_), Init("normal"), low))
-        found.append(Weight(up, (out, rank), ZEROS, segments))
+        found.append(Weight(up, (out, rank), ZEROS, segments, stretches=w.cuts))
     return tuple(found)
 
 

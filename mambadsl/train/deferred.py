@@ -29,6 +29,9 @@ class Deferred:
             return F.linear(x, weight, bias)
         return _Linear.apply(x, weight, bias, self)
 
+    # torch.compile goes around it, for what is noted is no tensor of a graph.
+    linear.waits = True
+
     def take(self) -> Callable[[], None]:
         """What is waiting, as something to do later; `dw_builder` of a stage."""
         noted, self.waiting = self.waiting, []

@@ -21,7 +21,6 @@ from mambadsl.data.rows import Batch
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.plan.plan import Plan
 from mambadsl.plan.schedule import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, SCHEDULES, rank_of
-from mambadsl.train.deferred import defer
 from mambadsl.train.pieces import Piece, between, piece
 from mambadsl.train.settings import Settings
 from mambadsl.train.sharding import regathers
@@ -108,16 +107,16 @@ class Pipelined:
         self.microbatches = each // micro
         cut = stages(graph, [part.paths for part in plan.stages])
         mine = [s for s in cut if rank_of(plan.placement, plan.ranks, s.index) == world.at("pipeline")]
-        self.pieces = [piece(graph, s, world, settings) for s in mine]
+        puts_off = BACKWARD_WEIGHT in SCHEDULES[plan.schedule].kinds
+        self.pieces = [piece(graph, s, world, settings, puts_off=puts_off) for s in mine]
         group, device = world.group("pipeline"), world.device
         examples = partial(_examples, graph, rows=micro, length=settings.length, dtype=DTYPES[settings.dtype])
-        splits = BACKWARD_WEIGHT in SCHEDULES[plan.schedule].kinds
         held = [
             PipelineStage(
                 made, s.index, len(cut), device, group=group,
                 input_args=examples(s.takes, graph.streams[s.paths[0]].read),
                 output_args=examples(s.gives, graph.streams[s.paths[-1]].given),
-                dw_builder=defer(made.model).take if splits else None,
+                dw_builder=made.deferred and made.deferred.take,
             )
             for made, s in zip(self.pieces, mine)
         ]

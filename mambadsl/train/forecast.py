@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mambadsl.graph.cost import costs, total
-from mambadsl.graph.graph import LayerGraph
+from mambadsl.graph.graph import LayerGraph, Role
 from mambadsl.plan import device as devices
 from mambadsl.plan.device import Device
-from mambadsl.plan.from_graph import units
+from mambadsl.plan.from_graph import LOGITS, units
 from mambadsl.plan.plan import Plan, Spent
 from mambadsl.plan.schedule import BACKWARD, FORWARD, Action, rank_of
 from mambadsl.plan.unit import Unit
@@ -104,7 +104,8 @@ def chain(graph: LayerGraph, settings: Settings, *, data: int, device: Device) -
     found = devices.measured(found, device, microbatch_tokens=micro * settings.length)
     if settings.tensor == 1:
         return found
-    # What the parts of a layer give is added up, and in the backward what they ask of the stream.
+    # What the parts of a layer give is added up, and in the backward what they ask of the stream. Of the vocabulary's
+    # parts, the embedding has the first and the head the second; what the loss adds up is next to nothing.
     model, tokens = graph.model, micro * (settings.length + graph.model.meta_tokens)
     size = tokens * model.d_model * layout.narrow
     sent = 2 * (settings.tensor - 1) / settings.tensor * size / device.link_bytes_per_s + device.link_latency_s
@@ -112,8 +113,14 @@ def chain(graph: LayerGraph, settings: Settings, *, data: int, device: Device) -
         node.path for node, mine in zip(graph.nodes, part.nodes)
         if node.layer is not None and node.layer.branches != mine.layer.branches
     }
+    ends = graph.nodes if model.vocab != part.model.vocab else ()
+    forward = shared | {node.path for node in ends if node.role is Role.EMBED}
+    backward = shared | {node.path for node in ends if node.role in LOGITS}
     return tuple(
-        replace(u, forward_s=u.forward_s + sent, backward_input_s=u.backward_input_s + sent) if u.path in shared else u
+        replace(
+            u, forward_s=u.forward_s + sent * (u.path in forward),
+            backward_input_s=u.backward_input_s + sent * (u.path in backward),
+        )
         for u in found
     )
 

@@ -38,7 +38,7 @@ from mambadsl.train.peak import peak_flops
 from mambadsl.train.pieces import put
 from mambadsl.train.save import Saver, newest, read
 from mambadsl.train.settings import Settings
-from mambadsl.train.slices import whole
+from mambadsl.train.slices import told
 from mambadsl.train.stop import Stop
 from mambadsl.train.tables import compared_text
 from mambadsl.train.watch import Watch
@@ -108,10 +108,8 @@ class Run:
         self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
-        self.notes = [*filter(None, [rows.corpus.says]), *balance.told(graph)]
+        self.notes = [*filter(None, [rows.corpus.says]), *balance.told(graph), *told(graph, world.ranks("tensor"))]
         self.notes += [f"passed over: {doubt}" for doubt in doubts]
-        if alone := whole(graph, world.ranks("tensor")):
-            self.notes.append(f"whole on every tensor rank: {', '.join(alone)}")
         if saved is not None:
             self.start = self.saver.load(saved)
             self.notes.append(f"goes on after step {self.start:,}, from `{saved.folder}`")

@@ -23,8 +23,8 @@ from mambadsl.train.world import World
 SIDE = {"cuda": 8192, "cpu": 768}
 COPIED = {"cuda": 2**29, "cpu": 2**26}
 MICROBATCHES = 16
-#: The least that is sent from one rank to the next and back, for the link's bytes per second.
-SENT = 2**24
+#: The least that is sent from one rank to the next and back, for the link's bytes per second, and how many times that.
+SENT, LONGER = 2**24, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Speeds:
 
 
 def speeds(world: World, dtype: torch.dtype, *, sent: int) -> Speeds:
-    """The link is that of the first two ranks. sent: bytes that cross between two stages."""
+    """The link is that of the first two ranks of a pipeline. sent: bytes that cross between two stages."""
     device = world.device
     side, copied = SIDE[device.type], COPIED[device.type]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
@@ -89,8 +89,11 @@ def _link(world: World, sent: int) -> dict[str, float]:
     """Between the first two ranks, one way."""
     if world.size == 1:
         return {}
-    few, many = (_there_and_back(world, size) for size in (1, sent))
-    return {"link_latency_s": few / 2, "link_bytes_per_s": 2 * sent / max(many - few, 1e-9)}
+    # NCCL wants every rank of a group at its first use.
+    dist.all_reduce(torch.zeros(1, device=world.device), group=world.group("pipeline"))
+    # Where next to nothing is sent the host's time is all there is, and more hides it: bytes are the slope beyond.
+    few, many, more = (_there_and_back(world, size) for size in (1, sent, LONGER * sent))
+    return {"link_latency_s": few / 2, "link_bytes_per_s": 2 * (LONGER - 1) * sent / max(more - many, 1e-9)}
 
 
 @contextmanager
@@ -99,13 +102,13 @@ def awaiting(world: World, sent: int) -> Iterator[None]:
     x = torch.zeros(max(sent, SENT), dtype=torch.uint8, device=world.device)
     # The two know each other before one of them waits.
     _there_and_back(world, 1)
-    coming = dist.irecv(x, 1) if world.rank == 0 else None
+    coming = _begun(world, dist.irecv, x, 1) if world.rank == 0 else None
     try:
         yield
     finally:
         world.barrier()
         if world.rank == 1:
-            dist.send(x, 0)
+            _begun(world, dist.isend, x, 0).wait()
         if coming is not None:
             coming.wait()
 
@@ -114,11 +117,15 @@ def _there_and_back(world: World, size: int) -> float:
     x = torch.zeros(size, dtype=torch.uint8, device=world.device)
 
     def work() -> None:
-        if world.rank == 0:
-            dist.send(x, 1)
-            dist.recv(x, 1)
-        elif world.rank == 1:
-            dist.recv(x, 0)
-            dist.send(x, 0)
+        if world.rank < 2:
+            peer, way = 1 - world.rank, (dist.isend, dist.irecv)
+            for send_or_receive in way if world.rank == 0 else way[::-1]:
+                _begun(world, send_or_receive, x, peer).wait()
 
     return _seconds(work, world.device)
+
+
+def _begun(world: World, way: Callable, x: torch.Tensor, peer: int) -> dist.Work:
+    """As pipelines send: in their own group."""
+    [work] = dist.batch_isend_irecv([dist.P2POp(way, x, peer, world.group("pipeline"))])
+    return work

@@ -40,7 +40,8 @@ from mambadsl.train.clock import Clock
 from mambadsl.train.machine import Speeds, awaiting, speeds
 from mambadsl.train.memory import memory
 from mambadsl.train.pieces import Piece, between, compile_layers, own
-from mambadsl.train.world import World, opened
+from mambadsl.train.vocabulary import share
+from mambadsl.train.world import World, opened, size_of_world
 
 #: Passes before the first that counts, and those that count: as many as fit into the time, within limits.
 WARM, LEAST, MOST, SECONDS = 3, 5, 20, 0.4
@@ -113,13 +114,13 @@ def measure(
             raise ValueError(f"{name} must be at least 1, not {given}")
     if found := problems(graph):
         raise MdlError(found)
-    graph = own(graph, recompute=recompute, tensor=tensor)
-    with opened(usable(device)) as world:
-        return _measure(graph, world, dtype, parts, (sequences, length), compile, tell)
+    mine = own(graph, recompute=recompute, tensor=tensor)
+    with opened(usable(device), stages=size_of_world()) as world:
+        return _measure(mine, graph.model.vocab, world, dtype, parts, (sequences, length), compile, tell)
 
 
 def _measure(
-    graph: LayerGraph, world: World, dtype: str, parts: str, shape: tuple[int, int], compile: bool,
+    graph: LayerGraph, vocab: int, world: World, dtype: str, parts: str, shape: tuple[int, int], compile: bool,
     tell: Callable[[str], None],
 ) -> Measurement:
     sequences, length = shape
@@ -132,7 +133,7 @@ def _measure(
     base = base or ("h200" if place.type == "cuda" else "cpu")
     kinds = {unit.path: unit.kind for unit in units(graph, device=DEVICES[base], length=length, sequences=sequences)}
     flops = {path: cost.flops for path, cost in costs(graph, length=length).items()}
-    bench = _Bench(graph, assignment, world, dtype, shape, compile)
+    bench = _Bench(graph, vocab, assignment, world, dtype, shape, compile)
     found, rows = speeds(world, DTYPES[dtype], sent=bench.sent), []
     for stage, alike in _sorts(graph, assignment):
         first, path = stage.nodes[0], stage.nodes[0].path
@@ -192,10 +193,11 @@ class _Bench:
     """Runs a stage of one layer on made-up inputs: B rows of T tokens, each one document."""
 
     def __init__(
-        self, graph: LayerGraph, assignment: Assignment, world: World, dtype: str, shape: tuple[int, int],
+        self, graph: LayerGraph, vocab: int, assignment: Assignment, world: World, dtype: str, shape: tuple[int, int],
         compile: bool,
     ):
-        self.graph, self.assignment, self.compile, self.world = graph, assignment, compile, world
+        """vocab: of the whole model."""
+        self.graph, self.vocab, self.assignment, self.compile, self.world = graph, vocab, assignment, compile, world
         self.device = device = world.device
         self.made, self.clock = dict(dtype=DTYPES[dtype], device=device), Clock(device)
         widest = max(streams.given for streams in graph.streams.values())
@@ -207,6 +209,8 @@ class _Bench:
         """Seconds of the forward, of the backward for inputs alone (None if there are none), of the whole backward, of
         both while a transfer waits (None for one process); bytes kept in between, and needed on top."""
         model = initialise(Model(self.graph, stage, self.assignment, **self.made))
+        # As of several tensor ranks, of which the others are not here.
+        share(model, vocab=self.vocab, group=self.world.group("tensor"))
         made = Piece(model, {}).train()
         made.counts_K = counts(self.tokens_BT, depths=model.trained_depths)
         #: Of what the stage takes, by name: what comes after batch and time, and the dtype.

@@ -26,11 +26,13 @@ from mambadsl.graph.graph import LayerGraph, Role
 from mambadsl.graph.weights import all_weights
 from mambadsl.plan.assign import assign
 from mambadsl.text.diagnostic import MdlError
+from mambadsl.train.deferred import Deferred, defer
 from mambadsl.train.held import boxes
 from mambadsl.train.settings import Settings
 from mambadsl.train.sharding import shard
 from mambadsl.train.slices import Slice, split
 from mambadsl.train.tensor import join
+from mambadsl.train.vocabulary import share
 from mambadsl.train.world import World
 
 
@@ -38,12 +40,14 @@ class Piece(nn.Module):
     """A stage as a pipeline runs it: tensors in, tensors out; of the last one, its share of the step's loss.
 
     counts_K: of the step, set before its first microbatch (`Model.share`). slices: path -> what the rank has of the
-    weight, of layers that tensor ranks share.
+    weight, of what tensor ranks share. deferred: the gradients of projections' weights, where they are put off.
     """
 
-    def __init__(self, model: Model, slices: Mapping[str, Slice] = MappingProxyType({})):
+    def __init__(
+        self, model: Model, slices: Mapping[str, Slice] = MappingProxyType({}), deferred: Deferred | None = None
+    ):
         super().__init__()
-        self.model, self.slices = model, slices
+        self.model, self.slices, self.deferred = model, slices, deferred
         self.counts_K: Tensor | None = None
 
     @property
@@ -73,15 +77,17 @@ def _own(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format) if x._is_view() or not x.is_contiguous() else x
 
 
-def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings) -> Piece:
-    """The rank's piece with its initial values. Raises MdlError: E901, E906, and E902, E907 of the part set."""
+def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings, *, puts_off: bool = False) -> Piece:
+    """The rank's piece with its initial values. puts_off: gradients of projections' weights come later (`deferred.py`).
+    Raises MdlError: E901, E906, and E902, E907 of the part set."""
     if found := problems(graph):
         raise MdlError(found)
     mine = own(graph, recompute=settings.recompute, tensor=settings.tensor)
     here = replace(stage, nodes=tuple(mine.by_path[path] for path in stage.paths))
     assignment = assign(mine, parts=settings.parts, machine=machine(world.device), dtype=settings.dtype)
     model = Model(mine, here, assignment, device="meta")
-    made = Piece(model, join(model, graph, world))
+    made = Piece(model, join(model, graph, world), defer(model) if puts_off else None)
+    share(model, vocab=graph.model.vocab, group=world.group("tensor"))
     if settings.compile:
         compile_layers(model)
     shard(made, world, settings)
@@ -122,9 +128,9 @@ def recomputed(graph: LayerGraph) -> LayerGraph:
     return replace(graph, nodes=tuple(map(node, graph.nodes)))
 
 
-def compile_layers(model: Model) -> None:
+def compile_layers(model: Model, *, backend: Any = "inductor") -> None:
     """Each layer through torch.compile, from now on."""
-    found = compiled(model)
+    found = compiled(model, backend=backend)
     for name, limit in limits(len(found)).items():
         setattr(torch._dynamo.config, name, limit)
     for sublayer, forward in found.items():

@@ -76,8 +76,6 @@ class Settings:
             raise ValueError(f"training computes in {' or '.join(DTYPES)}, not `{self.dtype}`")
         if self.gather not in GATHER:
             raise ValueError(f"weights are gathered as {', '.join(GATHER)}, not `{self.gather}`")
-        if self.compile and self.pipeline in ("zb", "zbv") and self.stages > 1:
-            raise ValueError(f"`{self.pipeline}` puts gradients of weights off, and --compile makes each layer one")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
 

@@ -1,8 +1,10 @@
-"""Which part of a model a tensor rank has: the fields of its layers, and the ranges of each of their weights.
+"""Which part of a model a tensor rank has: the fields of its layers, and the ranges of each of their weights; and rows
+of the vocabulary.
 
 In: a graph and a number of ranks. Out: the graph of one rank's part (all are alike), and a `Slice` for every weight of
-a layer that is split. Refuses (ValueError) a number that no layer splits into. Layers that do not split, or hand
-something to each other past the stream, embedding, norms and head are whole on every rank.
+a layer that is split, and for the tables. Refuses (ValueError) a number that no layer splits into. Layers that do not
+split, or hand something to each other past the stream, norms, and a vocabulary that does not divide are whole on every
+rank.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ def split(graph: LayerGraph, ranks: int) -> LayerGraph:
     """The graph of one rank's part. ValueError if it is the whole."""
     part = _split(graph, ranks)
     if ranks > 1 and part == graph:
+        # The vocabulary alone is not worth that every rank computes all layers.
         found = near(ranks, lambda n: n == 1 or _split(graph, n) != graph)
         raise ValueError(f"no layer can be shared by {ranks} tensor ranks: {listed(found, word='or')} would do")
-    return part
+    vocab = graph.model.vocab
+    return replace(part, model=graph.model.replace(vocab=vocab if vocab % ranks else vocab // ranks))
 
 
 def _split(graph: LayerGraph, ranks: int) -> LayerGraph:
@@ -64,7 +68,8 @@ def _split(graph: LayerGraph, ranks: int) -> LayerGraph:
 
 
 def whole(graph: LayerGraph, ranks: int) -> list[str]:
-    """The layers, or branches, that every rank computes whole, those of one name together: `A (attention, 4 times)`."""
+    """The layers, or branches, that every rank computes whole, those of one name together: `A (attention, 4 times)`;
+    and the vocabulary, if it is."""
     if ranks == 1:
         return []
     part, times = _split(graph, ranks), Counter()
@@ -72,15 +77,32 @@ def whole(graph: LayerGraph, ranks: int) -> list[str]:
         for (path, _, mixer), (_, _, other) in zip(node.branches(), mine.branches()):
             if mixer == other:
                 times[mixer.name or path, mixer.kind] += 1
-    return [f"{name} ({kind}{f', {count} times' * (count > 1)})" for (name, kind), count in times.items()]
+    found = [f"{name} ({kind}{f', {count} times' * (count > 1)})" for (name, kind), count in times.items()]
+    vocab = graph.model.vocab
+    return found + [f"the vocabulary ({vocab:,} ids are no multiple of {ranks})"] * (vocab % ranks > 0)
+
+
+def told(graph: LayerGraph, ranks: int) -> list[str]:
+    """What a run says of it."""
+    if ranks == 1:
+        return []
+    alone, vocab = whole(graph, ranks), graph.model.vocab
+    shared = (
+        f"{vocab // ranks:,} of {vocab:,} ids on each tensor rank, and the loss over these parts, whatever fills "
+        "`model.loss`"
+    )
+    return [shared] * (vocab % ranks == 0) + [f"whole on every tensor rank: {', '.join(alone)}"] * bool(alone)
 
 
 def slices(graph: LayerGraph, part: LayerGraph, *, ranks: int, rank: int) -> dict[str, Slice | None]:
-    """Path -> what the rank has of the weight, of every weight whose gradient comes from a part of a layer; None where
-    it has nothing. The bias of a layer's exit is the first rank's."""
+    """Path -> what the rank has of the weight, of every weight whose gradient comes from a part of a layer or of the
+    vocabulary; None where it has nothing. The bias of a layer's exit is the first rank's."""
     found: dict[str, Slice | None] = {}
     for node, mine in zip(graph.nodes, part.nodes):
-        weights, local = (dict(node_weights(graph, n)) for n in (node, mine))
+        weights, local = dict(node_weights(graph, node)), dict(node_weights(part, mine))
+        if node.role is not Role.LAYER:
+            cut = (path for path, weight in weights.items() if weight.shape != local[path].shape)
+            found.update((path, _slice(weights[path], local[path], ranks=ranks, rank=rank)) for path in cut)
         for prefix in _split_prefixes(node, mine):
             for path, weight in weights.items():
                 if not path.startswith(f"{prefix}."):
@@ -100,14 +122,15 @@ def _split_prefixes(node: Node, mine: Node) -> Iterator[str]:
             yield from dict.fromkeys((prefix, node.path + prefix.removeprefix(node.owner)))
 
 
-def inner(graph: LayerGraph, part: LayerGraph) -> set[str]:
-    """The split branches that have a projection inside whose channels the ranks share, before the one at their exit."""
-    found = set()
+def shared(graph: LayerGraph, part: LayerGraph) -> dict[str, bool]:
+    """The split branches, by path -> whether one has a projection inside whose channels the ranks share, before the one
+    at its exit."""
+    found = {}
     for node, mine in zip(graph.nodes, part.nodes):
         for (path, _, mixer), (_, _, other) in zip(node.branches(), mine.branches()):
-            table = get(mixer.kind).weights(mixer.fields, node.dims(graph.model.d_model))
-            if mixer != other and any(w.tp == "in" and not w.init.residual for w in table):
-                found.add(path)
+            if mixer != other:
+                table = get(mixer.kind).weights(mixer.fields, node.dims(graph.model.d_model))
+                found[path] = any(w.tp == "in" and not w.init.residual for w in table)
     return found
 
 
@@ -127,8 +150,8 @@ def _slice(weight: Weight, local: Weight, *, ranks: int, rank: int) -> Slice:
         return same(weight, ranks)
     sizes = [(weight.shape[axis], local.shape[axis])]
     # Of fewer segments than the whole's, the first ranks have the first ones (heads of Mamba-1's x_proj).
-    if len(weight.segments) == len(local.segments) > 0 and axis == max(0, len(weight.shape) - 2):
-        sizes = [(n, m) for (_, n), (_, m) in zip(weight.segments, local.segments)]
+    if len(weight.cuts) == len(local.cuts) > 0 and axis == max(0, len(weight.shape) - 2):
+        sizes = list(zip(weight.cuts, local.cuts))
     ranges, start = [], 0
     for n, m in sizes:
         ranges.append(Range(start + rank * n // ranks // m * m, m, ranks * m // n))

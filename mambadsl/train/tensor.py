@@ -1,4 +1,5 @@
 """Layers that tensor ranks compute together: each runs its part, and what the parts give is added up.
+(`vocabulary.py` does the same for the table and the head.)
 
 In: a graph and the world. Out: the rank's part as a graph, and a model of it whose mixers are joined. The stream, the
 norms and what is added to the stream are whole on every rank (Shoeybi et al., arXiv:1909.08053, section 3): a mixer
@@ -7,6 +8,7 @@ reads the whole stream, whose gradient is the sum of the parts', and gives the s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from mambadsl.build.model import Model
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.kinds.module import KindModule
-from mambadsl.train.slices import Slice, inner, same, slices
+from mambadsl.train.slices import Slice, same, shared, slices
 from mambadsl.train.world import World
 
 
@@ -33,13 +35,15 @@ def join(model: Model, graph: LayerGraph, world: World) -> dict[str, Slice]:
     for path, mixer in model.named_modules():
         # Of a shared layer, the uses have the owner's hooks.
         if isinstance(mixer, KindModule) and any(name.startswith(f"{path}.") for name in found):
-            mixer.register_forward_pre_hook(lambda _, given: (_Enter.apply(given[0], group), *given[1:]))
-            mixer.register_forward_hook(lambda _module, _given, y_BTD: _Leave.apply(y_BTD, group))
-    sums = inner(graph, model.graph)
+            mixer.register_forward_pre_hook(lambda _, given: (enter(given[0], group), *given[1:]))
+            mixer.register_forward_hook(lambda _module, _given, y_BTD: leave(y_BTD, group))
+    split = shared(graph, model.graph)
     for node, sublayer in model.sublayers():
         for (path, _, _), mixer in zip(node.branches(), sublayer.mixer_modules()):
-            if path in sums:
-                mixer.summed = lambda y: _Enter.apply(_Leave.apply(y, group), group)
+            if path in split:
+                mixer.averaged = partial(_averaged, group=group, ranks=ranks, rank=rank)
+            if split.get(path):
+                mixer.summed = partial(_total, group=group)
     found.update(_norms(model, found, ranks))
     return {path: held for path, held in found.items() if held is not None and path in model.weights}
 
@@ -66,8 +70,6 @@ def _norms(model: Model, found: dict[str, Slice | None], ranks: int) -> dict[str
 
 
 class _Enter(torch.autograd.Function):
-    """The whole, as each part reads it; backwards, the sum of the parts' gradients."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
@@ -79,8 +81,6 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """The sum of the parts; backwards, each part has the whole's gradient."""
-
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: dist.ProcessGroup) -> Tensor:
         return _summed(y, group)
@@ -88,6 +88,29 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def enter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The whole, as each part reads it; backwards, the sum of the parts' gradients."""
+    return _Enter.apply(x, group)
+
+
+def leave(y: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the parts; backwards, each part has the whole's gradient."""
+    return _Leave.apply(y, group)
+
+
+def _total(y: Tensor, *, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the parts, as each part reads it."""
+    return enter(leave(y, group), group)
+
+
+def _averaged(x: Tensor, *, group: dist.ProcessGroup, ranks: int, rank: int, among: int | None = None) -> Tensor:
+    """The mean over so many neighbours (None: over all); each set of neighbours has a place of its own in one sum."""
+    among = among or ranks
+    nothing, mine = torch.zeros_like(x), rank // among
+    places = torch.stack([x if place == mine else nothing for place in range(ranks // among)])
+    return _total(places, group=group)[mine] / among
 
 
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -112,6 +112,17 @@ def test_torchrun_leaves_us_our_options():
         assert sum(their.startswith(name) for their in theirs if name.startswith("--")) < 2, name
 
 
+def test_a_dry_run_tells_what_tensor_ranks_share(typed):
+    text = "model m {{ vocab = {vocab} d_model = 16 }} layer F = mlp(d_ff=8) layer P = linear() stack {{ F P F }}"
+    for vocab, note in (
+        (300, "150 of 300 ids on each tensor rank, and the loss over these parts"),
+        (301, "whole on every tensor rank: P (linear), the vocabulary (301 ids are no multiple of 2)"),
+    ):
+        line = ("-e", text.format(vocab=vocab), "--tensor", "2", "--dry-run", "--ranks", "2")
+        result = CliRunner().invoke(cli, typed(*line))
+        assert result.exit_code == 0 and f"note    {note}" in result.output, result.output
+
+
 def test_data_given_twice(typed, tmp_path):
     result = CliRunner().invoke(cli, typed("--data", str(tmp_path / "." / "words.txt")))
     assert result.exit_code == 2 and "is given twice" in result.output

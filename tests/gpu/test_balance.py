@@ -21,7 +21,7 @@ layer A = attention(heads=4)
 layer E = moe(experts=8, top_k=2, d_ff=64, gated=true, router=ROUTER, z_loss=0.001, BALANCE)
 stack { A E A E }
 """
-ROUTERS = {"softmax": "aux_loss=0.02", "sigmoid": "aux_loss=0.001, bias_rate=0.005"}
+ROUTERS = {"softmax": "aux_loss=1", "sigmoid": "aux_loss=0.001, bias_rate=0.03"}
 WAYS = {
     "reference": dict(parts="reference", dtype="bf16"), "fused": dict(parts="fused", dtype="bf16"),
     "compiled, accumulated, recomputed": dict(parts="fused", dtype="bf16", compile=True, microbatch=4, recompute=True),

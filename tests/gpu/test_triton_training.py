@@ -70,6 +70,25 @@ def test_gate_norm(I, groups, order, gate, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order, gate", [("after_gate", "silu"), ("before_gate", "sigmoid")])
+@pytest.mark.parametrize("I, groups", [(4096, 1), (768, 3), (8192, 1)])
+def test_gate_norm_of_channels_of_several_ranks(I, groups, order, gate, dtype):
+    """Other rows stand in for other ranks' channels."""
+    from mambadsl.kinds.gate_norm import gate_norm
+    from mambadsl.parts.triton.gate_norm import make_gate_norm
+
+    def averaged(x):
+        return (x + x.flatten().flip(0).view_as(x)) / 2
+
+    def call(f):
+        how = dict(order=order, groups=groups, eps=1e-5, gate=gate, averaged=averaged)
+        return lambda wide, y, weight: f(y, wide[..., 8:8 + I], weight, **how)
+
+    inputs = random(2, 301, I + 24), random(2, 301, I), random(I)
+    held_to(call(make_gate_norm()), call(gate_norm), inputs, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D, zero_centered", [(2048, False), (1000, True), (16384, False), (64, False)])
 def test_rms_norm(D, zero_centered, dtype):
     from mambadsl.kinds.norm import rms_norm

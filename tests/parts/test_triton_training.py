@@ -87,6 +87,22 @@ else:
                 inputs = inputs[:2] + (torch.zeros(0, dtype=torch.int64),)
             same(wrap(call(self.mine)), call(module.gate_norm), inputs, rtol=1e-4, atol=1e-5)
 
+        @compiled
+        @pytest.mark.parametrize("order, gate", [("after_gate", "silu"), ("before_gate", "sigmoid")])
+        def test_of_channels_of_several_ranks(self, order, gate, wrap):
+            """Other rows stand in for other ranks' channels."""
+
+            def averaged(x):
+                return (x + x.flatten().flip(0).view_as(x)) / 2
+
+            def call(f):
+                def run(wide, y, w):
+                    return f(y, wide[..., 4:36], w, order=order, groups=2, eps=1e-6, gate=gate, averaged=averaged) * 2
+                return run
+
+            inputs = torch.randn(1, 5, 40), torch.randn(1, 5, 32), torch.randn(32)
+            same(wrap(call(self.mine)), call(module.gate_norm), inputs, rtol=1e-4, atol=1e-5)
+
         def test_no_group_is_too_wide_for_the_table(self):
             I = 5000
             inputs = torch.randn(3, I), torch.randn(3, I), torch.randn(I)

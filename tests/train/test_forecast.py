@@ -21,7 +21,7 @@ from mambadsl.text.diagnostic import MdlError
 from mambadsl.train import measure as measuring
 from mambadsl.train import pieces
 from mambadsl.train.engine import engine
-from mambadsl.train.forecast import forecast
+from mambadsl.train.forecast import chain, forecast
 from mambadsl.train.memory import Counted
 from mambadsl.train.optimizer import Optimizer
 from mambadsl.train.run import expected, planning
@@ -105,9 +105,9 @@ def test_weights_and_moments_are_those_of_the_pieces(name, dtype, ranks, stages,
             assert size(t for *_, t in Optimizer(parts, how, fused=False).state()) == held.optimizer
 
 
-@pytest.mark.parametrize("ranks, stages", [(2, 1), (4, 1), (4, 2)])
-def test_tensor_ranks_hold_their_parts(ranks, stages):
-    program, how = model("plain"), settings("bf16", stages, 1, tensor=2)
+@pytest.mark.parametrize("name, ranks, stages", [("plain", 2, 1), ("plain", 4, 1), ("tied", 4, 2)])
+def test_tensor_ranks_hold_their_parts(name, ranks, stages):
+    program, how = model(name), settings("bf16", stages, 1, tensor=2)
     plan = planning(program, how, ranks=ranks) if stages > 1 else None
     will = expected(program, how, plan=plan, ranks=ranks)
     for rank in range(ranks):
@@ -118,17 +118,32 @@ def test_tensor_ranks_hold_their_parts(ranks, stages):
     assert will.held[0].params < alone.held[0].params
 
 
+def test_tensor_ranks_share_and_send_the_ends():
+    whole, shared = (
+        {u.path: u for u in chain(model("plain").layers, settings(tensor=n), data=1, device=DEVICES["h200"])}
+        for n in (1, 2)
+    )
+    table = 96 * 32
+    assert [whole[end].params - shared[end].params for end in ("embed", "head")] == [table // 2] * 2
+    assert shared["head"].activation_bytes < 0.7 * whole["head"].activation_bytes
+    sent = DEVICES["h200"].link_latency_s
+    assert shared["embed"].forward_s > whole["embed"].forward_s + sent / 2
+    assert shared["embed"].backward_input_s == whole["embed"].backward_input_s
+    assert shared["head"].forward_s <= whole["head"].forward_s
+    assert shared["head"].backward_input_s > whole["head"].backward_input_s + sent / 2
+
+
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
     """Times and sizes of a model's layers, measured as few times as will do."""
     made = {}
 
-    def of(name, dtype, sequences):
-        key = name, dtype, sequences
+    def of(name, dtype, sequences, tensor=1):
+        key = name, dtype, sequences, tensor
         if key not in made:
             path = tmp_path_factory.mktemp("measured") / "times.json"
             found = measuring.measure(
-                model(name).layers, dtype=dtype, parts="reference", length=LENGTH, sequences=sequences
+                model(name).layers, dtype=dtype, parts="reference", length=LENGTH, sequences=sequences, tensor=tensor
             )
             path.write_text(json.dumps(found.to_json()))
             made[key] = str(path)
@@ -142,18 +157,18 @@ def device(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["plain", "tied"])
-@pytest.mark.parametrize("dtype, ranks, stages, microbatch", [
-    ("fp32", 1, 1, 12), ("fp32", 1, 1, 3), ("bf16", 1, 1, 12), ("bf16", 1, 1, 3), ("fp32", 2, 1, 3),
-    ("bf16", 2, 1, 3), ("fp32", 2, 2, 3), ("bf16", 2, 2, 3), ("bf16", 4, 2, 3),
+@pytest.mark.parametrize("dtype, ranks, stages, microbatch, tensor", [
+    ("fp32", 1, 1, 12, 1), ("fp32", 1, 1, 3, 1), ("bf16", 1, 1, 12, 1), ("bf16", 1, 1, 3, 1), ("fp32", 2, 1, 3, 1),
+    ("bf16", 2, 1, 3, 1), ("fp32", 2, 2, 3, 1), ("bf16", 2, 2, 3, 1), ("bf16", 4, 2, 3, 1), ("bf16", 4, 2, 3, 2),
 ])
-def test_the_peak_is_that_of_all_tensors_of_a_step(device, name, dtype, ranks, stages, microbatch):
-    program, how = model(name), settings(dtype, stages, microbatch)
-    measured = device(name, dtype, microbatch)
+def test_the_peak_is_that_of_all_tensors_of_a_step(device, name, dtype, ranks, stages, microbatch, tensor):
+    program, how = model(name), settings(dtype, stages, microbatch, tensor=tensor)
+    measured = device(name, dtype, microbatch, tensor)
     plan = planning(program, how, ranks=ranks, device=measured) if stages > 1 else None
     held = expected(program, how, ranks=ranks, plan=plan, device=measured).of(0)
-    with world(0, (stages, ranks // stages, 1)) as here:
+    with world(0, (stages, ranks // stages // tensor, tensor)) as here:
         runs = engine(program.layers, here, how, plan)
-        rows = how.batch * stages // ranks
+        rows = how.batch * stages * tensor // ranks
         tokens_BT = torch.randint(96, (rows, LENGTH))
         batch = Batch(tokens_BT, tokens_BT, torch.zeros(rows, LENGTH, dtype=torch.int32))
         used = Counted()

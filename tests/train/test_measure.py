@@ -92,6 +92,14 @@ def test_a_tail_is_measured_with_the_head(quick):
     assert len(tail) > 4 and all(t.forward_s == t.backward_weight_s == t.activation_bytes == 0 for t in tail)
 
 
+def test_a_tensor_rank_has_its_part_of_the_vocabulary(quick):
+    made = program("M F", vocab=512)
+    one, two = ({row.kind: row.time for row in measure(made.layers, length=32, parts="reference", tensor=n).rows}
+                for n in (1, 2))
+    logits = 32 * 512 * 4
+    assert one["head"].activation_bytes >= logits > two["head"].activation_bytes >= logits // 2
+
+
 def test_a_layer_keeps_what_is_known_of_it(quick):
     """An mlp with relu2 in float32: the normed stream, before and after the activation, what the norm and the square
     keep, and what it gives."""

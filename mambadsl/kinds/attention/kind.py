@@ -173,6 +173,11 @@ def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
     return ("q", q_dim(f)), *kv, *gate
 
 
+def halves(f: Values, size: int) -> tuple[int, ...]:
+    """What tensor ranks have a share of, of so many channels of all heads: of differential ones either half."""
+    return (size,) if f.differential.name == "none" else (size // 2, size // 2)
+
+
 def rotary_dim(f: Values) -> int:
     """Channels of each head that rope takes in pairs (even)."""
     share = {"none": 0, "rope": f.rope.values.get("fraction"), "proportional": 1}[f.rope.name]
@@ -182,14 +187,18 @@ def rotary_dim(f: Values) -> int:
 def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     q, kv, segments = q_dim(f), kv_dim(f), in_segments(f)
     width = sum(n for _, n in segments)
-    table = [*linear("qkv_proj", width, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out")]
+    # The gate is of what the two halves give together.
+    cuts = tuple(size for name, n in segments for size in (halves(f, n) if name in "qkv" else (n,)))
+    table = [*linear("qkv_proj", width, dims.d_in, bias=f.qkv_bias, segments=segments, tp="out", stretches=cuts)]
     if f.qk_norm.name != "none":
         full, init = f.qk_norm.name == "full_width", ZEROS if f.qk_norm.zero_centered else ONES
         for name, width in ("q_norm", q), *([("k_norm", kv)] if f.takes == "none" else []):
             shape = (width if full else f.head_dim,)
-            table.append(Weight(f"{name}.weight", shape, init, decay=False, quantise=False))
+            cut = dict(tp="heads", stretches=halves(f, width)) if full else {}
+            table.append(Weight(f"{name}.weight", shape, init, decay=False, quantise=False, **cut))
     if f.sinks:
-        table.append(Weight("sinks", (f.heads,), fp32=True, decay=False, quantise=False, tp="heads"))
+        cuts = halves(f, f.heads)
+        table.append(Weight("sinks", (f.heads,), fp32=True, decay=False, quantise=False, tp="heads", stretches=cuts))
     if f.differential.name != "none":
         # lambda: of both halves a query's and a key's vector; lambda_start: what their difference begins at, by depth.
         table += [
@@ -250,11 +259,12 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 
 def split(f: Values, ranks: int) -> Values | None:
-    """By query heads; fewer key/value heads are on several ranks. Norms over the full width need all heads, and
-    differential heads their partner of the other half."""
-    if f.qk_norm.name == "full_width" or f.differential.name != "none":
-        return None
-    return divided(f, ranks, "heads", copied=("kv_heads",))
+    """By query heads, or pairs of differential ones; fewer key/value heads are on several ranks, norms over the full
+    width are cut."""
+    each = len(halves(f, 2))
+    one = f.replace(heads=f.heads // each, kv_heads=f.kv_heads // each)
+    part = divided(one, ranks, "heads", copied=("kv_heads",))
+    return part and part.replace(heads=part.heads * each, kv_heads=part.kv_heads * each)
 
 
 KIND = Kind(

@@ -90,4 +90,6 @@ class Module(KindModule):
 
     def _norm(self, h: Tensor, name: str) -> Tensor:
         norm, weight = self.f.qk_norm, self.get_parameter(f"{name}_norm.weight")
-        return rms_norm(h, weight, eps=norm.eps, zero_centered=norm.zero_centered)
+        # Key/value heads that several ranks have are so many times in the mean, all alike.
+        averaged = self.averaged if norm.name == "full_width" else None
+        return rms_norm(h, weight, eps=norm.eps, zero_centered=norm.zero_centered, averaged=averaged)

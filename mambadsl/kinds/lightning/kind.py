@@ -20,6 +20,7 @@ from mambadsl.kinds.kind import (
     Slot,
     State,
     Weight,
+    divided,
     linear,
     matmul,
     mixing,
@@ -76,6 +77,11 @@ def saved(f: Values, dims: Dims) -> Saved:
     return Saved(dims.d_in + 5 * d_inner(f))
 
 
+def split(f: Values, ranks: int) -> Values | None:
+    """By heads; the norm over all of them is cut."""
+    return divided(f, ranks, "heads")
+
+
 KIND = Kind(
     name="lightning",
     example="lightning(heads=4, head_dim=64, chunk=64)",
@@ -87,6 +93,7 @@ KIND = Kind(
     state=state,
     flops=flops,
     saved=saved,
+    split=split,
     slots=(
         Slot("in_proj", "x_BTD -> [q | k | v | z]"),
         Slot("scan", "the SSD scan with keys as B, queries as C and steps of 1, initial and final states included"),

@@ -41,8 +41,8 @@ class Module(KindModule):
             chunk=f.chunk, segments_BT=rows.segments_BT, state_BHPN=rows.past(state, "kv"),
         )
         rows.keep(state, kv=kv)
-        y_BTI = self.parts["gate_norm"](
-            y_BTHP.flatten(-2), z_BTI, self.gate_norm.weight, order="before_gate", groups=1, eps=f.norm_eps,
-            gate="sigmoid",
-        )
+        how = dict(order="before_gate", groups=1, eps=f.norm_eps, gate="sigmoid")
+        if self.averaged:
+            how["averaged"] = self.averaged
+        y_BTI = self.parts["gate_norm"](y_BTHP.flatten(-2), z_BTI, self.gate_norm.weight, **how)
         return rows.unpack(self.parts["out_proj"](y_BTI, self.out_proj.weight, self.out_proj.bias))

@@ -127,14 +127,21 @@ def flops(f: Values, dims: Dims, length: int) -> Flops:
 
 
 def saved(f: Values, dims: Dims) -> Saved:
-    """in_proj's output and the scan's output (the fused op computes the rest again), and the input."""
-    return Saved(dims.d_in + sum(n for _, n in in_segments(f)) + d_inner(f))
+    """in_proj's output and the scan's output (the fused op computes the rest again), and the input. A norm whose groups
+    are cut is no part of that op: what the scan reads is kept too."""
+    narrow = dims.d_in + sum(n for _, n in in_segments(f)) + d_inner(f)
+    return Saved(narrow + conv_dim(f), f.heads) if norm_ranks(f) > 1 else Saved(narrow)
+
+
+def norm_ranks(f: Values) -> int:
+    """How many ranks have channels of one group of the norm: of a rank's part, `norm_groups` may be 1/n."""
+    return f.norm_groups.denominator
 
 
 def split(f: Values, ranks: int) -> Values | None:
-    """By heads; B and C of fewer groups are on several ranks, but a group of the norm is on one."""
+    """By heads; B and C of fewer groups are on several ranks, a group of the norm is cut."""
     normed = () if f.gated_norm == "none" else ("norm_groups",)
-    return divided(f, ranks, "heads", *normed, copied=("groups",))
+    return divided(f, ranks, "heads", copied=("groups",), cut=normed)
 
 
 KIND = Kind(

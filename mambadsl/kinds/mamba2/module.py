@@ -7,6 +7,7 @@ E channels of in_proj.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 
 from mambadsl.kinds.conv import causal_conv
 from mambadsl.kinds.gate_norm import gate_norm
+from mambadsl.kinds.kind import Dims
 from mambadsl.kinds.mamba2.kind import KIND, in_segments
 from mambadsl.kinds.module import KindModule
 from mambadsl.kinds.rows import Rows
 from mambadsl.kinds.ssd import ssd
 from mambadsl.kinds.tokens import Tokens
+from mambadsl.kinds.values import Values
 
 
 def core(layer: Module, zxbcdt_BTE: Tensor, rows: Rows, state: dict[str, Any] | None) -> Tensor:
@@ -38,10 +41,11 @@ def core(layer: Module, zxbcdt_BTE: Tensor, rows: Rows, state: dict[str, Any] | 
         chunk=f.chunk, segments_BT=rows.segments_BT, state_BHPN=rows.past(state, "ssm"),
     )
     rows.keep(state, conv=conv_state, ssm=ssm_state)
-    return layer.parts["gate_norm"](
-        y_BTHP.flatten(-2), z_BTI, None if f.gated_norm == "none" else layer.gate_norm.weight,
-        order=f.gated_norm, groups=f.norm_groups, eps=f.norm_eps,
-    )
+    how = dict(order=f.gated_norm, groups=layer.norm_groups, eps=f.norm_eps)
+    if layer.norm_ranks > 1 and layer.averaged:
+        how["averaged"] = partial(layer.averaged, among=layer.norm_ranks)
+    weight_I = None if f.gated_norm == "none" else layer.gate_norm.weight
+    return layer.parts["gate_norm"](y_BTHP.flatten(-2), z_BTI, weight_I, **how)
 
 
 def step_sizes(dt_BTH: Tensor, dt_bias_H: Tensor, *, limit: tuple[float, float | None]) -> Tensor:
@@ -60,6 +64,12 @@ class Module(KindModule):
         "in_proj": F.linear, "conv": causal_conv, "scan": ssd, "gate_norm": gate_norm, "out_proj": F.linear,
         "core": core,
     }
+
+    def __init__(self, f: Values, dims: Dims, **made: Any):
+        super().__init__(f, dims, **made)
+        #: Groups of the norm that there are channels of, and how many ranks have channels of each. (torch.compile knows
+        #: no fractions.)
+        self.norm_groups, self.norm_ranks = f.norm_groups.as_integer_ratio()
 
     def forward(
         self, x_BTD: Tensor, tokens: Tokens, state: dict[str, Any] | None = None, *, norm: nn.Module | None = None

@@ -63,6 +63,13 @@ def in_segments(f: Values) -> tuple[tuple[str, int], ...]:
     return ("z", d_inner(f)), ("x", d_inner(f)), ("B", bc), ("C", bc), *per_head, ("angle", angles(f))
 
 
+def stretches(f: Values) -> tuple[int, ...]:
+    """The segments; of B and C, the groups of each input by themselves."""
+    return tuple(
+        size for name, n in in_segments(f) for size in (f.rank * (n // f.rank,) if name in "BC" else (n,))
+    )
+
+
 def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     """Several inputs and outputs a head: rank_x makes them of x, rank_z their gates, rank_out one output of them."""
     segments = in_segments(f)
@@ -71,7 +78,9 @@ def weights(f: Values, dims: Dims) -> tuple[Weight, ...]:
     share = Init.of("const", value=1 / f.rank)
     bias, mix = (f.heads, f.rank, f.d_state), (f.heads, f.rank, f.head_dim)
     table = [
-        *linear("in_proj", sum(n for _, n in segments), dims.d_in, segments=segments, tp="out"),
+        *linear(
+            "in_proj", sum(n for _, n in segments), dims.d_in, segments=segments, tp="out", stretches=stretches(f)
+        ),
         Weight("dt_bias", (f.heads,), dt_init, **per_head),
         Weight("b_norm.weight", (f.d_state,), ONES, decay=False, quantise=False),
         Weight("c_norm.weight", (f.d_state,), ONES, decay=False, quantise=False),
@@ -118,9 +127,7 @@ def saved(f: Values, dims: Dims) -> Saved:
 
 
 def split(f: Values, ranks: int) -> Values | None:
-    """By heads. Of several inputs a head, the groups of one lie side by side: they are not cut."""
-    if f.rank > 1 and f.groups > 1:
-        return None
+    """By heads; B and C of fewer groups are on several ranks."""
     return divided(f, ranks, "heads", copied=("groups",))
 
 

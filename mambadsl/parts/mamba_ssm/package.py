@@ -8,7 +8,7 @@ from mambadsl.kinds.fields import Field, Int, OrWord
 from mambadsl.kinds.mamba3.kind import angles
 from mambadsl.parts.causal_conv1d.package import conv
 from mambadsl.parts.part import Package, Part, Request
-from mambadsl.parts.triton.package import HOPPER, KEEP, SCANNED, gate_norm
+from mambadsl.parts.triton.package import HOPPER, KEEP, SCANNED, gate_norm, whole_groups
 
 #: tl.arange takes powers of two; the states' kernels hold one whole row of them.
 LARGEST_STATE = 256
@@ -28,6 +28,7 @@ def core(request: Request) -> Iterator[str]:
     yield from scan(request)
     yield from conv(request)
     yield from gate_norm(request)
+    yield from whole_groups(request)
 
 
 def selective(request: Request) -> Iterator[str]:

@@ -36,7 +36,7 @@ BACKWARD = {
 def _gate_norm_forward(
     y_ptr, z_ptr, weight_ptr, out_ptr, rstd_ptr, R, y_stride, z_stride, out_stride, eps,
     ORDER: tl.constexpr, GATE: tl.constexpr, I: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PART: tl.constexpr,
 ):
     group = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -51,28 +51,35 @@ def _gate_norm_forward(
         gate = z * gate
     if ORDER != "before_gate":
         y = y * gate
-    if ORDER != "none":
-        weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-        rstd = 1.0 / tl.sqrt(tl.sum(y * y, 1) / WIDTH + eps)
-        tl.store(rstd_ptr + row * tl.num_programs(1) + group, rstd, mask=row < R)
-        y = y * rstd[:, None] * weight[None, :]
-    if ORDER == "before_gate":
-        y = y * gate
-    tl.store(out_ptr + row[:, None] * out_stride + channel[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+    rstds = rstd_ptr + row * tl.num_programs(1) + group
+    if PART == "means":
+        tl.store(rstds, tl.sum(y * y, 1) / WIDTH, mask=row < R)
+    else:
+        if ORDER != "none":
+            weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+            if PART == "rest":
+                rstd = tl.load(rstds, mask=row < R, other=0.0)
+            else:
+                rstd = 1.0 / tl.sqrt(tl.sum(y * y, 1) / WIDTH + eps)
+                tl.store(rstds, rstd, mask=row < R)
+            y = y * rstd[:, None] * weight[None, :]
+        if ORDER == "before_gate":
+            y = y * gate
+        tl.store(out_ptr + row[:, None] * out_stride + channel[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gate_norm_backward(
-    dout_ptr, y_ptr, z_ptr, weight_ptr, rstd_ptr, dy_ptr, dz_ptr, dweight_ptr, R,
+    dout_ptr, y_ptr, z_ptr, weight_ptr, rstd_ptr, mean_ptr, dy_ptr, dz_ptr, dweight_ptr, R,
     dout_stride, y_stride, z_stride, dy_stride, dz_stride,
     ORDER: tl.constexpr, GATE: tl.constexpr, I: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, PART: tl.constexpr,
 ):
     group = tl.program_id(1)
     column = tl.arange(0, BLOCK)
     channel = group * WIDTH + column
     inside = (column < WIDTH) & (channel < I)
-    if ORDER != "none":
+    if ORDER != "none" and PART != "means":
         dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -94,34 +101,49 @@ def _gate_norm_backward(
             weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
             if ORDER == "after_gate":
                 unit = y * gate * rstd
-                dweight += dout * unit
+                share = dout * unit
                 dunit = dout * weight
-                dnormed = (dunit - unit * (tl.sum(dunit * unit, 1) / WIDTH)[:, None]) * rstd
-                dy = dnormed * gate
-                dz = dnormed * y * dgate
             else:
                 unit = y * rstd
-                dweight += dout * gate * unit
+                share = dout * gate * unit
                 dunit = dout * weight * gate
-                dy = (dunit - unit * (tl.sum(dunit * unit, 1) / WIDTH)[:, None]) * rstd
-                dz = dout * weight * unit * dgate
-        tl.store(dy_ptr + row[:, None] * dy_stride + channel[None, :], dy.to(dy_ptr.dtype.element_ty), mask=mask)
-        tl.store(dz_ptr + row[:, None] * dz_stride + channel[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
-    if ORDER != "none":
+            place = row * tl.num_programs(1) + group
+            if PART == "means":
+                tl.store(mean_ptr + place, tl.sum(dunit * unit, 1) / WIDTH, mask=row < R)
+            else:
+                dweight += share
+                if PART == "rest":
+                    mean = tl.load(mean_ptr + place, mask=row < R, other=0.0)
+                else:
+                    mean = tl.sum(dunit * unit, 1) / WIDTH
+                dnormed = (dunit - unit * mean[:, None]) * rstd
+                if ORDER == "after_gate":
+                    dy = dnormed * gate
+                    dz = dnormed * y * dgate
+                else:
+                    dy = dnormed
+                    dz = dout * weight * unit * dgate
+        if PART != "means":
+            tl.store(dy_ptr + row[:, None] * dy_stride + channel[None, :], dy.to(dy_ptr.dtype.element_ty), mask=mask)
+            tl.store(dz_ptr + row[:, None] * dz_stride + channel[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    if ORDER != "none" and PART != "means":
         tl.store(dweight_ptr + tl.program_id(0) * I + channel, tl.sum(dweight, 0), mask=inside)
 
 
 def gate_norm_forward(
     y_RI: Tensor, z_RI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float,
-    gate: str = "silu", out: Tensor | None = None, launch: Launch | None = None,
+    gate: str = "silu", out: Tensor | None = None, launch: Launch | None = None, part: str = "whole",
+    rstd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [R, I] in the dtype of y, rstd [R, G] float32; [R, 0] for order none).
 
-    y, z and `out` may be rows of wider buffers: the last stride is 1. launch: other than the table's.
+    y, z and `out` may be rows of wider buffers: the last stride is 1. launch: other than the table's. part, where the
+    rows are pieces of what is normed: "means" gives the means of squares for rstd, and no out; "rest" takes `rstd`.
     """
     (R, I), (width, pieces) = y_RI.shape, _pieces(y_RI.shape[1], groups, order)
     out = torch.empty((R, I), dtype=y_RI.dtype, device=y_RI.device) if out is None else out
-    rstd_RG = torch.empty((R, _rstds(order, groups)), dtype=torch.float32, device=y_RI.device)
+    kept = (R, _rstds(order, groups))
+    rstd_RG = torch.empty(kept, dtype=torch.float32, device=y_RI.device) if rstd is None else rstd
     _check(y_RI, z_RI, out)
     block = triton.next_power_of_2(width)
     launch = launch or launch_of(FORWARD, block)
@@ -129,7 +151,8 @@ def gate_norm_forward(
         with torch.cuda.device_of(y_RI):
             _gate_norm_forward[triton.cdiv(R, launch.rows), pieces](
                 y_RI, z_RI, weight_I, out, rstd_RG, R, y_RI.stride(0), z_RI.stride(0), out.stride(0), eps,
-                ORDER=order, GATE=gate, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, num_warps=launch.warps,
+                ORDER=order, GATE=gate, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, PART=part,
+                num_warps=launch.warps,
             )
     return out, rstd_RG
 
@@ -137,12 +160,14 @@ def gate_norm_forward(
 def gate_norm_backward(
     dout_RI: Tensor, y_RI: Tensor, z_RI: Tensor, weight_I: Tensor | None, rstd_RG: Tensor, *, order: str,
     groups: int, eps: float, gate: str = "silu", dy: Tensor | None = None, dz: Tensor | None = None,
-    launch: Launch | None = None,
+    launch: Launch | None = None, part: str = "whole", means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dy, dz, dweight_I in the weight's dtype; None for order none), from what the forward had and its rstd.
 
     dy and dz are written where given (dy may be dout itself), else made in the dtypes of y and z. Equal
     inputs give equal bits: each program sums the rows it walks over, and one reduction adds up the programs.
+    part, where the rows are pieces of what is normed: "means" writes `means` [R, G] of the gradients of what is normed
+    times itself, and nothing else; "rest" reads them.
     """
     (R, I), (width, pieces) = y_RI.shape, _pieces(y_RI.shape[1], groups, order)
     dy = torch.empty((R, I), dtype=y_RI.dtype, device=y_RI.device) if dy is None else dy
@@ -151,14 +176,15 @@ def gate_norm_backward(
     block = triton.next_power_of_2(width)
     read = (dout_RI, y_RI, z_RI) if weight_I is None else (dout_RI, y_RI, z_RI, weight_I)
     launch, P = persistent(launch or launch_of(BACKWARD, block), block, rows=R, pieces=pieces, read=read)
-    dweight_PI = None if order == "none" else torch.empty((P, I), dtype=torch.float32, device=y_RI.device)
+    weighs = order != "none" and part != "means"
+    dweight_PI = torch.empty((P, I), dtype=torch.float32, device=y_RI.device) if weighs else None
     if R:
         with torch.cuda.device_of(y_RI):
             _gate_norm_backward[P, pieces](
-                dout_RI, y_RI, z_RI, weight_I, rstd_RG, dy, dz, dweight_PI, R,
+                dout_RI, y_RI, z_RI, weight_I, rstd_RG, means, dy, dz, dweight_PI, R,
                 dout_RI.stride(0), y_RI.stride(0), z_RI.stride(0), dy.stride(0), dz.stride(0),
                 ORDER=order, GATE=gate, I=I, WIDTH=width, ROWS=launch.rows, BLOCK=block, STAGES=launch.stages,
-                num_warps=launch.warps, maxnreg=launch.registers,
+                PART=part, num_warps=launch.warps, maxnreg=launch.registers,
             )
     return dy, dz, None if dweight_PI is None else column_sums(dweight_PI, weight_I.dtype)
 
@@ -234,14 +260,16 @@ def _rstds(order: str, groups: int) -> int:
 
 
 def make_gate_norm() -> Callable[..., Tensor]:
-    """The function of the slots `gate_norm`, as an opaque op with a gradient."""
+    """The function of the slots `gate_norm`, as opaque ops with a gradient."""
+    from mambadsl.parts.triton.cut_norm import CutNorm
 
     def gate_norm(
         y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float,
-        gate: str = "silu",
+        gate: str = "silu", averaged: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         weight_I = None if order == "none" else weight_I
-        out_RI, _ = _op(dense_rows(y_BTI), dense_rows(z_BTI), weight_I, order, groups, eps, gate)
+        rows, how = (dense_rows(y_BTI), dense_rows(z_BTI), weight_I), (order, groups, eps, gate)
+        out_RI = _op(*rows, *how)[0] if averaged is None else CutNorm.apply(*rows, averaged, *how)
         return out_RI.view(y_BTI.shape)
 
     return gate_norm

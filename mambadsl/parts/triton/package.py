@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mambadsl.kinds.fields import Field, Int, OneOf, OrWord
+from mambadsl.kinds.mamba2.kind import norm_ranks
 from mambadsl.parts.part import Package, Part, Request
 from mambadsl.parts.triton.decode.accepts import head, step
 from mambadsl.parts.triton.limits import WIDEST_NORM
@@ -34,13 +35,19 @@ def scan(request: Request) -> Iterator[str]:
 
 
 def core(request: Request) -> Iterator[str]:
-    for narrow in (conv, scan, gate_norm):
+    for narrow in (conv, scan, gate_norm, whole_groups):
         yield from narrow(request)
+
+
+def whole_groups(request: Request) -> Iterator[str]:
+    """For what norms as it scans: it cannot wait for other ranks."""
+    if norm_ranks(request.fields) > 1:
+        yield f"norms groups of channels that it has, not those that {norm_ranks(request.fields)} ranks share"
 
 
 #: For each kind: channels that are normed together, 0 without a norm.
 NORMED = {
-    "mamba2": lambda f: 0 if f.gated_norm == "none" else f.heads * f.head_dim // f.norm_groups,
+    "mamba2": lambda f: 0 if f.gated_norm == "none" else f.heads * f.head_dim // max(1, f.norm_groups),
     "gated_delta_net": lambda f: f.value_dim,
     "kimi_delta": lambda f: f.value_dim,
 }

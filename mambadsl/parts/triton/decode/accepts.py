@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mambadsl.kinds.mamba2.kind import norm_ranks
 from mambadsl.kinds.values import Values
 from mambadsl.parts.triton.limits import WIDEST_NORM
 
@@ -54,7 +55,9 @@ def _mamba2(f: Values) -> Iterator[str]:
         yield f"head_dim {f.head_dim} is no power of two"
     if not 2 <= f.d_conv <= 4:
         yield f"d_conv {f.d_conv} is not 2, 3 or 4"
-    if f.heads * f.head_dim // f.norm_groups > WIDEST_NORM:
+    if norm_ranks(f) > 1:
+        yield f"{norm_ranks(f)} ranks share a group of its norm"
+    elif f.heads * f.head_dim // f.norm_groups > WIDEST_NORM:
         yield f"norm groups of {f.heads * f.head_dim // f.norm_groups} channels are wider than {WIDEST_NORM}"
 
 
