@@ -186,6 +186,7 @@ def run(
     if ranks is not None and not dry_run:
         raise click.UsageError("--ranks is of --dry-run: a run has those that torchrun starts")
     try:
+        from mambadsl.build.checkpoint import stored_weights
         from mambadsl.build.device import usual
         from mambadsl.train.failure import Alone, NotFinite
         from mambadsl.train.loop import Keeping
@@ -201,6 +202,9 @@ def run(
     elsewhere = dry_run and plan_device in _devices() and plan_device != "cpu"
     device = device or ("cuda" if elsewhere else usual())
     place = device.split(":")[0]
+    if place not in ("cpu", "cuda") and (dry_run or place in _devices()):
+        planned_for = f"; --plan-device {place} plans for one" if place in _devices() else ""
+        raise click.UsageError(f"training runs on cpu or cuda, not on `{place}`{planned_for}")
     try:
         settings = Settings(
             length=length or program.spec.settings.context, dtype=dtype or ("fp32" if place == "cpu" else "bf16"),
@@ -214,6 +218,8 @@ def run(
         text = dict(tokenizer=tokenizer, eod=None if eod == "none" else int(eod) if eod.isdecimal() else eod)
         if dry_run:
             found = rows(program, data, settings, held_out=held_out, **text)
+            if weights is not None:
+                stored_weights(program.layers, weights)
             return _dry_run(program, settings, planned, ranks, found, fused=place != "cpu", as_json=as_json)
         done = train(
             program, data, folder, settings, device=device, held_out=held_out, keeping=keeping, planned=planned,
