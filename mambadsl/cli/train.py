@@ -177,8 +177,8 @@ def run(
     Under torchrun, ranks that are not stages or tensor ranks share the rows: `torchrun --nproc-per-node 4 -m mambadsl
     train ...`.
 
-    Ctrl-C and SIGTERM end it after the step that is being done, saved, with exit code 130 and 143; a second Ctrl-C
-    ends it at once. Whatever ended it, the same command goes on from the last save.
+    Ctrl-C, SIGTERM and SIGHUP end it after the step that is being done, saved, with exit code 130, 143 and 129; a
+    second Ctrl-C ends it at once. Whatever ended it, the same command goes on from the last save.
     """
     _paths(data)
     program = model.program()
@@ -240,7 +240,7 @@ def run(
         # A save that is being written would be waited for; what is there of it is taken away at the next start.
         output.note("ended at once")
         os._exit(128 + signal.SIGINT)
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" and done.ended != signal.SIGHUP.name:
         _tell(done, settings.steps, folder, saves=keep, as_json=as_json)
     if done.unsaved:
         return 1

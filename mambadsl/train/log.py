@@ -24,7 +24,7 @@ class Log(AbstractContextManager):
     """file: RUN/log.jsonl, from which lines of steps after `start` go: the run does them again."""
 
     def __init__(self, run: Path, *, steps: int, start: int, quiet: bool = False, tensorboard: bool = False):
-        self.steps, self.quiet = steps, quiet
+        self.steps, self.quiet = steps, quiet or sys.stderr is None
         run.mkdir(parents=True, exist_ok=True)
         path = run / LOG
         if path.exists():
@@ -32,7 +32,7 @@ class Log(AbstractContextManager):
         self.file = open(path, "ab", buffering=0)
         self._due, self._full = b"", False
         self.board = _board(run) if tensorboard else None
-        self.bar = None if quiet or not sys.stderr.isatty() else _bar(steps, start)
+        self.bar = None if self.quiet or not sys.stderr.isatty() else _bar(steps, start)
         self._told = -float("inf")
 
     def __exit__(self, *_: Any) -> None:
@@ -49,7 +49,7 @@ class Log(AbstractContextManager):
             self.bar.update(0, completed=step, words=words(facts))
         elif not self.quiet and (time.monotonic() - self._told > EVERY_S or step == self.steps):
             self._told = time.monotonic()
-            print(f"step {step:,} of {self.steps:,}  {words(facts)}", file=sys.stderr, flush=True)
+            self.say(f"step {step:,} of {self.steps:,}  {words(facts)}")
 
     def held_out(self, step: int, loss: float) -> None:
         self._write({"step": step, "held_out_loss": loss})
@@ -58,10 +58,13 @@ class Log(AbstractContextManager):
     def say(self, line: str) -> None:
         if self.quiet:
             return
-        if self.bar is not None:
-            self.bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.console.print(line, highlight=False, markup=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        except OSError:  # Whoever read is gone, or the disk is full: no reason for a run to end.
+            self.quiet = True
 
     def _write(self, facts: Mapping[str, Any]) -> None:
         self._due += json.dumps(facts).encode() + b"\n"

@@ -47,8 +47,8 @@ from mambadsl.train.world import World
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """step: done. ended: "done", or the signal that stopped it: "SIGTERM", "SIGINT". loss: of the last step, None if
-    none was left to do; held_out: the last one measured. unsaved: why the last save is not there, if it is not.
+    """step: done. ended: "done", or the signal that stopped it: "SIGTERM", "SIGINT", "SIGHUP". loss: of the last step,
+    None if none was left to do; held_out: the last one measured. unsaved: why the last save is not there, if it is not.
     step_s: the median, without the first steps. compared: with what was predicted."""
 
     step: int

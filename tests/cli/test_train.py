@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 
@@ -14,6 +15,8 @@ from train_faults import TEXT, Typed, run, words
 
 from mambadsl.cli.commands import cli
 from mambadsl.cli.train import run as command
+from mambadsl.train.log import Log
+from mambadsl.train.save import newest
 
 MODEL = TEXT.replace("\n", " ")
 
@@ -105,6 +108,24 @@ def test_what_is_said_of_a_run_that_saves_nothing(typed, tmp_path):
     assert result.exit_code == 2 and "is a save: give its run" in result.output and "--step 4" in result.output
 
 
+class Gone(io.StringIO):
+    """Whoever read from here."""
+
+    def write(self, words: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stderr", [None, Gone()])
+def test_words_that_nobody_reads_end_no_run(tmp_path, monkeypatch, stderr):
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", stderr)
+        with Log(tmp_path, steps=2, start=0) as log:
+            for step in 1, 2:
+                log.step(step, dict(loss=1.0, grad_norm=1.0, tokens_per_s=1.0))
+                log.held_out(step, 1.0)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+
+
 def test_torchrun_leaves_us_our_options():
     """Python 3.11 looks for torchrun's own, or what they begin with, in all words of the line."""
     from torch.distributed.run import get_args_parser
@@ -132,11 +153,15 @@ def test_data_given_twice(typed, tmp_path):
 
 
 @pytest.mark.parametrize("number, times, code", [
-    (signal.SIGTERM, 1, 143), (signal.SIGTERM, 2, 143), (signal.SIGINT, 1, 130), (signal.SIGINT, 2, 130),
+    (signal.SIGTERM, 1, 143), (signal.SIGTERM, 2, 143), (signal.SIGHUP, 1, 129),
+    (signal.SIGINT, 1, 130), (signal.SIGINT, 2, 130),
 ])
 def test_signals(typed, tmp_path, number, times, code):
     done = run(Typed(typed(), fault=("step", 2, "signal", int(number), times)), tmp_path)
     assert done.code == code and "Traceback" not in done.said[0]
+    if number == signal.SIGHUP:
+        assert newest(tmp_path / "run")[0].step == 3
+        return
     at_once = number == signal.SIGINT and times == 2
     assert ("ended at once" if at_once else f"stopped by {number.name} at step 3 of 4") in done.said[0]
 
