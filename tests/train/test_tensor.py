@@ -53,8 +53,9 @@ FOUR = {
     **cases({"tensor x data": {"tensor": 2}}, ["linear tied", "more untied", "older untied"]),
     **cases({"tensor x data": {"tensor": 2, "dtype": "bf16"}}, ["usual tied"]),
 }
-#: How far rounding is carried: a delta rule divides by the length of keys, a first token's next to none.
-LOOSE = {"linear tied": 20}
+#: How far rounding is carried: a delta rule divides by the length of keys, a first token's next to none; of ten layers,
+#: the third step's gradients are ten times as far apart as the second's, also of data ranks alone.
+LOOSE = {"linear tied": 20, "more untied": 5}
 
 
 @pytest.mark.parametrize("ranks, runs", [(2, TWO), (4, FOUR)])
