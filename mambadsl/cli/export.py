@@ -10,7 +10,7 @@ import click
 from mambadsl.cli import output
 from mambadsl.cli.command import command
 from mambadsl.cli.source import Given, takes_model
-from mambadsl.cli.types import COUNT
+from mambadsl.cli.types import COUNT, Place
 
 
 @command(
@@ -24,8 +24,8 @@ from mambadsl.cli.types import COUNT
 )
 @click.argument("form", metavar="FORM", type=click.Choice(("hf", "megatron", "run")))
 @takes_model
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), metavar="PATH", help="Write it here.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="A checkpoint of the model.")
+@click.option("-o", "--output", "target", type=Place(path_type=Path), metavar="PATH", help="Write it here.")
+@click.option("--weights", type=Place(path_type=Path), metavar="DIR", help="A checkpoint of the model.")
 @click.option("--family", metavar="NAME", help="hf: the model_type to export as (default: one that fits).")
 @click.option("--tp", type=COUNT, metavar="N", help="megatron: tensor ranks (default: 1).")
 @click.option("--step", type=COUNT, metavar="N", help="run: of the save (default: the last).")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from errno import EACCES
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,15 @@ def _measured(
     device = given or usual()
     if device != "cpu" and not device.startswith("cuda"):
         raise click.UsageError(f"--measure times this machine: --device cpu or cuda, not {device}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if "stages" in how:
+        # What no times can make right is said before they are taken.
+        program.plan(**{**how, "device": "cpu", "memory_limit": 2**63})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(EACCES, os.strerror(EACCES))
+    except OSError as error:
+        raise click.ClickException(f"`{path}` cannot be written: {error.strerror or error}") from None
     try:
         return measure(
             program.layers, device=device, dtype=dtype or ("fp32" if device == "cpu" else "bf16"), parts=parts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import click
 from mambadsl.cli import output
 from mambadsl.cli.command import command
 from mambadsl.cli.source import Given, part_set, takes_model
-from mambadsl.cli.types import COUNT, Size, Words
+from mambadsl.cli.types import COUNT, Place, Size, Words
 
 if TYPE_CHECKING:
     from mambadsl.compile import Program
@@ -44,8 +45,9 @@ def _pipelines() -> tuple[str, ...]:
 
 
 def _speaks() -> bool:
-    """Whether this process tells what is wrong: of each machine's, the first."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this process tells what is wrong: of each machine's, the first. One that is not of several does."""
+    several = os.environ.get("RANK") and os.environ.get("WORLD_SIZE")
+    return not several or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _told_once(function: Callable) -> Callable:
@@ -82,7 +84,9 @@ def _dry_run(
     settings = gathering(program, settings, ranks=ranks, fused=fused, **planned)
     plan = planning(program, settings, ranks=ranks, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, ranks=ranks, fused=fused, **planned)
-    facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens))
+    if os.environ.get("RANK", "0") != "0":
+        return 1 if will.too_large else 0
+    facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens), held_out_rows=rows.held_out_count)
     notes = [
         *filter(None, [rows.corpus.says]), *balance.told(program.layers), *slices.told(program.layers, settings.tensor)
     ]
@@ -107,19 +111,21 @@ def _dry_run(
 )
 @_told_once
 @takes_model
-@click.option("--data", multiple=True, required=True, metavar="PATH", help="Text, .jsonl, .bin/.idx; repeatable.")
-@click.option("--tokenizer", type=click.Path(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
+@click.option("--data", type=Place(), multiple=True, required=True, metavar="PATH",
+              help="Text, .jsonl, .bin/.idx, .npy, or a folder of them; repeatable.")
+@click.option("--tokenizer", type=Place(dir_okay=False), metavar="FILE", help="A tokenizer.json (default: bytes).")
 @click.option("--eod", default="auto", show_default=True, metavar="TOKEN|ID",
               help="After each document of text: a token, an id, none; auto: the tokenizer's end of text, if any.")
 @click.option(
-    "-o", "--output", "folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    "-o", "--output", "folder", type=Place(path_type=Path, file_okay=False), metavar="DIR",
     help="Of the run: its log and saves; one that is there goes on (default: runs/NAME).",
 )
-@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="Begin with these, not random ones.")
+@click.option("--weights", type=Place(path_type=Path), metavar="DIR", help="Begin with these, not random ones.")
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a row (default: the model's context).")
 @click.option("--batch", type=COUNT, default=8, show_default=True, metavar="ROWS", help="Of a step, over all ranks.")
-@click.option("--microbatch", type=COUNT, metavar="ROWS", help="That a rank computes at once.")
-@click.option("--steps", type=COUNT, default=1000, show_default=True, metavar="N")
+@click.option("--microbatch", type=COUNT, metavar="ROWS",
+              help="That a rank computes at once (default: all of a step; in a pipeline 1).")
+@click.option("--steps", type=COUNT, default=1000, show_default=True, metavar="N", help="Of the whole run.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, metavar="RATE")
 @click.option("--warmup", type=_NUMBER, default=0, show_default=True, metavar="STEPS", help="Up to the rate.")
 @click.option("--schedule", type=Words(_schedules), default="cosine", show_default=True, metavar="NAME",
@@ -135,7 +141,8 @@ def _dry_run(
 @click.option("--seed", type=_NUMBER, default=0, show_default=True, metavar="N", help="Of weights, order, dropout.")
 @click.option("--held-out", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
               metavar="SHARE", help="Of the rows, at the data's end, only measured.")
-@click.option("--held-out-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS")
+@click.option("--held-out-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS",
+              help="0: only at the end.")
 @click.option("--save-every", type=_NUMBER, default=500, show_default=True, metavar="STEPS",
               help="0: only at the end.")
 @click.option("--keep", type=_NUMBER, default=2, show_default=True, metavar="N",
@@ -150,7 +157,8 @@ def _dry_run(
 @click.option("--stages", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks of the pipeline.")
 @click.option("--pipeline", type=Words(_pipelines), default="1f1b", show_default=True, metavar="NAME",
               help="Its schedule: gpipe, 1f1b, interleaved, zb or zbv.")
-@click.option("--virtual", type=COUNT, metavar="N", help="Stages a rank (default: the schedule's least).")
+@click.option("--virtual-stages", "--virtual", "virtual", type=COUNT, metavar="N",
+              help="Stages a rank (default: the schedule's least). torchrun takes the short name for one of its own.")
 @click.option("--tensor", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks that share each layer.")
 @click.option("--plan-device", metavar="NAME|FILE", help="The planner's: h200, ..., or a file of `plan --measure`.")
 @click.option("--memory", "memory_limit", type=Size(), metavar="SIZE", help="Of a rank (default: the device's).")
@@ -169,8 +177,8 @@ def run(
     Under torchrun, ranks that are not stages or tensor ranks share the rows: `torchrun --nproc-per-node 4 -m mambadsl
     train ...`.
 
-    Ctrl-C and SIGTERM end it after the step that is being done, saved, with exit code 130 and 143; a second Ctrl-C
-    ends it at once. Whatever ended it, the same command goes on from the last save.
+    Ctrl-C, SIGTERM and SIGHUP end it after the step that is being done, saved, with exit code 130, 143 and 129; a
+    second Ctrl-C ends it at once. Whatever ended it, the same command goes on from the last save.
     """
     _paths(data)
     program = model.program()
@@ -178,6 +186,7 @@ def run(
     if ranks is not None and not dry_run:
         raise click.UsageError("--ranks is of --dry-run: a run has those that torchrun starts")
     try:
+        from mambadsl.build.checkpoint import stored_weights
         from mambadsl.build.device import usual
         from mambadsl.train.failure import Alone, NotFinite
         from mambadsl.train.loop import Keeping
@@ -190,7 +199,12 @@ def run(
         raise click.ClickException("train needs PyTorch: pip install 'mambadsl[torch]'") from None
 
     # A dry run for another machine needs none of it.
-    place = device or ("cuda" if dry_run and plan_device in _devices() and plan_device != "cpu" else usual())
+    elsewhere = dry_run and plan_device in _devices() and plan_device != "cpu"
+    device = device or ("cuda" if elsewhere else usual())
+    place = device.split(":")[0]
+    if place not in ("cpu", "cuda") and (dry_run or place in _devices()):
+        planned_for = f"; --plan-device {place} plans for one" if place in _devices() else ""
+        raise click.UsageError(f"training runs on cpu or cuda, not on `{place}`{planned_for}")
     try:
         settings = Settings(
             length=length or program.spec.settings.context, dtype=dtype or ("fp32" if place == "cpu" else "bf16"),
@@ -204,9 +218,11 @@ def run(
         text = dict(tokenizer=tokenizer, eod=None if eod == "none" else int(eod) if eod.isdecimal() else eod)
         if dry_run:
             found = rows(program, data, settings, held_out=held_out, **text)
+            if weights is not None:
+                stored_weights(program.layers, weights)
             return _dry_run(program, settings, planned, ranks, found, fused=place != "cpu", as_json=as_json)
         done = train(
-            program, data, folder, settings, device=place, held_out=held_out, keeping=keeping, planned=planned,
+            program, data, folder, settings, device=device, held_out=held_out, keeping=keeping, planned=planned,
             weights=weights, **text,
         )
     except NotFinite as error:
@@ -224,16 +240,14 @@ def run(
         # A save that is being written would be waited for; what is there of it is taken away at the next start.
         output.note("ended at once")
         os._exit(128 + signal.SIGINT)
-    if os.environ.get("RANK", "0") == "0":
-        _tell(done, settings.steps, folder, as_json=as_json)
+    if os.environ.get("RANK", "0") == "0" and done.ended != signal.SIGHUP.name:
+        _tell(done, settings.steps, folder, saves=keep, as_json=as_json)
     if done.unsaved:
         return 1
     return None if done.ended == "done" else 128 + signal.Signals[done.ended]
 
 
 def _paths(data: tuple[str, ...]) -> None:
-    if "" in data:
-        raise click.UsageError("--data is empty: this folder is `.`")
     given: set[Path] = set()
     for path in map(Path, data):
         if path.resolve() in given:
@@ -241,10 +255,17 @@ def _paths(data: tuple[str, ...]) -> None:
         given.add(path.resolve())
 
 
-def _tell(done: Result, steps: int, folder: Path, *, as_json: bool) -> None:
+def _tell(done: Result, steps: int, folder: Path, *, saves: int, as_json: bool) -> None:
     if as_json:
         output.json(ok=done.unsaved is None, folder=str(folder), **done.to_json())
-    elif done.ended == "done":
-        output.text(f"done: {done.step:,} steps; `mambadsl export run {folder} -o DIR` writes the weights")
+        return
+    if done.ended == "done":
+        what = f"done: {done.step:,} step{'s' * (done.step > 1)}"
+        then = f"`mambadsl export run {shlex.quote(str(folder))} -o DIR` writes the weights"
     else:
-        output.text(f"stopped by {done.ended} at step {done.step:,} of {steps:,}; the same command goes on")
+        what, then = f"stopped by {done.ended} at step {done.step:,} of {steps:,}", "the same command goes on"
+    if not saves:
+        then = "nothing was saved (--keep 0)"
+    elif done.unsaved:
+        then = "not saved: the same command does again what came after the last save"
+    output.text(f"{what}; {then}")

@@ -1,4 +1,4 @@
-"""Types of options: words of a table that is only read when needed, sizes in bytes, lists of numbers."""
+"""Types of options: paths, words of a table that is only read when needed, sizes in bytes, lists of numbers."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ class Words(click.ParamType):
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(word) for word in self.words() if word.startswith(incomplete)]
+
+
+class Place(click.Path):
+    """A path, which is not empty: a variable of the shell that is not set would be the folder one is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty: this folder is `.`", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Size(click.ParamType):

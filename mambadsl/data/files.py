@@ -16,7 +16,7 @@ from mambadsl.text.spell import nearest
 def files(paths: Sequence[Path], *, cache: Path) -> list[Path]:
     """The files below `paths`, of which the folder `cache` is none."""
     for path in paths:
-        _apart(path, cache)
+        apart(path, cache, "cache")
     found = [file for path in paths for file in _below(path)]
     if not found:
         raise ValueError("there is no data: not one path is given")
@@ -25,10 +25,11 @@ def files(paths: Sequence[Path], *, cache: Path) -> list[Path]:
     return [file for file in found if not (file.suffix == ".idx" and file.with_suffix(".bin") in there)]
 
 
-def _apart(path: Path, cache: Path) -> None:
-    folder, inner = path.resolve(), cache.resolve()
+def apart(path: Path, other: Path, what: str) -> None:
+    """ValueError for data among which a folder lies that is written."""
+    folder, inner = path.resolve(), other.resolve()
     if path.is_dir() and inner.is_relative_to(folder) and not _hidden(inner.relative_to(folder)):
-        raise ValueError(f"the cache `{cache}` lies in `{path}`, which is read as data: give another folder")
+        raise ValueError(f"the {what} `{other}` lies in `{path}`, which is read as data: give another folder")
 
 
 def _hidden(path: Path) -> bool:

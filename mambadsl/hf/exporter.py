@@ -13,6 +13,7 @@ from typing import Any
 from mambadsl.adapt.same import differences, misfit
 from mambadsl.adapt.table import Unlike
 from mambadsl.graph.graph import LayerGraph, Node
+from mambadsl.hf import balance
 from mambadsl.hf.config import Settings, config_class, from_dict
 from mambadsl.hf.family import Family, Recipe, Row, both, families
 from mambadsl.hf.importer import Imported, import_settings
@@ -49,7 +50,7 @@ def export_settings(
     if base is not None and family in (None, base.config.model_type):
         found = import_settings(base, name=graph.name, tail=graph.mtp is not None)
         if not list(differences(graph, found.graph)):
-            return base, found
+            return _rebalanced(base, graph, found)
     if family is not None and family not in known:
         from mambadsl.text.spell import nearest
 
@@ -66,6 +67,15 @@ def export_settings(
     closest = min(tried, key=lambda name: tried[name].distance)
     what = f"the family `{closest}`" if wanted else f"any family of Hugging Face's; `{closest}` comes closest"
     raise misfit(E614, graph, what, tried[closest].problems)
+
+
+def _rebalanced(base: Settings, graph: LayerGraph, found: Imported) -> tuple[Settings, Imported]:
+    """The base where its experts are balanced as the graph's; else the base with settings that say so."""
+    wanted = balance.written(graph)
+    if wanted == balance.written(found.graph) or not balance.knows(base.config):
+        return base, found
+    settings = from_dict({**base.given, **wanted})
+    return settings, import_settings(settings, name=graph.name, tail=graph.mtp is not None)
 
 
 #: What stands in the way, and at which layer.
@@ -89,7 +99,9 @@ def _tried(graph: LayerGraph, family: Family, base: Settings | None) -> tuple[Se
         if base is not None and base.config.model_type == family.model_type:
             given |= {k: v for k, v in base.given.items() if family.tail is None or k not in family.tail.keys}
         written = _written(graph, family, named)
-        usual = config_class(family.model_type)().to_dict()
+        if balance.knows(config := config_class(family.model_type)()):
+            written = {**written, **balance.written(graph)}
+        usual = config.to_dict()
         written = {name: _typed(v, usual.get(name)) for name, v in written.items()}
         # The class's own numbers of tokens may lie beyond this vocabulary.
         beyond = {n: None for n in TOKENS if n not in given and _beyond(usual.get(n), graph.model.vocab)}

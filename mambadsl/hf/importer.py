@@ -15,6 +15,7 @@ from mambadsl.adapt.tensors import Rows, rows
 from mambadsl.graph.graph import LayerGraph, Node, Role
 from mambadsl.graph.unroll import connect
 from mambadsl.graph.weights import all_weights, node_weights
+from mambadsl.hf.balance import balanced
 from mambadsl.hf.config import E610, E611, Settings
 from mambadsl.hf.family import Family, Layer, NormAt, both, families
 from mambadsl.kinds.residual import AFFINE_TERMS
@@ -66,7 +67,7 @@ def import_settings(c: Settings, *, name: str, tail: bool | None = None) -> Impo
         ends = (Node(f"{at}.{end}", role, None, f"{at}.{end}") for end, role in ENDS.items())
         nodes += (next(ends), *_nodes(at, layers, specs), *ends)
     mtp = MtpSpec(make.tail({"depths": len(ahead)}), ()) if ahead else None
-    graph = LayerGraph(name, model, tuple(nodes), connect(nodes, model), mtp)
+    graph = balanced(LayerGraph(name, model, tuple(nodes), connect(nodes, model), mtp), c)
     at = {node.path: layer.paths[0] for node, layer in zip(graph.layers, laid) if not node.shared}
     places = _places(c, family, graph, [*laid, *chain(*ahead)])
     return Imported(family, graph, places, at, tuple(c.ignored()), bool(c.inside))

@@ -76,7 +76,7 @@ class JsonFile:
             raise ValueError(f"`{path}` is no tokenizer file: {error}") from None
         size = self.loaded.get_vocab_size()
         if size > vocab:
-            raise ValueError(f"the tokenizer has {size} ids and the model {vocab}: some have no embedding")
+            raise ValueError(f"the tokenizer has {size} ids and the model {vocab}: vocab = {size} would do")
         # Some files say that a text is cut, or filled up, to a length.
         self.loaded.no_truncation()
         self.loaded.no_padding()

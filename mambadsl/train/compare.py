@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mambadsl.data.cache import whole
 from mambadsl.train.forecast import Forecast
+from mambadsl.train.save import COMPARED
 from mambadsl.train.watch import Watch
 from mambadsl.train.world import World
-
-FILE = "compared.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +70,8 @@ class Comparison:
         return {"device": self.device, "nominal": self.nominal, "rows": rows, "actions": actions}
 
     def write(self, run: Path) -> None:
-        part = run / f"{FILE}.part"
-        part.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, run / FILE)
+        with whole(run / COMPARED) as out:
+            out.write((json.dumps(self.to_json(), indent=1) + "\n").encode())
 
 
 def compare(forecast: Forecast, watch: Watch, step_s: float, world: World) -> Comparison:

@@ -102,11 +102,6 @@ class Pipelined:
     """The stages of a plan on the ranks of the pipeline."""
 
     def __init__(self, graph: LayerGraph, plan: Plan, world: World, settings: Settings):
-        if graph.model.meta_tokens:
-            raise ValueError(
-                "a pipeline sends tensors of one shape, and with meta tokens rows are longer the more documents they "
-                "have: train with 1 stage"
-            )
         self.world, self.plan = world, plan
         each, micro = settings.rows(world.ranks("data"))
         self.microbatches = each // micro

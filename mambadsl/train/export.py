@@ -68,6 +68,9 @@ def _weight(saved: Saved, reader: FileSystemReader, key: str, shape: tuple[int, 
 
 def _save(run: Path, step: int | None) -> Saved:
     there = {int(folder.name.removeprefix("step-")): folder for folder in saves(run)}
+    if run.resolve() in saves(run.resolve().parent):
+        at = run.resolve()
+        raise ValueError(f"`{run}` is a save: give its run, `{at.parent}`, with --step {int(at.name[5:])}")
     if not there:
         raise ValueError(f"`{run}` has no save of a run" if run.is_dir() else f"there is no folder `{run}`")
     if step is None:

@@ -1,5 +1,5 @@
-"""Where a loss or a gradient stopped being a number: the first layer whose output has one that is not finite, or the
-last whose gradient has.
+"""Where a loss or a gradient stopped being a number: a weight that is none, the first layer whose output has one that
+is not finite, or the last whose gradient has.
 """
 
 from __future__ import annotations
@@ -28,14 +28,26 @@ class Alone(RuntimeError):
 
 def explain(step: int, loss: float, norm: float, engine: Engine, batch: Batch, counts_K: Tensor, world: World) -> str:
     """Why step `step` cannot be done. Runs its forward pass again, watching every layer; every rank calls it."""
-    found = _forward(engine, batch, counts_K) or _gradient(engine.pieces)
-    told = world.gathered(found)
+    # The forward pass first: ranks do it together.
+    passed = _forward(engine, batch, counts_K)
+    told = world.gathered(_weight(engine.pieces) or passed or _gradient(engine.pieces))
     what = f"step {step}: the loss is {loss}" if loss != loss or abs(loss) == float("inf") else (
         f"step {step}: the norm of the gradients is {norm}"
     )
-    # The forward pass meets the earliest layer first, the backward pass the latest.
+    # A weight spoils all after it. The forward pass meets the earliest layer first, the backward pass the latest.
     seen = sorted((one for one in told if one is not None), key=lambda one: one[:2])
     return "\n".join([what, *(seen[0][2] if seen else ["no layer's output and no gradient shows it now"])])
+
+
+def _weight(pieces: Sequence[Piece]) -> tuple[int, int, list[str]] | None:
+    """As of weights that a run began with, or an update that went past what float32 has."""
+    for made in pieces:
+        nodes = list(enumerate(made.model.graph.nodes))
+        for path, p in made.model.named_parameters():
+            if not bool(local(p).isfinite().all()):
+                at, node = next(((k, n) for k, n in nodes if path.startswith(n.owner + ".")), (len(nodes), None))
+                return -1, at, [f"the weight `{path}` is not finite", *(notes(node) if node else [])]
+    return None
 
 
 def _forward(engine: Engine, batch: Batch, counts_K: Tensor) -> tuple[int, int, list[str]] | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mambadsl.data.cache import whole
+from mambadsl.train.save import LOG
 
 #: Seconds between lines where the terminal shows no bar.
 EVERY_S = 10
@@ -23,15 +24,15 @@ class Log(AbstractContextManager):
     """file: RUN/log.jsonl, from which lines of steps after `start` go: the run does them again."""
 
     def __init__(self, run: Path, *, steps: int, start: int, quiet: bool = False, tensorboard: bool = False):
-        self.steps, self.quiet = steps, quiet
+        self.steps, self.quiet = steps, quiet or sys.stderr is None
         run.mkdir(parents=True, exist_ok=True)
-        path = run / "log.jsonl"
+        path = run / LOG
         if path.exists():
             _cut(path, start)
         self.file = open(path, "ab", buffering=0)
         self._due, self._full = b"", False
         self.board = _board(run) if tensorboard else None
-        self.bar = None if quiet or not sys.stderr.isatty() else _bar(steps, start)
+        self.bar = None if self.quiet or not sys.stderr.isatty() else _bar(steps, start)
         self._told = -float("inf")
 
     def __exit__(self, *_: Any) -> None:
@@ -48,7 +49,7 @@ class Log(AbstractContextManager):
             self.bar.update(0, completed=step, words=words(facts))
         elif not self.quiet and (time.monotonic() - self._told > EVERY_S or step == self.steps):
             self._told = time.monotonic()
-            print(f"step {step:,} of {self.steps:,}  {words(facts)}", file=sys.stderr, flush=True)
+            self.say(f"step {step:,} of {self.steps:,}  {words(facts)}")
 
     def held_out(self, step: int, loss: float) -> None:
         self._write({"step": step, "held_out_loss": loss})
@@ -57,10 +58,13 @@ class Log(AbstractContextManager):
     def say(self, line: str) -> None:
         if self.quiet:
             return
-        if self.bar is not None:
-            self.bar.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.console.print(line, highlight=False, markup=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
+        except OSError:  # Whoever read is gone, or the disk is full: no reason for a run to end.
+            self.quiet = True
 
     def _write(self, facts: Mapping[str, Any]) -> None:
         self._due += json.dumps(facts).encode() + b"\n"
@@ -92,21 +96,30 @@ def words(facts: Mapping[str, float]) -> str:
 
 def losses(run: Path) -> dict[int, float]:
     """Step -> loss, of a run's log."""
-    lines = (json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = (json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines())
     return {facts["step"]: facts["loss"] for facts in lines if "loss" in facts}
 
 
 def _cut(path: Path, start: int) -> None:
-    """Without the lines after step `start`; the last may be half written."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= start:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
+    """Without the lines after step `start`; the last may be half written. ValueError for a file of somebody else's."""
+    kept, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        step = _step(line)
+        if step is None and number < len(lines):
+            raise ValueError(f"`{path}` is no log of a run (line {number}): give another folder")
+        if step is not None and step <= start:
+            kept.append(line + "\n")
     with whole(path) as out:
         out.write("".join(kept).encode())
+
+
+def _step(line: str) -> int | None:
+    """Of a line of a run's log."""
+    try:
+        facts = json.loads(line)
+        return facts["step"] if {"grad_norm", "held_out_loss"} & facts.keys() else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _bar(steps: int, start: int) -> Any:

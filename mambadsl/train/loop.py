@@ -32,7 +32,7 @@ from mambadsl.train.failure import Alone, NotFinite, explain
 from mambadsl.train.forecast import Forecast
 from mambadsl.train.gradients import Gradients
 from mambadsl.train.log import Log
-from mambadsl.train.match import about, check
+from mambadsl.train.match import about, check, rebalanced
 from mambadsl.train.optimizer import Optimizer
 from mambadsl.train.peak import peak_flops
 from mambadsl.train.pieces import put
@@ -47,8 +47,8 @@ from mambadsl.train.world import World
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """step: done. ended: "done", or the signal that stopped it: "SIGTERM", "SIGINT". loss: of the last step, None if
-    none was left to do; held_out: the last one measured. unsaved: why the last save is not there, if it is not.
+    """step: done. ended: "done", or the signal that stopped it: "SIGTERM", "SIGINT", "SIGHUP". loss: of the last step,
+    None if none was left to do; held_out: the last one measured. unsaved: why the last save is not there, if it is not.
     step_s: the median, without the first steps. compared: with what was predicted."""
 
     step: int
@@ -113,6 +113,7 @@ class Run:
         if saved is not None:
             self.start = self.saver.load(saved)
             self.notes.append(f"goes on after step {self.start:,}, from `{saved.folder}`")
+            self.notes += rebalanced(saved, self.about)
             if weights is not None:
                 self.notes.append(f"`{weights}` is not read again: the run has begun")
         # Only now: what was loaded is good.
@@ -166,7 +167,10 @@ class Run:
         step_s = steady[len(steady) // 2] if steady else None
         compared = compare(self.forecast, self.watch, step_s, world) if self.forecast and step_s else None
         if compared and world.first:
-            compared.write(self.folder)
+            try:
+                compared.write(self.folder)
+            except OSError as error:
+                tell(f"the comparison cannot be written: {error.strerror or error}")
             tell("\n" + compared_text(compared))
         return Result(step, ended or "done", loss, held_out, unsaved, step_s, compared)
 

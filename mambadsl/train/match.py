@@ -2,7 +2,7 @@
 
 In: a save, and what the run is about. Refuses (ValueError) with every difference, before anything is allocated. What
 changes how fast a run is, but not what it computes, may differ; so may the schedule of the learning rate, as long as
-the steps that were done had the rates that they would have now.
+the steps that were done had the rates that they would have now, and what balances experts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from mambadsl.build.checkpoint import LISTED
 from mambadsl.data.rows import Rows
 from mambadsl.graph.graph import LayerGraph
 from mambadsl.graph.json import to_data
+from mambadsl.train.balance import FIELDS as BALANCE
 from mambadsl.train.save import Saved, misfit
 from mambadsl.train.schedule import rate
 from mambadsl.train.settings import Settings
@@ -37,8 +38,7 @@ def check(saved: Saved, graph: LayerGraph, own: dict[str, Any]) -> None:
     try:
         was = saved.about
         found = _settings(own["settings"], was["settings"], saved.step)
-        found += [f"data: {name.replace('_', ' ')} was {was['data'].get(name)}, is {value}"
-                  for name, value in own["data"].items() if was["data"].get(name) != value]
+        found += _same_data(own["data"], was["data"])
         found += _model(own["graph"], was["graph"]) or misfit(saved, graph)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{saved.folder / 'run.json'}` is of another version, or was changed: {error!r}") from None
@@ -50,6 +50,17 @@ def check(saved: Saved, graph: LayerGraph, own: dict[str, Any]) -> None:
         ]))
 
 
+def rebalanced(saved: Saved, own: dict[str, Any]) -> list[str]:
+    """What balances experts otherwise than before a save that `check` took, layers of one name together."""
+    mine, theirs = (_layers(about["graph"]) for about in (own, saved.about))
+    lines: dict[str, None] = {}
+    for path, layer in mine.items():
+        for branch, before in zip(layer["branches"], theirs[path]["branches"]):
+            now, was = ({k: v for k, v in b["fields"].items() if k in BALANCE} for b in (branch, before))
+            lines |= dict.fromkeys(_fields(f"experts of {branch['name'] or path}:", now, was))
+    return list(lines)
+
+
 def _settings(own: dict[str, Any], was: dict[str, Any], step: int) -> list[str]:
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in own.items()
                if name not in FREE + RATE and was.get(name) != value]
@@ -57,7 +68,8 @@ def _settings(own: dict[str, Any], was: dict[str, Any], step: int) -> list[str]:
     if own["steps"] < step:
         return [*changed, f"{step} steps are done, steps is {own['steps']}"]
     if rates[0] != rates[1] and any(rate(s, **rates[0]) != rate(s, **rates[1]) for s in range(step)):
-        changed += [f"{name} was {rates[1][name]}, is {rates[0][name]}" for name in RATE
+        why = f"the {step} steps that are done would have had other learning rates"
+        changed += [f"{name} was {rates[1][name]}, is {rates[0][name]}: {why}" for name in RATE
                     if rates[0][name] != rates[1][name]]
     return changed
 
@@ -71,6 +83,14 @@ def _data(rows: Rows) -> dict[str, Any]:
         digest.update(ends[end : end + _TOKENS].tobytes())
     counts = {"tokens": len(tokens), "documents": len(ends), "rows": rows.count, "held_out_rows": rows.held_out_count}
     return {**counts, "sample": digest.hexdigest()[:16]}
+
+
+def _same_data(own: dict[str, Any], was: dict[str, Any]) -> list[str]:
+    changed = {name: was.get(name) for name in own if was.get(name) != own[name]}
+    if changed.keys() == {"sample"}:
+        return [f"data: as many tokens, {own['tokens']:,}, but others"]
+    return [f"data: {name.replace('_', ' ')} was {before}, is {own[name]}"
+            for name, before in changed.items() if name != "sample"]
 
 
 def _model(own: dict[str, Any], was: dict[str, Any]) -> list[str]:
@@ -87,15 +107,24 @@ def _model(own: dict[str, Any], was: dict[str, Any]) -> list[str]:
 
 
 def _nodes(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Path -> what the node computes: its names, cuts and `recompute` are left out."""
-    layers = []
-    for spec in data["layers"]:
-        branches = {f"branch {i}": {k: v for k, v in b.items() if k != "name"} for i, b in enumerate(spec["branches"])}
-        sub = {k: v for k, v in spec["sub"].items() if k != "recompute"}
-        layers.append({**sub, **branches, "kind": "+".join(b["kind"] for b in spec["branches"])})
-    return {
-        n["path"]: {"weights": n["owner"], **({} if n["layer"] is None else layers[n["layer"]])} for n in data["nodes"]
-    }
+    """Path -> what the node computes: its names, cuts, `recompute` and what balances experts are left out."""
+    layers, found = _layers(data), {}
+    for node in data["nodes"]:
+        found[node["path"]] = own = {"weights": node["owner"]}
+        if (spec := layers.get(node["path"])) is not None:
+            own |= {k: v for k, v in spec["sub"].items() if k != "recompute"}
+            own |= {f"branch {i}": _computed(branch) for i, branch in enumerate(spec["branches"])}
+            own["kind"] = "+".join(branch["kind"] for branch in spec["branches"])
+    return found
+
+
+def _layers(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {n["path"]: data["layers"][n["layer"]] for n in data["nodes"] if n["layer"] is not None}
+
+
+def _computed(branch: dict[str, Any]) -> dict[str, Any]:
+    fields = {k: v for k, v in branch["fields"].items() if k not in BALANCE}
+    return {**{k: v for k, v in branch.items() if k != "name"}, "fields": fields}
 
 
 def _fields(where: str, own: Any, was: Any) -> list[str]:

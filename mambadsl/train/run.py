@@ -18,6 +18,7 @@ from mambadsl.build.device import device as usable
 from mambadsl.compile import Program
 from mambadsl.data.corpus import open_corpus
 from mambadsl.data.encode import AUTO, End
+from mambadsl.data.files import apart
 from mambadsl.data.rows import Rows
 from mambadsl.plan import device as devices
 from mambadsl.plan.plan import Plan, plan_units
@@ -48,6 +49,8 @@ def train(
     plan = planning(program, settings, **planned) if settings.stages > 1 else None
     will = expected(program, settings, plan=plan, fused=place.type == "cuda", **planned)
     folder, weights = Path(folder), None if weights is None else Path(weights)
+    for path in data:
+        apart(Path(path), folder, "run's folder")
     with opened(place, stages=settings.stages, tensor=settings.tensor) as world, ExitStack() as stack:
         with world.agreed():
             if world.first:
@@ -70,8 +73,10 @@ def rows(
     program: Program, data: Sequence[str | Path], settings: Settings, *, tokenizer: str | Path | None = None,
     eod: End = AUTO, held_out: float = 0.0,
 ) -> Rows:
-    """The data of a run. tokenizer, eod: as `open_corpus` takes them."""
+    """The data of a run. tokenizer, eod: as `open_corpus` takes them. ValueError where there is nothing to predict."""
     corpus = open_corpus(data, vocab=program.spec.settings.vocab, tokenizer=tokenizer, eod=eod)
+    if len(corpus.tokens) == len(corpus.ends):
+        raise ValueError("every document of the data has 1 token: none has a next one to predict")
     return Rows(corpus, length=settings.length, seed=settings.seed, held_out=held_out)
 
 
@@ -79,7 +84,12 @@ def planning(
     program: Program, settings: Settings, *, device: str = "h200", memory_limit: int | None = None,
     ranks: int | None = None,
 ) -> Plan:
-    """The pipeline's plan for these settings; the same on every rank."""
+    """The pipeline's plan for these settings; the same on every rank. ValueError for a model that no pipeline takes."""
+    if meta := program.spec.settings.meta_tokens:
+        raise ValueError(
+            f"a pipeline sends tensors of one shape, and with meta_tokens = {meta} rows are longer the more documents "
+            "they have: train with --stages 1"
+        )
     _, data, _ = shape(stages=settings.stages, tensor=settings.tensor, size=ranks)
     each, micro = settings.rows(data)
     where = devices.device(device)

@@ -34,6 +34,8 @@ from mambadsl.train.world import World
 ABOUT = "run.json"
 PART, OLD = ".part", ".old"
 LOCK = ".lock"
+#: Of a run, beside its saves; while they are written, they have the ending of a part.
+LOG, COMPARED = FILES = "log.jsonl", "compared.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,13 @@ def held(run: Path) -> Iterator[None]:
 
 def saves(run: Path) -> list[Path]:
     """Folders of saves, oldest first, whole or not."""
-    return sorted(f for f in run.glob("step-*") if f.is_dir() and f.name[5:].isdigit())
+    return _folders(run, "")
+
+
+def _folders(run: Path, ending: str) -> list[Path]:
+    """step-NUMBER and this ending: nothing else in the folder is a run's."""
+    named = (f for f in run.glob(f"step-*{ending}") if f.name[5:].removesuffix(ending).isdecimal())
+    return sorted(f for f in named if f.is_dir())
 
 
 def newest(run: Path) -> tuple[Saved | None, list[str]]:
@@ -138,11 +146,10 @@ class Saver:
     def tidy(self) -> str | None:
         """Takes away what runs that were killed have left, and saves past those that are kept."""
         if self.world.first:
-            for left in (*self.run.glob(f"*{PART}"), *self.run.glob(f"step-*{OLD}")):
-                if left.is_dir():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
+            for left in _folders(self.run, PART) + _folders(self.run, OLD):
+                shutil.rmtree(left, ignore_errors=True)
+            for name in FILES:
+                (self.run / f"{name}{PART}").unlink(missing_ok=True)
         return self._prune()
 
     def _prune(self) -> str | None:

@@ -6,7 +6,6 @@ nearest that can.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,12 @@ from mambadsl.train.schedule import SCHEDULES
 DTYPES = ("fp32", "bf16")
 #: Of what data ranks share; `auto` is `all` where that fits into memory, else `layers`.
 GATHER = ("auto", "all", "layers")
+
+
+#: That a rank reads at once.
+TOKENS = 2**27
+#: Past it, products of two of them are no float32.
+LARGEST = 1e15
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +64,8 @@ class Settings:
                 raise ValueError(f"{name} is at least 1, not {getattr(self, name)}")
         for name in ("lr", "floor", "decay", "weight_decay", "eps", "clip"):
             value = getattr(self, name)
-            if not (value is None and name == "clip" or 0 <= value < math.inf):
-                raise ValueError(f"{name} is a number from 0, not {value}")
+            if not (value is None and name == "clip" or 0 <= value <= LARGEST):
+                raise ValueError(f"{name} is a number from 0 to {LARGEST:g}, not {value}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seeds are from 0 to {2**32 - 1}, not {self.seed}")
         if self.virtual is not None and self.stages == 1:
@@ -82,6 +87,11 @@ class Settings:
                 f"{_nearest(self.batch, ranks)}"
             )
         each = self.batch // ranks
+        if each * self.length > TOKENS:
+            raise ValueError(
+                f"{each:,} rows of {self.length:,} tokens are more than a rank reads for a step, {TOKENS:,} tokens: a "
+                f"batch of {max(1, TOKENS // self.length) * ranks:,} would do"
+            )
         micro = self.microbatch or (each if self.stages == 1 else 1)
         if each % micro:
             fits = [n for n in range(1, each + 1) if each % n == 0]

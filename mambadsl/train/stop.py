@@ -1,4 +1,5 @@
-"""SIGTERM and Ctrl-C during a run: the step is finished and saved; a second Ctrl-C ends it at once."""
+"""SIGTERM, Ctrl-C and a terminal that is gone during a run: the step is finished and saved; a second Ctrl-C ends it at
+once."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # Under nohup, a run outlives its terminal.
+        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             self._before[number] = signal.signal(number, self._note)
         return self
 

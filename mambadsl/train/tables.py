@@ -20,9 +20,11 @@ NAMES = {
 
 
 def forecast_text(
-    forecast: Forecast, settings: Settings, *, rows: int, corpus_tokens: int, notes: Sequence[str] = ()
+    forecast: Forecast, settings: Settings, *, rows: int, corpus_tokens: int, held_out_rows: int = 0,
+    notes: Sequence[str] = (),
 ) -> str:
-    """Of a run that has not begun. rows: of an epoch; corpus_tokens: of the data; notes: what else it would say."""
+    """Of a run that has not begun. rows: of an epoch; corpus_tokens: of the data, with the rows that are held out;
+    notes: what else it would say."""
     f, epochs = forecast, settings.steps * settings.batch / rows
     mesh = " x ".join(f"{n} {name}" for n, name in zip(f.mesh, AXES))
     ranks = f.mesh[0] * f.mesh[1] * f.mesh[2]
@@ -32,7 +34,8 @@ def forecast_text(
         ("ranks", f"{ranks:,} = {mesh}; {f.device}"),
         ("rows", f"{settings.batch:,} of {settings.length:,} tokens a step: {rows_each}"),
         ("steps", f"{settings.steps:,}: {count(settings.steps * f.tokens)} tokens, {epochs:.3g} epochs of "
-                  f"{count(corpus_tokens)} tokens in {rows:,} rows"),
+                  f"{count(corpus_tokens)} tokens in {rows + held_out_rows:,} rows"
+                  + (f", {held_out_rows:,} of them held out" if held_out_rows else "")),
         ("step", f"{time(f.step_s)}: " + ", ".join(f"{name} {time(s)}" for name, s in parts if s)),
         *([("bubble", f"{f.bubble:.1%} of the layers' time")] if f.mesh[0] > 1 else []),
         ("speed", f"{f.tokens_per_s:,.0f} tokens/s"

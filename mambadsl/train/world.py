@@ -27,6 +27,7 @@ SENDERS = 4
 #: What torchrun gives to each process.
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+PORTS = 2**16 - 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def size_of_world() -> int:
 
 def _environment() -> dict[str, int] | None:
     """What torchrun says; None if it says nothing."""
-    there = [name for name in NUMBERS + ADDRESS if name in os.environ]
+    there = [name for name in NUMBERS + ADDRESS if os.environ.get(name)]
     if not {"RANK", "WORLD_SIZE"} & set(there):
         return None
     if missing := [name for name in NUMBERS + ADDRESS if name not in there]:
@@ -113,10 +114,12 @@ def _environment() -> dict[str, int] | None:
             "them all, or unset them all for one process"
         )
     found = {}
-    for name in NUMBERS:
+    for name in (*NUMBERS, "MASTER_PORT"):
         if not os.environ[name].isdecimal():
             raise ValueError(f"{name} in the environment is `{os.environ[name]}`, not a whole number")
         found[name] = int(os.environ[name])
+    if found["MASTER_PORT"] > PORTS:
+        raise ValueError(f"MASTER_PORT in the environment is {found['MASTER_PORT']}; ports are up to {PORTS}")
     if not found["RANK"] < found["WORLD_SIZE"]:
         raise ValueError(f"RANK is {found['RANK']} of WORLD_SIZE {found['WORLD_SIZE']}: ranks are counted from 0")
     return found

@@ -48,6 +48,8 @@ def test_a_dry_run_says_what_ranks_hold(text, tmp_path, args):
     words = call(*dry(text, tmp_path, *args)).stdout
     assert words.startswith("ranks") and "activations" in words
     assert not (tmp_path / "run" / "log.jsonl").exists()
+    words = call(*dry(text, tmp_path, *args, "--held-out", "0.1")).stdout
+    assert "epochs of 2.50 K tokens in 79 rows, 8 of them held out" in words
 
 
 def test_a_rank_that_does_not_fit_is_exit_1(text, tmp_path):
@@ -91,6 +93,14 @@ def test_measured_times_are_written_and_planned_with(tmp_path, text, monkeypatch
     assert will["forecast"]["measured"] is True
     other = call(*dry(text, tmp_path, "--plan-device", str(path)))
     assert other.exit_code == 1 and "measure again" in other.stderr
+
+
+def test_what_no_measure_makes_right_is_said_first(tmp_path):
+    (tmp_path / "file").touch()
+    refused = (tmp_path / "file" / "t.json", 2, "cannot be written"), (tmp_path / "t.json", 99, "error[E802]")
+    for path, stages, words in refused:
+        result = call("plan", TINY, "--measure", path, "--device", "cpu", "--stages", stages)
+        assert result.exit_code == 1 and words in result.stderr and "stack.0" not in result.stderr
 
 
 @pytest.mark.parametrize("args, words", [

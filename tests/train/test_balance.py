@@ -20,12 +20,14 @@ from mambadsl.train.settings import Settings
 MODEL = """
 model experts { vocab = 256  d_model = 16  init_std = SIZE }
 layer A = attention(heads=2)
-layer E = moe(experts=8, top_k=2, d_ff=8, router=ROUTER, BALANCE)
+layer E = moe(experts=8, d_ff=8, router=ROUTER, BALANCE)
 stack { A E }
 """
 
 
-def run(folder: Path, *, router: str, balance: str, size: float = 0.02, **settings) -> Path:
+def run(
+    folder: Path, *, router: str, balance: str, size: float = 0.02, quiet: bool = True, **settings
+) -> Path:
     """A run in a folder, for its log and saves, on words of its own making."""
     draw, data = random.Random(0), folder.with_suffix(".txt")
     words = ["".join(draw.choices("etaoinshr", k=draw.randint(2, 7))) for _ in range(200)]
@@ -33,7 +35,7 @@ def run(folder: Path, *, router: str, balance: str, size: float = 0.02, **settin
     text = MODEL.replace("SIZE", str(size)).replace("ROUTER", router).replace("BALANCE", balance)
     train(
         mambadsl.load(text=text), [data], folder, Settings(**{**COMMON, **settings}),
-        keeping=Keeping(save_every=0, quiet=True),
+        keeping=Keeping(save_every=0, quiet=quiet),
     )
     return folder
 
@@ -92,3 +94,20 @@ def test_goes_on_with_its_biases(tmp_path):
     biases = [path for path in exported if path.endswith("router.bias")]
     assert biases and all(torch.equal(exported[path], saved[f"model.{path}"]) for path in biases)
     assert all(exported[path].any() for path in biases)
+
+
+def test_goes_on_balanced_otherwise(tmp_path, capsys):
+    how = dict(router="sigmoid", schedule="constant")
+    first = run(tmp_path / "run", balance="aux_loss=0.01", steps=2, **how)
+    truth = balanced(run(tmp_path / "truth", balance="aux_loss=0.01", steps=4, **how))
+    capsys.readouterr()
+    run(first, balance="bias_rate=0.01, z_loss=0.02", steps=4, quiet=False, **how)
+    told = capsys.readouterr().err
+    for words in "aux_loss was 0.01, is 0", "bias_rate was 0, is 0.01", "z_loss was 0, is 0.02":
+        assert told.count(f"experts of E: {words}\n") == 1, told
+    assert balanced(first)[:2] == truth[:2]
+    # aux_loss is told before its coefficient, and z_loss now too.
+    assert [len(step) for step in balanced(first)] == [2, 2, 2, 2]
+    assert weights(first)["model.stack.1.mixer.router.bias"].any()
+    with pytest.raises(ValueError, match="`stack.1` top_k was 2, is 3"):
+        run(first, balance="top_k=3", steps=4, **how)

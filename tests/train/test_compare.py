@@ -17,10 +17,11 @@ from mambadsl.data.rows import Batch
 from mambadsl.files import MODELS
 from mambadsl.plan.device import DEVICES
 from mambadsl.plan.from_graph import units
-from mambadsl.train.compare import FILE, Action, Comparison, Row
+from mambadsl.train.compare import Action, Comparison, Row
 from mambadsl.train.engine import engine
 from mambadsl.train.loop import Keeping
 from mambadsl.train.run import planning, train
+from mambadsl.train.save import COMPARED
 from mambadsl.train.settings import Settings
 from mambadsl.train.tables import compared_text
 from mambadsl.train.watch import BEFORE, REDUCE, WATCHED, Watch
@@ -35,7 +36,7 @@ def test_a_run_ends_with_what_was_predicted(tmp_path, capsys):
     settings = Settings(length=32, batch=4, steps=3, parts="reference")
     program = load(TINY)
     done = train(program, [data], tmp_path / "run", settings, keeping=Keeping(0, 1))
-    written = json.loads((tmp_path / "run" / FILE).read_text())
+    written = json.loads((tmp_path / "run" / COMPARED).read_text())
     assert written == done.compared.to_json() == done.to_json()["compared"]
     rows = {row["what"]: row for row in written["rows"]}
     assert rows["step"]["measured"] == done.step_s and rows["peak memory"]["measured"] is None

@@ -9,10 +9,25 @@ import random
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from train_faults import KILLED, REFUSED, STEPS, TEXT, Launched, Start, begun, ended, in_turn, listing, outcome, run
+from train_faults import (
+    KILLED,
+    REFUSED,
+    STEPS,
+    TEXT,
+    WORDS,
+    Launched,
+    Start,
+    begun,
+    ended,
+    in_turn,
+    listing,
+    outcome,
+    run,
+)
 
 from mambadsl.train.save import newest
 
@@ -165,11 +180,12 @@ def test_a_log_that_is_half_written(never_stopped, stopped):
     ({"text": TEXT.replace("M F A F }", "M F A F M }")}, "`stack.4` is no layer of the save"),
     ({"text": TEXT.replace("d_ff=32", "d_ff=32, act=gelu")}, "`stack.1` act was"),
     ({"text": TEXT.replace("tie_embeddings = true", "tie_embeddings = false")}, "tie_embeddings was True, is False"),
-    ({"data": True}, "data: tokens was"),
+    ({"data": "other words, as many as it takes to fill a row " * 3}, "data: tokens was"),
+    ({"data": WORDS.replace("green", "brown")}, f"data: as many tokens, {len(WORDS):,}, but others"),
 ], ids=str)
 def test_another_run(stopped, other, words):
     if "data" in other:
-        (stopped.parent / "other.txt").write_text("other words, as many as it takes to fill a row " * 3)
+        (stopped.parent / "other.txt").write_text(other["data"])
         other = {"data": (stopped.parent / "other.txt",)}
     before = listing(stopped)
     refused = run(Start(stopped, **other))
@@ -198,6 +214,23 @@ def test_a_folder_that_another_run_has(stopped):
     finally:
         os.kill(running[0][0].pid, signal.SIGCONT)
     assert ended(running).codes == (0,)
+
+
+def test_what_is_not_a_runs_stays(tmp_path):
+    """Other files of the folder; a log of somebody else's is refused."""
+    for name in "film.part", "step-final.old":
+        (tmp_path / "run" / name).mkdir(parents=True)
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text('{"step": 9, "accuracy": 1}\n' * 2)
+    refused = run(Start(tmp_path / "run"))
+    assert refused.code == REFUSED and f"`{log}` is no log of a run (line 1)" in refused.said[0]
+    assert len(log.read_text().splitlines()) == 2
+    log.unlink()
+    start = Start(tmp_path / "run", {"steps": 1})
+    assert run(start).result["ended"] == "done" and (tmp_path / "run" / "film.part").is_dir()
+    assert (tmp_path / "run" / "step-final.old").is_dir()
+    inside = run(replace(start, data=(tmp_path,)))
+    assert inside.code == REFUSED and "which is read as data" in inside.said[0]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

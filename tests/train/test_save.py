@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_faults import TEXT, Start, run
+from train_faults import TEXT, Start, run, words
 
 import mambadsl
 from mambadsl.build.checkpoint import load_weights
@@ -39,6 +41,19 @@ def test_the_weights_of_any_mesh_are_the_models(runs, tmp_path, mesh):
     truth, found = (load_file(tmp_path / name / "weights.safetensors") for name in ("alone", mesh))
     assert found.keys() == truth.keys() == all_weights(mambadsl.load(text=TEXT).layers).keys()
     torch.testing.assert_close(found, truth, rtol=0, atol=1e-5)
+
+
+def test_a_run_goes_on_on_another_mesh(runs, tmp_path):
+    """Layers shared by two ranks, and then whole again."""
+    shutil.copytree(runs["alone"], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step-00000004")
+    how = dict(steps=4, eps=1e-3)
+    start = Start(tmp_path / "run", how, {"save_every": 3}, data=(words(runs["alone"].parent),))
+    assert run(replace(start, settings={**how, "tensor": 2}), ranks=2).result["step"] == 4
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs["alone"]), rel=1e-5)
+    shutil.rmtree(tmp_path / "run" / "step-00000004")
+    assert run(start).result["step"] == 4
+    assert losses(tmp_path / "run") == pytest.approx(losses(runs["alone"]), rel=1e-5)
 
 
 def test_several_files(runs, tmp_path):
@@ -90,8 +105,6 @@ def test_pruning_leaves_whole_saves_and_what_is_newer(tmp_path):
 
 def test_a_save_without_a_ranks_files_is_none(runs, tmp_path):
     """As when machines do not share the folder."""
-    import shutil
-
     part = tmp_path / "step-00000009.part"
     shutil.copytree(newest(runs["data"])[0].folder, part)
     (part / "__1_0.distcp").unlink()
