@@ -88,7 +88,7 @@ def _dry_run(
         return 1 if will.too_large else 0
     facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens), held_out_rows=rows.held_out_count)
     notes = [
-        *filter(None, [rows.corpus.says]), *balance.told(program.layers), *slices.told(program.layers, settings.tensor)
+        *filter(None, [rows.corpus.says, will.doubt]), *balance.told(program.layers), *slices.told(program.layers, settings.tensor)
     ]
     if as_json:
         epochs = settings.steps * settings.batch / rows.count
@@ -240,7 +240,7 @@ def run(
         # A save that is being written would be waited for; what is there of it is taken away at the next start.
         output.note("ended at once")
         os._exit(128 + signal.SIGINT)
-    if os.environ.get("RANK", "0") == "0" and done.ended != signal.SIGHUP.name:
+    if os.environ.get("RANK", "0") == "0" and done.ended != "SIGHUP":
         _tell(done, settings.steps, folder, saves=keep, as_json=as_json)
     if done.unsaved:
         return 1

@@ -77,7 +77,8 @@ class Device:
     bf16_flops, bytes_per_s: what large kernels achieve. memory_bytes: all of it; usable: the part that a plan
     may fill (the rest: the context, fragments, the collectives' buffers). kernel_s: the least time of a layer
     pass. action_s: host time that an action of the schedule adds. link_*: one direction between two stages.
-    beside_transfer: how many times longer layers take while their rank waits for a transfer, or sends.
+    beside_transfer: how many times longer layers take while their rank waits for a transfer, or sends. layers_ran: in
+    words, how those of `layer_times` did.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Device:
     usable: float = 0.92
     beside_transfer: float = 1.0
     microbatch_tokens: int | None = None
+    layers_ran: str = ""
     layer_times: tuple[LayerTime, ...] = ()
 
     @property
@@ -167,7 +169,7 @@ def _kinds(units: Sequence[Unit]) -> str:
     return ", ".join(dict.fromkeys(unit.kind for unit in units))
 
 
-_TEXT, _COUNTS = ("name",), ("memory_bytes", "microbatch_tokens")
+_TEXT, _COUNTS = ("name", "layers_ran"), ("memory_bytes", "microbatch_tokens")
 _OWN = {f.name for f in fields(Device)} - {"layer_times"}
 _TIMES = ("forward_s", "backward_input_s", "backward_weight_s")
 _SIZES = ("activation_bytes", "working_bytes")

@@ -26,7 +26,7 @@ from mambadsl.plan.unit import Unit
 from mambadsl.train.layout import Layout, Place
 from mambadsl.train.peak import peak_of
 from mambadsl.train.pieces import own
-from mambadsl.train.settings import Settings
+from mambadsl.train.settings import Settings, ran
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,8 @@ class Forecast:
     step_s: layers_s, forwards and backwards as the pipeline runs them; copies_s, making what layers compute in and
     reducing gradients; link_s, what of the data ranks' traffic is not hidden; optimizer_s. bubble: of layers_s.
     spent: on a pipeline's actions.
-    peak_share: of what the devices' maker states; None where that is not known. measured: layer times are from a file.
+    peak_share: of what the devices' maker states; None where that is not known. measured: layer times are from a file;
+    doubt: what that file's are of, if not of layers as this run has them.
     """
 
     device: str
@@ -79,6 +80,7 @@ class Forecast:
     memory_limit: int
     held: tuple[Held, ...]
     spent: tuple[Spent, ...] = ()
+    doubt: str | None = None
 
     @property
     def too_large(self) -> tuple[Held, ...]:
@@ -160,7 +162,18 @@ def forecast(
         peak_share=float(flops.forward + flops.backward) * tokens / step / (peak * ranks) if peak else None,
         memory_limit=where.memory_limit if memory_limit is None else memory_limit,
         held=tuple(Held(tuple(ranks), *facts) for facts, ranks in alike.items()), spent=plan.spent if plan else (),
+        doubt=_doubt(where, settings),
     )
+
+
+def _doubt(where: Device, settings: Settings) -> str | None:
+    mine = ran(
+        dtype=settings.dtype, parts=settings.parts, compile=settings.compile, recompute=settings.recompute,
+        tensor=settings.tensor,
+    )
+    if where.layers_ran in ("", mine):
+        return None
+    return f"the times of `{where.name}` are of layers that ran otherwise: {where.layers_ran}; here {mine}"
 
 
 def _stages(

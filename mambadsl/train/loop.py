@@ -109,6 +109,7 @@ class Run:
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
         self.notes = [*filter(None, [rows.corpus.says]), *balance.told(graph), *told(graph, world.ranks("tensor"))]
+        self.notes += [forecast.doubt] if forecast and forecast.doubt else []
         self.notes += [f"passed over: {doubt}" for doubt in doubts]
         if saved is not None:
             self.start = self.saver.load(saved)

@@ -40,6 +40,7 @@ from mambadsl.train.clock import Clock
 from mambadsl.train.machine import Speeds, awaiting, speeds
 from mambadsl.train.memory import memory
 from mambadsl.train.pieces import Piece, between, compile_layers, own
+from mambadsl.train.settings import ran
 from mambadsl.train.vocabulary import share
 from mambadsl.train.world import World, opened, size_of_world
 
@@ -64,12 +65,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """base: the planner's device that the rest is taken from. device: in words. rows: in the model's order."""
+    """base: the planner's device that the rest is taken from. device, ran (how layers did): in words. rows: in the
+    model's order."""
 
     base: str
     device: str
-    dtype: str
-    parts: str
+    ran: str
     microbatch_tokens: int
     speeds: Speeds
     rows: tuple[Measured, ...]
@@ -96,7 +97,7 @@ class Measurement:
             layers[facts.pop("name")] = facts
         return {
             "base": self.base, "name": f"{self.device}, measured", **known,
-            "microbatch_tokens": self.microbatch_tokens, "layers": layers,
+            "microbatch_tokens": self.microbatch_tokens, "layers_ran": self.ran, "layers": layers,
         }
 
 
@@ -116,7 +117,8 @@ def measure(
         raise MdlError(found)
     mine = own(graph, recompute=recompute, tensor=tensor)
     with opened(usable(device), stages=size_of_world()) as world:
-        return _measure(mine, graph.model.vocab, world, dtype, parts, (sequences, length), compile, tell)
+        found = _measure(mine, graph.model.vocab, world, dtype, parts, (sequences, length), compile, tell)
+    return replace(found, ran=ran(dtype=dtype, parts=parts, compile=compile, recompute=recompute, tensor=tensor))
 
 
 def _measure(
@@ -156,7 +158,7 @@ def _measure(
         rows += [Measured(kinds[n.path], (n.path,), LayerTime(n.path, 0, 0, 0, 0, 0), "none") for n in stage.tail
                  if n is not first]
     found = replace(found, beside_transfer=_beside(rows))
-    return Measurement(base, where.name or "CPU", dtype, parts, sequences * length, found, tuple(rows))
+    return Measurement(base, where.name or "CPU", "", sequences * length, found, tuple(rows))
 
 
 def _beside(rows: list[Measured]) -> float | None:

@@ -103,6 +103,12 @@ class Settings:
         return asdict(self)
 
 
+def ran(*, dtype: str, parts: str, compile: bool, recompute: bool, tensor: int) -> str:
+    """How layers run, in words."""
+    more = ("compiled", compile), ("recomputed", recompute), (f"shared by {tensor} ranks", tensor > 1)
+    return ", ".join([dtype, f"parts {parts}", *(words for words, true in more if true)])
+
+
 def _nearest(batch: int, ranks: int) -> str:
     low = batch // ranks * ranks
     return f"{low} or {low + ranks} would do" if low else f"{ranks} would do"

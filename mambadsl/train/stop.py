@@ -22,8 +22,9 @@ class Stop:
 
     def __enter__(self) -> Stop:
         # Under nohup, a run outlives its terminal.
-        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else []
-        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
+        hangup = getattr(signal, "SIGHUP", None)
+        outlives = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
+        for number in (signal.SIGINT, signal.SIGTERM, *([] if outlives else [hangup])):
             self._before[number] = signal.signal(number, self._note)
         return self
 

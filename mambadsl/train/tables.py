@@ -122,7 +122,7 @@ def measurement_text(m: Measurement) -> str:
         for row in m.rows
     ]
     s = m.speeds
-    title = f"{m.device}, {m.dtype}, parts {m.parts}, {m.microbatch_tokens:,} tokens a microbatch"
+    title = f"{m.device}, {m.ran}, {m.microbatch_tokens:,} tokens a microbatch"
     reached = (
         f"reached: {s.bf16_flops / 1e12:,.3g} TFLOP/s, {s.bytes_per_s / 1e9:,.0f} GB/s; "
         f"{time(s.action_s)} of the host for an action"

@@ -178,5 +178,5 @@ def test_golden(golden):
     made = tuple(Measured(kind, paths, LayerTime(paths[0], *numbers), split) for kind, paths, numbers, split in rows)
     speeds = Speeds(7.9e14, 4.3e12, DEVICES["h200"].memory_bytes, 2e-5, 3.6e11, 1e-5, 1.12)
     golden("measurement.txt", measurement_text(
-        Measurement("h200", "NVIDIA H200", "bf16", "fused", 4096, speeds, made)
+        Measurement("h200", "NVIDIA H200", "bf16, parts fused", 4096, speeds, made)
     ))
