@@ -30,7 +30,16 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """The longest first, so that no core waits for another at the end."""
-    items.sort(key=lambda item: (item.path.parent.name != "train", item.name != "test_in_the_interpreter"))
+    items.sort(key=lambda item: item.path.parent.name != "train")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker has a half of the list, with what it imports, makes once and keeps; who is done first takes of the
+    other's."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from mambadsl.parts.torch.experts import make_experts
 from mambadsl.plan.assign import assign
 
 #: Together they have every kind, residual streams in both dtypes, sums and multipliers.
-COMPILED = {"tiny": "bf16", "codestral_mamba_7b": "fp32", "falcon_h1_7b": "fp32", "lfm2_350m": "bf16",
+COMPILED = {"codestral_mamba_7b": "fp32", "falcon_h1_7b": "fp32", "lfm2_350m": "bf16",
             "olmo_hybrid_7b": "bf16", "recurrent_gemma_2b": "bf16", "ling_3_0_flash": "bf16", "zamba2_1_2b": "bf16",
             "minimax_text_01": "bf16", "xlstm_7b": "bf16", "rwkv_4_7b": "bf16",
-            "phi_4_mini_flash": "fp32", "zaya1_8b": "bf16"}
+            "phi_4_mini_flash": "bf16", "zaya1_8b": "bf16"}
 
 
 def mixers(program) -> list:

@@ -302,7 +302,7 @@ class TestKernels:
     def test_fakes_have_the_shapes_of_the_real(self, by, keep):
         layer, _ = self.layers(by, heads=2)
         given = (
-            noise(2, 40, layer.in_proj.weight.shape[0]), layer.conv.weight, layer.conv.bias, layer.dt_bias,
+            noise(1, 20, layer.in_proj.weight.shape[0]), layer.conv.weight, layer.conv.bias, layer.dt_bias,
             layer.A_log, layer.D, layer.gate_norm.weight, None, None, 16, 1, 16, keep, 0.0, None, "after_gate",
             1, 1e-5, by,
         )

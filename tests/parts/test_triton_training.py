@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from mambadsl.kinds import norm
 from mambadsl.kinds.mamba2 import module
-from mambadsl.parts.triton import cross_entropy, gate_norm, launch
+from mambadsl.parts.triton import cross_entropy, gate_norm, launch, sums
 from mambadsl.parts.triton import norm as triton_norm
 from mambadsl.parts.triton.limits import WIDEST_NORM
-from mambadsl.parts.triton.sums import column_sums
 
 pytestmark = interpreter.ONLY
 
@@ -28,9 +27,11 @@ compiled = pytest.mark.parametrize("wrap", [
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(monkeypatch):
     torch.manual_seed(0)
     torch._dynamo.reset()
+    # Narrow rows that are wide enough: each program takes milliseconds here.
+    monkeypatch.setattr(sums, "ENOUGH", 256)
 
 
 def same(mine, theirs, inputs, **close):
@@ -163,14 +164,14 @@ class TestRmsNorm:
 
 @few
 @given(
-    P=st.integers(0, 150), shape=st.sampled_from([(1,), (3, 7), (40,), (4100,)]),
+    P=st.integers(0, 150), shape=st.sampled_from([(1,), (3, 7), (40,), (300,)]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
 )
 def test_column_sums(P, shape, dtype):
     partial = torch.randn(P, *shape)
-    found = column_sums(partial, dtype)
+    found = sums.column_sums(partial, dtype)
     torch.testing.assert_close(found, partial.double().sum(0).to(dtype), rtol=1e-3, atol=1e-4)
-    assert torch.equal(found, column_sums(partial.clone(), dtype))
+    assert torch.equal(found, sums.column_sums(partial.clone(), dtype))
 
 
 def reference_loss(x, weight, targets, *, multiplier, softcap):

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from train_faults import KILLED, REFUSED, STEPS, TEXT, Launched, Start, begun, ended, in_turn, listing, outcome, run
+from ranks import begun, ended
+from train_faults import KILLED, REFUSED, STEPS, TEXT, Launched, Start, in_turn, listing, outcome, run
 
 from mambadsl.train.save import newest
 
