@@ -25,6 +25,11 @@ COMPILED = {"codestral_mamba_7b": "fp32", "falcon_h1_7b": "fp32", "lfm2_350m": "
             "phi_4_mini_flash": "bf16", "zaya1_8b": "bf16"}
 
 
+def once(name: str):
+    """Each layer of it once; Zamba's projections aside of the stream need another behind them."""
+    return shrunk(name, repeats=1 if name.startswith("zamba") else 0)
+
+
 def mixers(program) -> list:
     return [m for node in program.layers.nodes if node.role is Role.LAYER for m in node.layer.branches]
 
@@ -85,7 +90,7 @@ def test_every_set_fits_every_model(name, parts):
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_whole(name):
     """No graph breaks, forward and backward; the same loss and gradients."""
-    plain, whole_model = (_traceable(shrunk(name, repeats=1), dtype=COMPILED[name]) for _ in range(2))
+    plain, whole_model = (_traceable(once(name), dtype=COMPILED[name]) for _ in range(2))
     # Few: the recurrence of mamba1 is traced token by token.
     tokens = ids(2, 4, vocab=256)
     loss = plain.loss(tokens)
@@ -115,4 +120,4 @@ UNUSED = {"mamba3"}
 
 
 def test_the_compiled_models_have_every_kind():
-    assert {m.kind for name in COMPILED for m in mixers(shrunk(name, repeats=1))} == set(kinds.names()) - UNUSED
+    assert {m.kind for name in COMPILED for m in mixers(once(name))} == set(kinds.names()) - UNUSED
