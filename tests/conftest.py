@@ -17,6 +17,10 @@ settings.register_profile("fixed", derandomize=True)
 settings.register_profile("search", max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+# Without a GPU, Triton interprets its kernels. Said before anybody imports Triton.
+if not any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).parent
 
 
@@ -26,7 +30,16 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """The longest first, so that no core waits for another at the end."""
-    items.sort(key=lambda item: (item.path.parent.name != "train", item.name != "test_in_the_interpreter"))
+    items.sort(key=lambda item: item.path.parent.name != "train")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker has a half of the list, with what it imports, makes once and keeps; who is done first takes of the
+    other's."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture

@@ -1,24 +1,31 @@
-"""Triton's interpreter for tests on a CPU.
+"""Triton's interpreter, for tests of kernels on a CPU.
 
-`rerun(__file__)` runs a test file's tests in a process of its own, where Triton interprets; in that process
-`INTERPRETED` is true. It must be so before anything imports Triton, which a test process may have done long ago.
+    pytestmark = interpreter.ONLY       # or, of a class or function: @interpreter.only
+
+Without a GPU every test process interprets (`conftest.py` says so before anybody imports Triton). With one, tests
+compile what they launch, and `parts/test_interpreter.py` runs the marked ones in a process of their own.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ONLY = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(not INTERPRETED, reason="in a process of their own: test_interpreter.py"),
+]
 
 
-def rerun(path: str) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", path]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def only(test: Any) -> Any:
+    for mark in ONLY:
+        test = mark(test)
+    return test
 
 
 def mend() -> None:

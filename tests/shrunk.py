@@ -2,6 +2,7 @@
 
     program = shrunk("nemotron_h_8b")               # all its layers
     program = shrunk("nemotron_h_8b", repeats=2)    # nothing in the pattern is repeated more often than that
+    program = shrunk("nemotron_h_8b", repeats=0)    # nothing in the pattern comes twice, however it is grouped
 
 What is kept: the pattern, groups and grouped heads, windows (shorter), rope, norms, multipliers, routers, tied
 tables, forms of residuals, and heads whose channels are no power of two. Kernels are compiled for each size, so layers
@@ -10,7 +11,7 @@ of a kind share theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any
@@ -141,7 +142,8 @@ def settings(name: str) -> dict[str, Any]:
 
 @cache
 def shrunk(name: str, *, repeats: int | None = None, more: str = "") -> Program:
-    """repeats: at most so many of anything in the pattern. more: statements to add, a `parts` block, say."""
+    """repeats: at most so many of anything in the pattern; 0: each layer of it once. more: statements to add, a `parts`
+    block, say."""
     text = (MODELS / f"{name}.mdl").read_text(encoding="utf-8")
     file = read(from_text(f"{text}\n{more}\n", name=f"{name}.mdl"))
     if repeats is not None:
@@ -170,4 +172,21 @@ def _shorter(value: Any, repeats: int) -> Any:
     changed = {f.name: _shorter(getattr(value, f.name), repeats) for f in fields(value)}
     if isinstance(value, tree.Repeat):
         changed["count"] = min(value.count, repeats)
+    if isinstance(value, tree.Pattern) and not repeats:
+        changed["items"] = tuple(dict.fromkeys(_leaves(value)))
     return replace(value, **changed)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    match value:
+        case tree.Pattern():
+            for item in value.items:
+                yield from _leaves(item)
+        case tree.Group():
+            yield from _leaves(value.pattern)
+        case tree.Repeat():
+            yield from _leaves(value.item)
+        case tree.Cut():
+            pass
+        case _:
+            yield value

@@ -1,19 +1,18 @@
-"""Runs that tensor ranks make together, case after case in one start: `torchrun ... tensor_cases.py OUT`.
+"""Runs that tensor ranks make together, case after case in one start: `together`; `alone` is the same in one process.
 
-OUT/cases.json: name -> {"model", "settings"}; OUT gets a folder of a run for each. `alone` is the same in one process.
+A case: {"model", "settings"}; a folder gets a folder of a run for each.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import together as ranked
 
 import mambadsl
 from mambadsl.data.corpus import open_corpus
@@ -109,14 +108,18 @@ def run_in(world: World, case: dict[str, Any], out: Path, name: str) -> Run:
     return Run(program.layers, rows, settings, out / name, world=world, plan=plan, keeping=keeping)
 
 
-def together(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int, timeout: float = 400) -> None:
+def together(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int) -> None:
     """All cases in one start of so many processes."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, __file__, str(out)], env=env, timeout=timeout, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]
+    ranked(partial(_each, cases, out), out, ranks=ranks)
+
+
+def _each(cases: dict[str, dict[str, Any]], out: Path) -> None:
+    dist.init_process_group("gloo")
+    for name, case in cases.items():
+        sizes = {key: case["settings"].get(key, 1) for key in ("stages", "tensor")}
+        with Stop() as stop, opened(torch.device("cpu"), **sizes) as world:
+            run_in(world, case, out, name).train(stop)
+    dist.destroy_process_group()
 
 
 def alone(case: dict[str, Any], out: Path, name: str, *, trains: bool = True) -> dict[str, torch.Tensor]:
@@ -128,16 +131,3 @@ def alone(case: dict[str, Any], out: Path, name: str, *, trains: bool = True) ->
             with Stop() as stop:
                 run.train(stop)
         return {key: tensor.clone() for key, tensor in run.saver.tensors().items()}
-
-
-def main(out: Path) -> None:
-    dist.init_process_group("gloo")
-    for name, case in json.loads((out / "cases.json").read_text()).items():
-        sizes = {key: case["settings"].get(key, 1) for key in ("stages", "tensor")}
-        with Stop() as stop, opened(torch.device("cpu"), **sizes) as world:
-            run_in(world, case, out, name).train(stop)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,22 +1,20 @@
-"""Runs that many processes make together, case after case:
+"""Runs that many processes make together, case after case: `together`. In one process: `go`.
 
-    python -m torch.distributed.run ... train_cases.py CASES OUT
-
-CASES is a JSON file, name -> {"model", "settings"}; OUT gets a folder of a run for each. In one process: `alone`.
+A case: {"model": name of one of MODELS, "settings"}; a folder gets a folder of a run for each.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import together as ranked
 from torch.distributed.checkpoint import FileSystemReader
 
 import mambadsl
@@ -58,7 +56,7 @@ MODELS = {
     )
 }
 #: An epsilon that rounding does not turn over: Adam divides what is next to nothing by itself.
-COMMON = dict(length=32, batch=8, steps=4, lr=3e-3, eps=1e-3, parts="reference", seed=3)
+COMMON = dict(length=32, batch=8, steps=3, lr=3e-3, eps=1e-3, parts="reference", seed=3)
 
 
 def go(name: str, case: dict[str, Any], out: Path) -> None:
@@ -78,17 +76,16 @@ def go(name: str, case: dict[str, Any], out: Path) -> None:
     )
 
 
-def together(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int, timeout: float = 400) -> None:
+def together(cases: dict[str, dict[str, Any]], out: Path, *, ranks: int) -> None:
     """All cases in one start of so many processes."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(
-        [*command, __file__, str(out / "cases.json"), str(out)], env=env, timeout=timeout, capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-16000:]
+    ranked(partial(_each, cases, out), out, ranks=ranks)
+
+
+def _each(cases: dict[str, dict[str, Any]], out: Path) -> None:
+    dist.init_process_group("gloo")
+    for name, case in cases.items():
+        go(name, case, out)
+    dist.destroy_process_group()
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -111,10 +108,3 @@ def balanced(run: Path) -> list[list[float]]:
     """What the log has of experts, by step."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [[line[name] for name in ("imbalance", "aux_loss", "z_loss") if name in line] for line in lines]
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
-        go(name, case, Path(sys.argv[2]))
-    dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Runs in processes of their own that end as a test wants them to: forked from a server that has torch already.
+"""Runs in processes of their own that end as a test wants them to.
 
 Each `Start` is one process: what it is told to do to itself, then `train`. Its exit code is what the test sees:
 0 done, the number that a fault exits with, minus a signal's, REFUSED for a ValueError.
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
-import socket
 import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ranks import Ended, begun, ended
 
 REFUSED, KILLED = 2, 9
 TEXT = "model small { vocab = 256 d_model = 16 context = 16 tie_embeddings = true }\n" + """
@@ -215,76 +213,6 @@ FAULTS: dict[str, Callable] = {
     "copies": copies, "step": at_step, "full": full_disk, "data": other_data,
     "attempt": lambda *rest: os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and FAULTS[rest[0]](*rest[1:]),
 }
-
-
-@dataclass(frozen=True)
-class Ended:
-    """codes, said: by rank. seconds: until the last rank was gone."""
-
-    codes: tuple[int, ...]
-    said: tuple[str, ...]
-    seconds: float
-
-    @property
-    def code(self) -> int:
-        [code] = self.codes
-        return code
-
-    @property
-    def result(self) -> dict[str, Any]:
-        assert self.codes[0] == 0, self.said[0]
-        return json.loads(self.said[0].splitlines()[-1])
-
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mambadsl.train.run", "mambadsl.compile", "mambadsl.train.export", "train_faults"])
-
-
-def _child(start: Callable[[], None], environment: dict[str, str], out: str) -> None:
-    handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.environ.update(environment)
-    code = 0
-    try:
-        start()
-    except SystemExit as end:
-        code = int(end.code or 0)
-    except BaseException:
-        traceback.print_exc()
-        code = 70
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def begun(start: Callable[[], None], folder: Path, *, ranks: int = 1) -> list[tuple[Any, Path]]:
-    """Processes that run, and where they write."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(ranks):
-        numbers = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
-        env = {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in numbers.items()}} if ranks > 1 else {}
-        out = folder / f"said.{rank}"
-        process = _CONTEXT.Process(target=_child, args=(start, env, str(out)))
-        process.start()
-        running.append((process, out))
-    return running
-
-
-def ended(running: Sequence[tuple[Any, Path]], *, timeout: float = 60) -> Ended:
-    """Waits for all of them; none may hang."""
-    begin = time.monotonic()
-    for process, _ in running:
-        process.join(max(0.0, begin + timeout - time.monotonic()))
-    hung = [k for k, (process, _) in enumerate(running) if process.exitcode is None]
-    for process, _ in running:
-        process.kill()
-    said = tuple(out.read_text() for _, out in running)
-    assert not hung, (hung, said)
-    return Ended(tuple(process.exitcode for process, _ in running), said, time.monotonic() - begin)
 
 
 def run(start: Callable[[], None], folder: Path | None = None, *, ranks: int = 1) -> Ended:

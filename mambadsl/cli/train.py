@@ -88,7 +88,8 @@ def _dry_run(
         return 1 if will.too_large else 0
     facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens), held_out_rows=rows.held_out_count)
     notes = [
-        *filter(None, [rows.corpus.says, will.doubt]), *balance.told(program.layers), *slices.told(program.layers, settings.tensor)
+        *filter(None, [rows.corpus.says, will.doubt]), *balance.told(program.layers),
+        *slices.told(program.layers, settings.tensor),
     ]
     if as_json:
         epochs = settings.steps * settings.batch / rows.count

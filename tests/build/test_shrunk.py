@@ -19,10 +19,15 @@ from mambadsl.parts.torch.experts import make_experts
 from mambadsl.plan.assign import assign
 
 #: Together they have every kind, residual streams in both dtypes, sums and multipliers.
-COMPILED = {"tiny": "bf16", "codestral_mamba_7b": "fp32", "falcon_h1_7b": "fp32", "lfm2_350m": "bf16",
+COMPILED = {"codestral_mamba_7b": "fp32", "falcon_h1_7b": "fp32", "lfm2_350m": "bf16",
             "olmo_hybrid_7b": "bf16", "recurrent_gemma_2b": "bf16", "ling_3_0_flash": "bf16", "zamba2_1_2b": "bf16",
             "minimax_text_01": "bf16", "xlstm_7b": "bf16", "rwkv_4_7b": "bf16",
-            "phi_4_mini_flash": "fp32", "zaya1_8b": "bf16"}
+            "phi_4_mini_flash": "bf16", "zaya1_8b": "bf16"}
+
+
+def once(name: str):
+    """Each layer of it once; Zamba's projections aside of the stream need another behind them."""
+    return shrunk(name, repeats=1 if name.startswith("zamba") else 0)
 
 
 def mixers(program) -> list:
@@ -85,7 +90,7 @@ def test_every_set_fits_every_model(name, parts):
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_whole(name):
     """No graph breaks, forward and backward; the same loss and gradients."""
-    plain, whole_model = (_traceable(shrunk(name, repeats=1), dtype=COMPILED[name]) for _ in range(2))
+    plain, whole_model = (_traceable(once(name), dtype=COMPILED[name]) for _ in range(2))
     # Few: the recurrence of mamba1 is traced token by token.
     tokens = ids(2, 4, vocab=256)
     loss = plain.loss(tokens)
@@ -115,4 +120,4 @@ UNUSED = {"mamba3"}
 
 
 def test_the_compiled_models_have_every_kind():
-    assert {m.kind for name in COMPILED for m in mixers(shrunk(name, repeats=1))} == set(kinds.names()) - UNUSED
+    assert {m.kind for name in COMPILED for m in mixers(once(name))} == set(kinds.names()) - UNUSED

@@ -92,7 +92,8 @@ def test_measured_times_are_written_and_planned_with(tmp_path, text, monkeypatch
     will = data(*dry(text, tmp_path, "--plan-device", str(path), "--microbatch", "2"))
     assert will["forecast"]["measured"] is True
     # The run's parts are `auto`.
-    assert will["notes"][-1].endswith("ran otherwise: fp32, parts reference; here fp32, parts auto")
+    otherwise = "fp32, parts reference; here fp32, parts auto"
+    assert f"the times of `CPU, measured` are of layers that ran otherwise: {otherwise}" in will["notes"]
     other = call(*dry(text, tmp_path, "--plan-device", str(path)))
     assert other.exit_code == 1 and "measure again" in other.stderr
 

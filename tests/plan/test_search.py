@@ -7,18 +7,18 @@ from mambadsl.plan.search import search, seeds
 
 CASES = [
     # schedule, ranks, virtual, microbatches, units, chains
-    ("gpipe", 4, 1, 8, 16, 4),
-    ("1f1b", 4, 1, 4, 16, 6),
-    ("1f1b", 4, 1, 8, 16, 6),
-    ("1f1b", 5, 1, 20, 14, 4),
-    ("interleaved", 3, 2, 6, 14, 8),
-    ("interleaved", 4, 2, 8, 13, 6),
-    ("interleaved", 2, 3, 8, 14, 6),
-    ("zb", 4, 1, 8, 16, 6),
-    ("zb", 4, 2, 8, 13, 6),
-    ("zb", 3, 2, 3, 14, 8),
-    ("zbv", 4, 2, 8, 13, 6),
-    ("zbv", 3, 2, 2, 14, 8),
+    ("gpipe", 4, 1, 8, 16, 3),
+    ("1f1b", 4, 1, 4, 16, 4),
+    ("1f1b", 4, 1, 8, 16, 4),
+    ("1f1b", 5, 1, 20, 14, 3),
+    ("interleaved", 3, 2, 6, 14, 5),
+    ("interleaved", 4, 2, 8, 13, 4),
+    ("interleaved", 2, 3, 8, 14, 4),
+    ("zb", 4, 1, 8, 16, 4),
+    ("zb", 4, 2, 8, 13, 4),
+    ("zb", 3, 2, 3, 14, 5),
+    ("zbv", 4, 2, 8, 13, 4),
+    ("zbv", 3, 2, 2, 14, 5),
 ]
 
 

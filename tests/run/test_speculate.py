@@ -23,9 +23,9 @@ MODELS = {
 def test_drafts_change_nothing(name, prompt):
     stack, tail = MODELS[name]
     model = made(stack, more=tail, seed=len(prompt))
-    plain = list(generate(model, [prompt], max_tokens=24)[0].tokens)
+    plain = list(generate(model, [prompt], max_tokens=14)[0].tokens)
     for drafts in range(model.depths + 1):
-        rounds = list(speculate(model, prompt, max_tokens=24, drafts=drafts))
+        rounds = list(speculate(model, prompt, max_tokens=14, drafts=drafts))
         assert sum(rounds, []) == plain and all(1 <= len(new) <= 1 + drafts for new in rounds)
 
 

@@ -13,21 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from train_faults import (
-    KILLED,
-    REFUSED,
-    STEPS,
-    TEXT,
-    WORDS,
-    Launched,
-    Start,
-    begun,
-    ended,
-    in_turn,
-    listing,
-    outcome,
-    run,
-)
+from ranks import begun, ended
+from train_faults import KILLED, REFUSED, STEPS, TEXT, WORDS, Launched, Start, in_turn, listing, outcome, run
 
 from mambadsl.train.save import newest
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from statistics import median
 
 import pytest
 import torch
+from ranks import together
 from small_models import LAYERS
+from train_faults import Typed
 
 from mambadsl.compile import load
 from mambadsl.data.rows import Batch
@@ -156,14 +155,11 @@ def test_a_step_takes_what_its_layers_take(monkeypatch, tmp_path):
 def test_two_processes_measure_what_is_between_them(tmp_path):
     model, path = tmp_path / "t.mdl", tmp_path / "times.json"
     model.write_text(HEAD.format(width=16, vocab=61) + "layer F = mlp(d_ff=32)\nstack { F F }\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mambadsl",
-         "plan", str(model), "--measure", str(path), "--device", "cpu", "--length", "8", "--stages", "2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300, capture_output=True, text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    how = ("--device", "cpu", "--length", "8", "--stages", "2")
+    done = together(Typed(("plan", str(model), "--measure", str(path), *how)), tmp_path, ranks=2)
     # The first process speaks, once.
-    assert done.stdout.count("predicted for forwards and backwards") == done.stdout.count("link:") == 1
+    said = "".join(done.said)
+    assert said.count("predicted for forwards and backwards") == said.count("link:") == 1
     where = device(path)
     assert where.beside_transfer >= 1 and 0 < where.link_latency_s < 1 and where.link_bytes_per_s > 1e6
 
