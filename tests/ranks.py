@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -64,6 +65,8 @@ def _child(start: Callable[[], None], environment: dict[str, str], out: str) -> 
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(environment)
+    # As from a terminal, also where nohup started the tests.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     code = 0
     try:
         start()

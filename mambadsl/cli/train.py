@@ -137,6 +137,10 @@ def _dry_run(
               help="Of the rate that is left at the end.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.1, show_default=True, metavar="RATE",
               help="Of the weights that decay (matrices; `explain KIND` tells).")
+@click.option("--betas", type=click.FloatRange(0, 1, max_open=True), nargs=2, default=(0.9, 0.95), show_default=True,
+              metavar="B1 B2", help="Of AdamW's two means.")
+@click.option("--eps", type=click.FloatRange(0, min_open=True), default=1e-8, show_default=True, metavar="EPS",
+              help="Of AdamW.")
 @click.option("--clip", type=click.FloatRange(0), default=1.0, show_default=True, metavar="NORM",
               help="Of all gradients together; 0 for none.")
 @click.option("--seed", type=_NUMBER, default=0, show_default=True, metavar="N", help="Of weights, order, dropout.")

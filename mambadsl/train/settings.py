@@ -66,6 +66,8 @@ class Settings:
             value = getattr(self, name)
             if not (value is None and name == "clip" or 0 <= value <= LARGEST):
                 raise ValueError(f"{name} is a number from 0 to {LARGEST:g}, not {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are numbers from 0 to below 1, not {' and '.join(map(str, self.betas))}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seeds are from 0 to {2**32 - 1}, not {self.seed}")
         if self.virtual is not None and self.stages == 1:
