@@ -13,7 +13,7 @@ def tune(device: str, *, runs: int, timer: Callable, blocks: tuple[int, ...] = (
     """The best launches of each kernel and block, at 2**25 elements; `only`: of those whose name begins so."""
     import torch
 
-    from mambadsl.parts.triton import cross_entropy, gate_norm, norm
+    from mambadsl.parts.triton import cross_entropy, gate_norm_kernels, norm
     from mambadsl.parts.triton.launch import Launch
 
     def best(name: str, launches: list, run: Callable[[Any], Any]) -> Iterator[dict[str, Any]]:
@@ -36,7 +36,7 @@ def tune(device: str, *, runs: int, timer: Callable, blocks: tuple[int, ...] = (
         I, R = block, 2**25 // block if device == "cuda" else 4
         y, z, dout = (torch.randn(R, I, device=device, dtype=torch.bfloat16) for _ in range(3))
         weight, how = torch.rand(I, device=device, dtype=torch.bfloat16), dict(order="after_gate", groups=1, eps=1e-5)
-        _, rstd = gate_norm.gate_norm_forward(y, z, weight, **how)
+        _, rstd = gate_norm_kernels.gate_norm_forward(y, z, weight, **how)
         held = [rows for rows in (1, 2, 4, 8) if 512 <= rows * block <= 8192]
         warps = [w for w in (2, 4, 8, 16) if 4 <= block // (32 * w) or w == 2]
         forwards = [Launch(r, w) for r, w in itertools.product(held, warps) if 4 <= r * block // (32 * w) <= 32]
@@ -45,9 +45,9 @@ def tune(device: str, *, runs: int, timer: Callable, blocks: tuple[int, ...] = (
             for r, w, s, p in itertools.product(held, warps, (1, 3), (1, 2, 3, 4, 5, 6))
             if 4 <= r * block // (32 * w) <= 16 and 16 <= w * p <= 24
         ]
-        yield from best(f"gate_norm forward, {block}", forwards, lambda launch: gate_norm.gate_norm_forward(
+        yield from best(f"gate_norm forward, {block}", forwards, lambda launch: gate_norm_kernels.gate_norm_forward(
             y, z, weight, launch=launch, **how))
-        yield from best(f"gate_norm backward, {block}", backwards, lambda launch: gate_norm.gate_norm_backward(
+        yield from best(f"gate_norm backward, {block}", backwards, lambda launch: gate_norm_kernels.gate_norm_backward(
             dout, y, z, weight, rstd, launch=launch, **how))
         yield from best(f"rms_norm forward, {block}", forwards, lambda launch: norm.rms_norm_forward(
             y, weight, eps=1e-5, launch=launch))

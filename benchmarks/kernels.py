@@ -65,7 +65,7 @@ def gate_norm_cases(device: str, tokens: int = TOKENS) -> Iterator[Case]:
     import torch
 
     from mambadsl.kinds.mamba2.module import gate_norm as definition
-    from mambadsl.parts.triton.gate_norm import gate_norm_backward, gate_norm_forward
+    from mambadsl.parts.triton.gate_norm_kernels import gate_norm_backward, gate_norm_forward
 
     I, eps = D_INNER, 1e-5
     wide = torch.randn(tokens, D_IN_PROJ, device=device, dtype=torch.bfloat16)

@@ -131,7 +131,7 @@ def test_column_sums(W):
 
 def test_norms_read_rows_beyond_two_billion_elements():
     from mambadsl.kinds.mamba2.module import gate_norm
-    from mambadsl.parts.triton.gate_norm import gate_norm_backward, gate_norm_forward
+    from mambadsl.parts.triton.gate_norm_kernels import gate_norm_backward, gate_norm_forward
 
     I, R = 4096, 2**31 // 4096 + 5
     how = dict(order="after_gate", groups=1, eps=1e-5)
@@ -148,7 +148,7 @@ def test_norms_read_rows_beyond_two_billion_elements():
 
 def test_equal_inputs_give_equal_bits():
     from mambadsl.parts.triton.cross_entropy import make_loss
-    from mambadsl.parts.triton.gate_norm import gate_norm_backward, gate_norm_forward
+    from mambadsl.parts.triton.gate_norm_kernels import gate_norm_backward, gate_norm_forward
 
     y, z, dout = (random(1000, 4096, dtype=torch.bfloat16) for _ in range(3))
     weight, how = random(4096), dict(order="after_gate", groups=8, eps=1e-5)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mambadsl.kinds import norm
 from mambadsl.kinds.mamba2 import module
-from mambadsl.parts.triton import cross_entropy, gate_norm, launch, sums
+from mambadsl.parts.triton import cross_entropy, gate_norm, gate_norm_kernels, launch, sums
 from mambadsl.parts.triton import norm as triton_norm
 from mambadsl.parts.triton.limits import WIDEST_NORM
 
@@ -116,8 +116,8 @@ class TestGateNorm:
         wide = torch.randn(rows, I + 8)
         dwide = torch.full((rows, I + 8), 7.0)
         how = dict(order="after_gate", groups=G, eps=1e-5)
-        _, rstd = gate_norm.gate_norm_forward(y, wide[:, 4:4 + I], weight, **how)
-        dy, dz, dweight = gate_norm.gate_norm_backward(
+        _, rstd = gate_norm_kernels.gate_norm_forward(y, wide[:, 4:4 + I], weight, **how)
+        dy, dz, dweight = gate_norm_kernels.gate_norm_backward(
             dout, y, wide[:, 4:4 + I], weight, rstd, dz=dwide[:, 4:4 + I], **how
         )
         truth = [t.clone().requires_grad_() for t in (y, wide, weight)]
@@ -136,7 +136,7 @@ class TestGateNorm:
                 self.mine(y, y, y[0], order="after_gate", groups=groups, eps=1e-5)
         with pytest.raises(ValueError, match="stride 1"):
             t = torch.randn(12, 2).T
-            gate_norm.gate_norm_forward(t, t, t[0], order="after_gate", groups=1, eps=1e-5)
+            gate_norm_kernels.gate_norm_forward(t, t, t[0], order="after_gate", groups=1, eps=1e-5)
 
 
 class TestRmsNorm:

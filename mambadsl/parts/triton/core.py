@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mambadsl.kinds.mamba2 import module
 from mambadsl.kinds.rows import Rows
-from mambadsl.parts.triton.gate_norm import gate_norm_backward, gate_norm_forward
+from mambadsl.parts.triton.gate_norm_kernels import gate_norm_backward, gate_norm_forward
 from mambadsl.parts.triton.ssd import steps
 from mambadsl.parts.triton.ssd.kernels import MODULES, chunk_length, documents, kernels
 from mambadsl.parts.triton.ssd.scan import Inputs

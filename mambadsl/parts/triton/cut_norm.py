@@ -2,7 +2,7 @@
 
 In: as the slots `gate_norm` have them, with `averaged`; out: their result, with its gradients. Each way there are two
 passes, with a mean over the ranks between them: of squares forwards, of gradients times what is normed backwards.
-Refuses (ValueError): as `gate_norm.py`, whose kernels these are.
+Refuses (ValueError): as `gate_norm_kernels.py`.
 
 Letters: R rows, I channels of this rank, G groups that it has channels of.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambadsl.parts.triton.gate_norm import gate_norm_backward, gate_norm_forward
+from mambadsl.parts.triton.gate_norm_kernels import gate_norm_backward, gate_norm_forward
 
 
 class CutNorm(torch.autograd.Function):
