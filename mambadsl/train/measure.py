@@ -38,9 +38,9 @@ from mambadsl.plan.from_graph import units
 from mambadsl.text.diagnostic import MdlError
 from mambadsl.train.clock import Clock
 from mambadsl.train.machine import Speeds, awaiting, speeds
-from mambadsl.train.memory import memory
+from mambadsl.train.memory import full, memory
 from mambadsl.train.pieces import Piece, between, compile_layers, own
-from mambadsl.train.settings import ran
+from mambadsl.train.settings import TOKENS, ran
 from mambadsl.train.vocabulary import share
 from mambadsl.train.world import World, opened, size_of_world
 
@@ -113,6 +113,8 @@ def measure(
     for name, given in ("length", length), ("sequences", sequences):
         if given < 1:
             raise ValueError(f"{name} must be at least 1, not {given}")
+    if sequences * length > TOKENS:
+        raise ValueError(f"{sequences:,} x {length:,} tokens are more than are measured at once: {TOKENS:,}")
     if found := problems(graph):
         raise MdlError(found)
     mine = own(graph, recompute=recompute, tensor=tensor)
@@ -142,7 +144,9 @@ def _measure(
         tell(f"{kinds[path]} ({path}{f' and {len(alike) - 1} more' * (len(alike) > 1)})")
         try:
             forward, inputs, whole, beside, kept, working = bench.run(stage)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not full(error):
+                raise
             raise ValueError(
                 f"`{path}` with {sequences} x {length:,} tokens does not fit into the memory of {place}: measure fewer "
                 "sequences or a shorter length"

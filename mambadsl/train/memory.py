@@ -11,6 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+def full(error: RuntimeError) -> bool:
+    """Whether a device's memory is. On a CPU torch says so in words alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 class Allocated:
     """What torch's allocator has given out."""
 

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mambadsl.build.device import device as usable
 from mambadsl.compile import Program
 from mambadsl.data.corpus import open_corpus
@@ -25,6 +23,7 @@ from mambadsl.plan.plan import Plan, plan_units
 from mambadsl.train.failure import Alone
 from mambadsl.train.forecast import Forecast, chain, forecast
 from mambadsl.train.loop import Keeping, Result, Run
+from mambadsl.train.memory import full
 from mambadsl.train.save import held
 from mambadsl.train.settings import Settings
 from mambadsl.train.stop import Stop
@@ -64,7 +63,9 @@ def train(
             )
             with Stop() as stop:
                 return run.train(stop)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not full(error):
+                raise
             less = "a smaller microbatch, recompute or more ranks need less"
             raise Alone(f"rank {world.rank}: the memory of {world.device} is full; {less} ({error})") from None
 

@@ -15,7 +15,6 @@ DTYPES = ("fp32", "bf16")
 #: Of what data ranks share; `auto` is `all` where that fits into memory, else `layers`.
 GATHER = ("auto", "all", "layers")
 
-
 #: That a rank reads at once.
 TOKENS = 2**27
 #: Past it, products of two of them are no float32.
@@ -90,9 +89,10 @@ class Settings:
             )
         each = self.batch // ranks
         if each * self.length > TOKENS:
+            fewer = TOKENS // self.length * ranks
             raise ValueError(
-                f"{each:,} rows of {self.length:,} tokens are more than a rank reads for a step, {TOKENS:,} tokens: a "
-                f"batch of {max(1, TOKENS // self.length) * ranks:,} would do"
+                f"{each:,} rows of {self.length:,} tokens are more than a rank reads for a step, {TOKENS:,} tokens: "
+                + (f"a batch of {fewer:,} would do" if fewer else "shorter rows would do")
             )
         micro = self.microbatch or (each if self.stages == 1 else 1)
         if each % micro:

@@ -52,6 +52,7 @@ def of(ranks: int, **other: str) -> dict[str, str]:
     (["--lr", "nan"], {}, "lr is a number from 0 to 1e+15, not nan"),
     (["--weight-decay", "1e38"], {}, "weight_decay is a number from 0 to 1e+15"),
     (["--batch", "999999999999"], {}, "a batch of 8,388,608 would do"),
+    (["--length", "999999999999"], {}, "shorter rows would do"),
     (["--seed", "9" * 30], {}, "seeds are from 0"),
     (["--virtual", "2"], {}, "virtual stages are of a pipeline"),
     (["--device", "nope"], {}, "device `nope` cannot be used"),

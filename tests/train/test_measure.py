@@ -59,6 +59,21 @@ def test_the_planner_reads_what_is_written(quick, tmp_path):
     assert made.plan(stages=2, device=path, length=8, sequences=2).step_s > 0
 
 
+def test_more_than_there_is_memory_for_is_refused(quick, monkeypatch):
+    made = program("M")
+    with pytest.raises(ValueError, match="2 x 999,999,999,999 tokens are more than are measured at once"):
+        measure(made.layers, length=999_999_999_999, sequences=2)
+    # With neither words nor type of a full memory it is a bug, and stays one.
+    for words, raised in ("DefaultCPUAllocator: can't allocate memory", ValueError), ("size mismatch", RuntimeError):
+
+        def fails(self, stage):
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(measuring._Bench, "run", fails)
+        with pytest.raises(raised, match="`embed` with 1 x 8 tokens does not fit" if raised is ValueError else words):
+            measure(made.layers, length=8, parts="reference")
+
+
 def test_equal_layers_are_measured_once_and_different_ones_are_told_apart(quick):
     told = []
     made = program("M A M L M A F", more="layer Wide = F(d_ff=40)\n")
