@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 )
 @takes_model
 @plans
-@click.option("--parts", metavar="SET", help="Say as well which part fills each slot: fused, te, auto, ...")
+@click.option("--parts", metavar="SET",
+              help="Say as well which part fills each slot: fused, te, auto, ...; of --measure, the set that is timed.")
 @click.option("--measure", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json",
               help="Time the layers on this machine's --device (cpu, cuda), write FILE, and plan with it.")
 @click.option("--dtype", type=click.Choice(("fp32", "bf16")), help="Layers are timed in (default: bf16 on a GPU).")

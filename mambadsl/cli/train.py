@@ -125,14 +125,14 @@ def _dry_run(
 @click.option("--length", type=COUNT, metavar="TOKENS", help="Of a row (default: the model's context).")
 @click.option("--batch", type=COUNT, default=8, show_default=True, metavar="ROWS", help="Of a step, over all ranks.")
 @click.option("--microbatch", type=COUNT, metavar="ROWS",
-              help="That a rank computes at once (default: all of a step; in a pipeline 1).")
+              help="That a rank computes at once (default: all its rows of a step; in a pipeline 1).")
 @click.option("--steps", type=COUNT, default=1000, show_default=True, metavar="N", help="Of the whole run.")
 @click.option("--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, metavar="RATE")
 @click.option("--warmup", type=_NUMBER, default=0, show_default=True, metavar="STEPS", help="Up to the rate.")
 @click.option("--schedule", type=Words(_schedules), default="cosine", show_default=True, metavar="NAME",
               help="How the rate falls: cosine, wsd, linear or constant.")
 @click.option("--decay", type=click.FloatRange(0, 1, min_open=True), default=0.2, show_default=True, metavar="SHARE",
-              help="Of the steps in which wsd falls.")
+              help="Of the steps after the warm-up, in which wsd falls.")
 @click.option("--floor", type=click.FloatRange(0, 1), default=0.1, show_default=True, metavar="SHARE",
               help="Of the rate that is left at the end.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.1, show_default=True, metavar="RATE",
@@ -158,14 +158,16 @@ def _dry_run(
 @click.option("--compile", is_flag=True, help="Each layer through torch.compile.")
 @click.option("--recompute", is_flag=True, help="Every layer again in the backward pass, for memory.")
 @click.option("--gather", type=Words(_gathers), default="auto", show_default=True, metavar="HOW",
-              help="What data ranks share: all weights once a step, or layers for each pass, for memory.")
+              help="When data ranks gather weights: all, once a step; layers, for each pass, for memory; auto: all if "
+                   "there is room.")
 @click.option("--stages", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks of the pipeline.")
 @click.option("--pipeline", type=Words(_pipelines), default="1f1b", show_default=True, metavar="NAME",
               help="Its schedule: gpipe, 1f1b, interleaved, zb or zbv.")
 @click.option("--virtual-stages", "--virtual", "virtual", type=COUNT, metavar="N",
               help="Stages a rank (default: the schedule's least). torchrun takes the short name for one of its own.")
 @click.option("--tensor", type=COUNT, default=1, show_default=True, metavar="N", help="Ranks that share each layer.")
-@click.option("--plan-device", metavar="NAME|FILE", help="The planner's: h200, ..., or a file of `plan --measure`.")
+@click.option("--plan-device", metavar="NAME|FILE",
+              help="The planner's: h200 (default on a GPU), ..., or a file of `plan --measure`.")
 @click.option("--memory", "memory_limit", type=Size(), metavar="SIZE", help="Of a rank (default: the device's).")
 @click.option("--dry-run", is_flag=True, help="Say what each rank would hold and take; train nothing.")
 @click.option("--ranks", type=COUNT, metavar="N", help="Of the dry run (default: those that there are).")

@@ -29,16 +29,19 @@ class Piece:
         return cls(path, dtype, count, offset, path.stat().st_mtime_ns)
 
     def array(self) -> np.ndarray:
-        """All ids [count], memory-mapped. ValueError for a file that is another one by now."""
+        """All ids [count], memory-mapped. ValueError for a file that is another one by now, or gone."""
         return _mapped(self)
 
 
 # Each map holds a file descriptor.
 @lru_cache(maxsize=128)
 def _mapped(piece: Piece) -> np.ndarray:
-    if piece.path.stat().st_mtime_ns != piece.changed_ns:
-        raise ValueError(f"`{piece.path}` was changed after it was opened")
-    mapped = np.memmap(piece.path, dtype=piece.dtype, mode="r", offset=piece.offset, shape=(piece.count,))
+    try:
+        if piece.path.stat().st_mtime_ns != piece.changed_ns:
+            raise ValueError(f"`{piece.path}` was changed after it was opened")
+        mapped = np.memmap(piece.path, dtype=piece.dtype, mode="r", offset=piece.offset, shape=(piece.count,))
+    except OSError as error:
+        raise ValueError(f"`{piece.path}` cannot be read any more: {error.strerror or error}") from None
     return mapped.view(np.ndarray)  # Slices of a memmap take ten times as long.
 
 

@@ -19,7 +19,7 @@ from mambadsl.train.world import World
 
 
 class NotFinite(RuntimeError):
-    """The run has stopped; nothing was saved since the numbers went wrong."""
+    """The run has stopped before the update of a step whose numbers went wrong."""
 
 
 class Alone(RuntimeError):

@@ -1,9 +1,10 @@
 """What a run will hold on each rank and how long a step will take, before any of it is there.
 
 In: a graph, settings, the number of ranks, the planner's device and, of a pipeline, the plan. Out: a frozen `Forecast`.
-It follows what the trainer does: weights, gradients and moments in float32, cut by rows over the data ranks (weights
-declared float32 are whole on each); copies that layers compute with, of all layers or, gathered anew for each pass, of
-a few; gradients of several microbatches summed whole; activations of the microbatches in flight.
+It follows what the trainer does: weights, gradients and moments in float32, cut by rows over the data ranks (where
+layers compute in less, weights declared float32 are whole on each); copies that layers compute with, of all layers or,
+gathered anew for each pass, of a few; gradients of several microbatches summed whole; activations of the microbatches
+in flight.
 
 Times are those of the plan, or of all layers in a row, and what a step takes besides: copies and reductions at the
 device's bytes per second, what goes over the link and is not hidden behind layers, the optimizer.

@@ -1,9 +1,9 @@
 """Gradients between the backward passes and the optimizer: added up where a weight lives twice, measured, clipped.
 
 A weight lives twice where two stages have it (a tied table, a shared block), and on every data rank where it is kept
-whole (declared float32). Where tensor ranks share a layer, those that have the same elements of a weight have a part of
-their gradients each; of weights around such layers, all have the whole. Copies begin equal and get equal gradients, so
-they stay equal.
+whole (declared float32, of layers that compute in less). Where tensor ranks share a layer, those that have the same
+elements of a weight have a part of their gradients each; of weights around such layers, all have the whole. Copies
+begin equal and get equal gradients, so they stay equal.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a rank holds of a weight: boxes of the whole, and the views of its own memory that they are in.
 
 In: a rank's tensor (a DTensor where the data ranks share its rows) and its `Slice`. Initial values, gradients and saves
-go by these boxes, so none of them knows the mesh; `Saves`' planners let torch.distributed.checkpoint write and read
-weights of several boxes.
+go by these boxes, so none of them knows the mesh; `SavePlanner` and `LoadPlanner` let torch.distributed.checkpoint
+write and read weights of several boxes.
 """
 
 from __future__ import annotations

@@ -153,8 +153,8 @@ def _measure(
             ) from None
         by = "none" if inputs is None else "measured" if inputs <= TOGETHER * whole else "flops"
         if by == "flops":
-            share = flops[path].backward_input / flops[path].backward if flops[path].backward else 1
-            inputs = whole * float(share)
+            part = flops[path].backward_input / flops[path].backward if flops[path].backward else 1
+            inputs = whole * float(part)
         inputs = inputs or 0.0
         time = LayerTime(path, forward, inputs, whole - inputs, kept, working)
         rows.append(Measured(kinds[path], alike, time, by, beside))

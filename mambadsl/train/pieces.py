@@ -2,8 +2,9 @@
 
 In: a graph, a stage, the world. Out: a `Piece`, a module with the stage's model below `model`, weights and all. Every
 weight is drawn by its path and only what this rank has of it is kept, so any layout begins with the same bits. FSDP2
-holds weights in float32 and gathers them layer by layer in what layers compute in; weights declared float32 are on
-every data rank, and so are their gradients (`gradients.py` adds them up).
+holds weights in float32 and gathers them, some layers at a time, in what layers compute in; where that is less than
+float32, weights declared float32 are whole on every data rank, and so are their gradients (`gradients.py` adds them
+up).
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _own(x: Tensor) -> Tensor:
 
 def piece(graph: LayerGraph, stage: Stage, world: World, settings: Settings, *, puts_off: bool = False) -> Piece:
     """The rank's piece with its initial values. puts_off: gradients of projections' weights come later (`deferred.py`).
-    Raises MdlError: E901, E906, and E902, E907 of the part set."""
+    Raises MdlError: E901, E906, and E902, E907 of the part set; ValueError where tensor ranks can share no layer."""
     if found := problems(graph):
         raise MdlError(found)
     mine = own(graph, recompute=settings.recompute, tensor=settings.tensor)

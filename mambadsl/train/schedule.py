@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-#: (share of the way from the end of the warm-up to the end, share of the run that decays) -> 1 down to 0.
+#: (share of the way from the end of the warm-up to the end, share of that way that decays) -> 1 down to 0.
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "cosine": lambda way, decay: 0.5 * (1 + math.cos(math.pi * way)),
     "wsd": lambda way, decay: 1.0 if way <= 1 - decay else 1 - math.sqrt((way - (1 - decay)) / decay),
@@ -19,7 +19,8 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 
 
 def rate(step: int, *, steps: int, lr: float, warmup: int, schedule: str, decay: float, floor: float) -> float:
-    """The learning rate of a step, counted from 0: rises to `lr` at step `warmup`, ends at `floor * lr`."""
+    """The learning rate of a step, counted from 0: rises to `lr` over `warmup` steps; one after the last would
+    have `floor * lr`."""
     if step < warmup:
         return lr * (step + 1) / warmup
     way = (step - warmup) / max(1, steps - warmup)

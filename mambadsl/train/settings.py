@@ -12,10 +12,10 @@ from typing import Any
 from mambadsl.train.schedule import SCHEDULES
 
 DTYPES = ("fp32", "bf16")
-#: Of what data ranks share; `auto` is `all` where that fits into memory, else `layers`.
+#: When data ranks gather weights; `auto` is `all` where that fits into memory, else `layers`.
 GATHER = ("auto", "all", "layers")
 
-#: That a rank reads at once.
+#: That a rank reads for a step.
 TOKENS = 2**27
 #: Past it, products of two of them are no float32.
 LARGEST = 1e15
@@ -25,12 +25,12 @@ LARGEST = 1e15
 class Settings:
     """length: tokens of a row. batch: rows of a step, over all ranks. microbatch: rows that a rank computes at once.
 
-    steps: of the optimizer. lr: the highest; warmup: steps up to it; schedule: how it falls, in `decay` of the steps at
-    the end (wsd), down to `floor` times the highest. clip: of the gradients' norm over all weights, None for none.
-    dtype: what layers compute in; weights, their gradients and the optimizer are float32. recompute: every layer again
-    in the backward pass. gather: when data ranks gather weights (`sharding.py`). stages: ranks of the pipeline;
-    pipeline, virtual: its schedule and stages a rank. tensor: ranks that share each layer. The rest of the ranks share
-    the rows.
+    steps: of the optimizer. lr: the highest; warmup: steps up to it; schedule: how it falls, in the last `decay` of the
+    steps after the warm-up (wsd), down to `floor` times the highest. clip: of the gradients' norm over all weights,
+    None for none. dtype: what layers compute in; weights, their gradients and the optimizer are float32. recompute:
+    every layer again in the backward pass. gather: when data ranks gather weights (`sharding.py`). stages: ranks of the
+    pipeline; pipeline, virtual: its schedule and stages a rank. tensor: ranks that share each layer. The rest of the
+    ranks share the rows.
     """
 
     length: int

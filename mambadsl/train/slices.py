@@ -3,8 +3,8 @@ of the vocabulary.
 
 In: a graph and a number of ranks. Out: the graph of one rank's part (all are alike), and a `Slice` for every weight of
 a layer that is split, and for the tables. Refuses (ValueError) a number that no layer splits into. Layers that do not
-split, or hand something to each other past the stream, norms, and a vocabulary that does not divide are whole on every
-rank.
+split, or hand something to each other past the stream, norms before layers, and a vocabulary that does not divide are
+whole on every rank.
 """
 
 from __future__ import annotations

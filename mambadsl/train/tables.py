@@ -1,4 +1,4 @@
-"""Forecasts, comparisons and measurements as text, at most 110 columns wide."""
+"""Forecasts, comparisons and measurements as text."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """Layers that tensor ranks compute together: each runs its part, and what the parts give is added up.
 (`vocabulary.py` does the same for the table and the head.)
 
-In: a graph and the world. Out: the rank's part as a graph, and a model of it whose mixers are joined. The stream, the
-norms and what is added to the stream are whole on every rank (Shoeybi et al., arXiv:1909.08053, section 3): a mixer
-reads the whole stream, whose gradient is the sum of the parts', and gives the sum of the parts' outputs.
+In: a model of the rank's part, the whole graph, the world. Out: the model, its mixers joined, and what the rank has of
+weights. The stream, the norms before mixers and what is added to the stream are whole on every rank (Shoeybi et al.,
+arXiv:1909.08053, section 3): a mixer reads the whole stream, whose gradient is the sum of the parts', and gives the sum
+of the parts' outputs. Inside, norms over channels of several ranks take means over them (`averaged`), and projections
+from such channels sums (`summed`).
 """
 
 from __future__ import annotations

@@ -102,6 +102,14 @@ def test_a_file_that_was_replaced(folder):
         corpus.tokens[:]
 
 
+def test_a_file_that_is_gone(folder):
+    Path("a.txt").write_text("one")
+    corpus = open_corpus("a.txt", vocab=256)
+    Path("a.txt").unlink()
+    with pytest.raises(ValueError, match="`a.txt` cannot be read any more: No such file"):
+        corpus.tokens[:]
+
+
 def test_more_files_than_may_be_open(folder):
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
