@@ -49,6 +49,7 @@ MODELS = {
     for name, settings, stack, tail in (
         ("tied", "tie_embeddings = true", "M F A F M F M F A F", ""),
         ("untied", "tie_embeddings = false", "M X A E M F", ""),
+        ("uncounted", "tie_embeddings = true", "S M F S", "mtp(loss_weight=0) { M S }"),
         ("sharing", "tie_embeddings = true", "S M S M Z P M F Z P M F S", ""),
         ("ahead", "tie_embeddings = true", "M F A F M F", "mtp(depths=2, weights=shared) { A F }"),
         ("carrying", "tie_embeddings = false", "B F K F G F C F G C", ""),

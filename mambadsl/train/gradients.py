@@ -68,18 +68,19 @@ class Gradients:
         self._add_up_parts()
         for copies in self.parameters.values():
             if len(copies) > 1:
-                total = sum(local(p.grad) for p in copies)
+                total = sum(map(_given, copies))
                 for p in copies:
                     local(p.grad).copy_(total)
         for group, paths in self.groups:
             for path in paths:
-                first, *others = (local(p.grad) for p in self.parameters[path])
+                first, *others = map(_given, self.parameters[path])
                 dist.all_reduce(first, group=group)
                 for other in others:
                     other.copy_(first)
         if self.world.ranks("data") > 1:
-            whole = [p.grad for copies in self.parameters.values() for p in copies if not isinstance(p, DTensor)]
-            if whole:
+            every = [p for copies in self.parameters.values() for p in copies]
+            # A tail that the loss does not count has none.
+            if whole := [p.grad for p in every if p.grad is not None and not isinstance(p, DTensor)]:
                 flat = torch.cat([grad.flatten() for grad in whole])
                 dist.all_reduce(flat, group=self.world.group("data"))
                 for grad, part in zip(whole, flat.split([grad.numel() for grad in whole])):
@@ -136,6 +137,14 @@ class Gradients:
         for copies in self.parameters.values():
             for p in copies:
                 p.grad = None
+
+
+def _given(p: nn.Parameter) -> Tensor:
+    """This rank's rows of the gradient of a weight that lives twice; zeros where this one is used only by what the loss
+    does not count."""
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)
+    return local(p.grad)
 
 
 def _placed(box: Box, *, places: int, at: int) -> Tensor:

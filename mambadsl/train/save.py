@@ -222,10 +222,10 @@ class Saver:
 
 def _same(tensor: Tensor, loaded: Tensor | Sliced) -> None:
     """A second copy of a weight gets what the first one got."""
-    if isinstance(loaded, Sliced):
-        tensor, loaded = local(tensor), loaded.tensor
-    if tensor.data_ptr() != loaded.data_ptr():
-        tensor.copy_(loaded)
+    # Of rows, never of a DTensor: all of those have the address 0.
+    mine, theirs = local(tensor), loaded.tensor if isinstance(loaded, Sliced) else local(loaded)
+    if mine.data_ptr() != theirs.data_ptr():
+        mine.copy_(theirs)
 
 
 def complete(part: Path, about: dict[str, Any]) -> Path:

@@ -13,9 +13,15 @@ from train_faults import TEXT, Start, run, words
 
 import mambadsl
 from mambadsl.build.checkpoint import load_weights
+from mambadsl.build.stage import stages
 from mambadsl.graph.weights import all_weights
 from mambadsl.train.export import export_run
-from mambadsl.train.save import Saved, complete, held, newest, prune, read, saves
+from mambadsl.train.held import local
+from mambadsl.train.optimizer import Optimizer
+from mambadsl.train.pieces import piece
+from mambadsl.train.save import Saved, Saver, complete, held, newest, prune, read, saves
+from mambadsl.train.settings import Settings
+from mambadsl.train.world import opened
 
 MESHES = {"data": (2, {}), "stages": (2, {"stages": 2})}
 
@@ -85,6 +91,27 @@ def test_weights_of_another_model(runs, tmp_path):
     refused = run(other)
     assert refused.code == 70 and "E905" in refused.said[0] and "stack.3" in refused.said[0]
     assert not saves(tmp_path / "run") and not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_copy_of_a_weight_is_loaded(tmp_path, dtype):
+    """Both ends of a V are on one rank, and a tied table in both of them; bf16: as DTensors."""
+    graph = mambadsl.load(text=TEXT).layers
+    first, *_, last = (node.path for node in graph.nodes)
+    ends = [[first], [node.path for node in graph.layers], [last]]
+
+    def saver(world, seed):
+        settings = Settings(length=8, dtype=dtype, seed=seed)
+        made = [piece(graph, stage, world, settings) for stage in stages(graph, ends)[::2]]
+        return Saver(tmp_path, world, made, Optimizer(made, settings, fused=False), keep=1)
+
+    with opened(torch.device("cpu")) as world:
+        one, other = (saver(world, seed) for seed in (1, 2))
+        one.start(1, {})
+        assert one.finish() is None
+        other.load(newest(tmp_path)[0])
+        [(truth, *_), tables] = [[made.model.tensors()["embed.weight"] for made in s.pieces] for s in (one, other)]
+        assert len(tables) == 2 and all(torch.equal(local(table), local(truth)) for table in tables)
 
 
 def save(folder, *, step):
