@@ -37,12 +37,12 @@ def _here(word: str) -> bool:
     return word.split(":")[0] == "cuda"
 
 
-#: By keyword: (flag, type, metavar, help).
+#: By keyword: (flags, type, metavar, help).
 _OPTIONS = {
     "stages": ("--stages", COUNT, "N", "Ranks of the pipeline (default: as the text cuts)."),
     "schedule": ("--schedule", Words(_schedules), "NAME", "gpipe, 1f1b (default), interleaved, zb or zbv."),
     "microbatches": ("--microbatches", COUNT, "N", "Of a batch (default: 4 a rank)."),
-    "virtual": ("--virtual", COUNT, "N", "Stages a rank (default: the schedule's least)."),
+    "virtual": ("--virtual-stages --virtual", COUNT, "N", "Stages a rank (default: the schedule's least)."),
     "memory_limit": ("--memory", Size(), "SIZE", "Of a rank, as in 80GiB (default: the device's)."),
     "device": ("--device", Words(_devices, also=_here), "NAME", "h200 (default), h100, a100 or cpu."),
     "measured": ("--measured", click.Path(dir_okay=False), "FILE", "A .json file of measured layer times."),
@@ -65,8 +65,8 @@ def plans(function: Callable) -> Callable:
             how["device"] = measured
         return function(*args, how=how, **rest)
 
-    for name, (flag, type, metavar, help) in reversed(_OPTIONS.items()):
-        inner = click.option(flag, name, type=type, metavar=metavar, help=help)(inner)
+    for name, (flags, type, metavar, help) in reversed(_OPTIONS.items()):
+        inner = click.option(*flags.split(), name, type=type, metavar=metavar, help=help)(inner)
     return inner
 
 
