@@ -1,4 +1,4 @@
-"""Field values for tests, without the language: values("mamba2", d_model=64, heads=8)."""
+"""Field values for tests, without the language, values("mamba2", d_model=64, heads=8), and layers of them."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def module(kind: str, *, d_model: int = 32, d_in: int | None = None, seed: int =
             scale = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 0.3
             tensor.copy_(noise * scale + (1.0 if "norm" in name or name == "D" else 0.0))
     return made
+
+
+def trained(function, layer, x, tokens, real) -> list:
+    """y of the tokens that are real, and the gradients of all weights for the sum of its squares. function: the layer,
+    or what it was compiled to."""
+    import torch
+
+    y = function(x, tokens)[real]
+    return [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]

@@ -38,6 +38,20 @@ def gradients(function, *inputs: Tensor | None, dout: Tensor) -> list[Tensor | N
         return thread.submit(work).result()
 
 
+def conv_results(conv, inputs, *, before: int, **rows) -> list[Tensor]:
+    """y, the state, and the gradients of a random combination of both. inputs: rows, whose channels begin after
+    `before` others; weight, bias and state, of which the last two may be None."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
+    wide, weight, bias, state = leaves
+    y, after = conv(wide[..., before : before + weight.shape[0]], weight, bias, state_BCJ=state, **rows)
+    generator = torch.Generator().manual_seed(1)
+    total = (y * torch.randn(y.shape, generator=generator)).sum()
+    if after is not None:
+        total = total + (after * torch.randn(after.shape, generator=generator)).sum()
+    total.backward()
+    return [y, *([] if after is None else [after]), *(t.grad for t in leaves if t is not None)]
+
+
 class ConvExtension:
     """causal_conv1d_cuda. x [B, C, T]: channels innermost, strides in eights."""
 

@@ -77,7 +77,7 @@ def _dry_run(
     program: Program, settings: Settings, planned: dict[str, Any], ranks: int | None, rows: Rows, *, fused: bool,
     as_json: bool,
 ) -> int:
-    from mambadsl.train import balance, slices
+    from mambadsl.train.loop import beforehand
     from mambadsl.train.run import expected, gathering, planning
     from mambadsl.train.tables import forecast_text
 
@@ -87,10 +87,7 @@ def _dry_run(
     if os.environ.get("RANK", "0") != "0":
         return 1 if will.too_large else 0
     facts = dict(rows=rows.count, corpus_tokens=len(rows.corpus.tokens), held_out_rows=rows.held_out_count)
-    notes = [
-        *filter(None, [rows.corpus.says, will.doubt]), *balance.told(program.layers),
-        *slices.told(program.layers, settings.tensor),
-    ]
+    notes = beforehand(program.layers, rows, settings, will)
     if as_json:
         epochs = settings.steps * settings.batch / rows.count
         output.json(

@@ -74,6 +74,12 @@ class Keeping:
     quiet: bool = False
 
 
+def beforehand(graph: LayerGraph, rows: Rows, settings: Settings, forecast: Forecast | None) -> list[str]:
+    """What is to be said of a run, dry or not, before it begins."""
+    facts = rows.corpus.says, forecast and forecast.doubt
+    return [*filter(None, facts), *balance.told(graph), *told(graph, settings.tensor)]
+
+
 class Run:
     """One rank's part of a run. Letters: B rows of this rank, T time, K losses (the head's, and of each depth)."""
 
@@ -108,8 +114,7 @@ class Run:
         self.optimizer = Optimizer(self.engine.pieces, settings, fused=world.device.type == "cuda")
         self.saver = Saver(folder, world, self.engine.pieces, self.optimizer, keep=keeping.saves)
         self.start = 0
-        self.notes = [*filter(None, [rows.corpus.says]), *balance.told(graph), *told(graph, world.ranks("tensor"))]
-        self.notes += [forecast.doubt] if forecast and forecast.doubt else []
+        self.notes = beforehand(graph, rows, settings, forecast)
         self.notes += [f"passed over: {doubt}" for doubt in doubts]
         if saved is not None:
             self.start = self.saver.load(saved)

@@ -118,14 +118,14 @@ def measure(
     if found := problems(graph):
         raise MdlError(found)
     mine = own(graph, recompute=recompute, tensor=tensor)
+    how = ran(dtype=dtype, parts=parts, compile=compile, recompute=recompute, tensor=tensor)
     with opened(usable(device), stages=size_of_world()) as world:
-        found = _measure(mine, graph.model.vocab, world, dtype, parts, (sequences, length), compile, tell)
-    return replace(found, ran=ran(dtype=dtype, parts=parts, compile=compile, recompute=recompute, tensor=tensor))
+        return _measure(mine, graph.model.vocab, world, dtype, parts, (sequences, length), compile, how, tell)
 
 
 def _measure(
     graph: LayerGraph, vocab: int, world: World, dtype: str, parts: str, shape: tuple[int, int], compile: bool,
-    tell: Callable[[str], None],
+    how: str, tell: Callable[[str], None],
 ) -> Measurement:
     sequences, length = shape
     # A tensor's device has its number, which torch wants when asked for memory.
@@ -162,7 +162,7 @@ def _measure(
         rows += [Measured(kinds[n.path], (n.path,), LayerTime(n.path, 0, 0, 0, 0, 0), "none") for n in stage.tail
                  if n is not first]
     found = replace(found, beside_transfer=_beside(rows))
-    return Measurement(base, where.name or "CPU", "", sequences * length, found, tuple(rows))
+    return Measurement(base, where.name or "CPU", how, sequences * length, found, tuple(rows))
 
 
 def _beside(rows: list[Measured]) -> float | None:

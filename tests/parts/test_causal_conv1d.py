@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stand_ins import ConvExtension
+from stand_ins import ConvExtension, conv_results
 
 from mambadsl.kinds.conv import causal_conv
 
@@ -25,17 +25,10 @@ def extension(monkeypatch):
     return made
 
 
-def results(conv, x, weight, bias, state, **rows):
-    """y, the state, and the gradients of a random combination of both."""
-    leaves = [t if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, state)]
-    wide, weight, bias, state = leaves
-    y, after = conv(wide[..., 8 : 8 + C], weight, bias, state_BCJ=state, **rows)
-    generator = torch.Generator().manual_seed(1)
-    total = (y * torch.randn(y.shape, generator=generator)).sum()
-    if after is not None:
-        total = total + (after * torch.randn(after.shape, generator=generator)).sum()
-    total.backward()
-    return [y, *([] if after is None else [after]), *(t.grad for t in leaves if t is not None)]
+def same(conv, inputs, **rows):
+    found, truth = (conv_results(f, inputs, before=8, **rows) for f in (conv, causal_conv))
+    for mine, theirs in zip(found, truth, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 def case(K=4, bias=True, state=False, width=40, length=T):
@@ -55,21 +48,18 @@ def case(K=4, bias=True, state=False, width=40, length=T):
 def test_equals_the_definition(K, bias, packed, state):
     inputs = case(K, bias, state)
     rows = dict(segments_BT=SEGMENTS, lengths_B=LENGTHS) if packed else {}
-    for mine, theirs in zip(results(make_conv(), *inputs, **rows), results(causal_conv, *inputs, **rows), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    same(make_conv(), inputs, **rows)
 
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_rows_shorter_than_the_taps(length):
     inputs = case(state=True, length=length)
-    for mine, theirs in zip(results(make_conv(), *inputs), results(causal_conv, *inputs), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    same(make_conv(), inputs)
 
 
 def test_rows_that_the_kernels_cannot_read_are_copied(extension):
     inputs = case(width=37)
-    for mine, theirs in zip(results(make_conv(), *inputs), results(causal_conv, *inputs), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    same(make_conv(), inputs)
 
 
 def test_gradients_go_straight_into_a_wider_buffer():
@@ -85,12 +75,10 @@ def test_gradients_go_straight_into_a_wider_buffer():
 
 
 def test_compiles_whole():
-    x, weight, bias, state = case(state=True)
+    inputs = case(state=True)
     whole = torch.compile(make_conv(), fullgraph=True, backend="aot_eager")
     for rows in ({}, dict(segments_BT=SEGMENTS, lengths_B=LENGTHS)):
-        truth = results(causal_conv, x, weight, bias, state, **rows)
-        for mine, theirs in zip(results(whole, x, weight, bias, state, **rows), truth, strict=True):
-            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        same(whole, inputs, **rows)
 
 
 @pytest.mark.parametrize("bias, state", [(True, False), (False, True)])

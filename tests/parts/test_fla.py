@@ -10,7 +10,7 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-from kind_values import module, values
+from kind_values import module, trained, values
 from stand_ins import gradients, installed
 
 from mambadsl.kinds.chunks import LOWEST_LOG_DECAY
@@ -213,12 +213,8 @@ def test_a_layer_compiles_whole(played, rule, packed):
     tokens, real = (Tokens.packed(padded), padded >= 0) if packed else (Tokens.plain(B, T), SEGMENTS >= 0)
     x = noise(B, T, 32)
 
-    def found(function, layer):
-        y = function(x, tokens)[real]
-        return [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
-
     whole = torch.compile(ours, fullgraph=True, dynamic=False, backend="aot_eager")
-    near(found(whole, ours), found(plain, plain), 1e-4)
+    near(trained(whole, ours, x, tokens, real), trained(plain, plain, x, tokens, real), 1e-4)
     with torch.no_grad():
         pieces = []
         for layer, function in ((ours, torch.compile(ours, fullgraph=True, backend="aot_eager")), (plain, plain)):

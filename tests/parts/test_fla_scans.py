@@ -10,7 +10,7 @@ import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-from kind_values import module
+from kind_values import module, trained
 from stand_ins import gradients, installed
 
 from mambadsl.kinds.rg_lru import module as rg_lru
@@ -212,12 +212,8 @@ def test_a_layer_compiles_whole(played, scan, packed):
     tokens, real = (Tokens.packed(segments), segments >= 0) if packed else (Tokens.plain(B, 18), segments > -2)
     x = noise(B, 18, 12)
 
-    def found(function, layer):
-        y = function(x, tokens)[real]
-        return [y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
-
     whole = torch.compile(ours, fullgraph=True, dynamic=False, backend="aot_eager")
-    near(found(whole, ours), found(plain, plain), 1e-4)
+    near(trained(whole, ours, x, tokens, real), trained(plain, plain, x, tokens, real), 1e-4)
     with torch.no_grad():
         ends = []
         for layer in ours, plain:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from stand_ins import conv_results
 
 from mambadsl.kinds.conv import causal_conv, plain_conv
 from mambadsl.parts.triton import conv
@@ -44,21 +45,9 @@ def case(batch=2, time=37, channels=20, K=4, *, before=3, after=2, bias=True, st
     )
 
 
-def results(f, inputs, *, before=3, **rows):
-    """y, the state, and the gradients of a random combination of both."""
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in inputs]
-    wide, weight, bias, state = leaves
-    y, after = f(wide[..., before : before + weight.shape[0]], weight, bias, state_BCJ=state, **rows)
-    generator = torch.Generator().manual_seed(1)
-    total = (y * torch.randn(y.shape, generator=generator)).sum()
-    if after is not None:
-        total = total + (after * torch.randn(after.shape, generator=generator)).sum()
-    total.backward()
-    return [y, *([] if after is None else [after]), *(t.grad for t in leaves if t is not None)]
-
-
-def same(inputs, *, mine=None, definition=causal_conv, **how):
-    found, truth = results(mine or conv.make_conv(), inputs, **how), results(definition, inputs, **how)
+def same(inputs, *, mine=None, definition=causal_conv, before=3, **rows):
+    both = mine or conv.make_conv(), definition
+    found, truth = (conv_results(f, inputs, before=before, **rows) for f in both)
     for a, b in zip(found, truth, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 

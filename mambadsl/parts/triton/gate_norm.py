@@ -65,6 +65,7 @@ _op.register_autograd(_backward, setup_context=_save)
 
 def make_gate_norm() -> Callable[..., Tensor]:
     """The function of the slots `gate_norm`."""
+
     def gate_norm(
         y_BTI: Tensor, z_BTI: Tensor, weight_I: Tensor | None, *, order: str, groups: int, eps: float,
         gate: str = "silu", averaged: Callable[[Tensor], Tensor] | None = None,
